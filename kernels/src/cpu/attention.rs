@@ -1,0 +1,394 @@
+//! Causal grouped-query attention over a key-value cache.
+//!
+//! Keys are stored transposed in blocks of 16 positions, so that a vector of keys gives 16 scores without a horizontal
+//! sum. Both products (queries by keys, probabilities by values) are then outer products of a few rows with a few
+//! vectors, held in registers. The softmax is the online one (Milakov and Gimelshein, 2018; FlashAttention, Dao et al.,
+//! 2022): positions are visited in tiles, and earlier sums are rescaled when a larger score appears. Tiles start at
+//! fixed positions and every row keeps its own order of operations, so a token's result depends neither on the tokens it
+//! is computed with nor on the number of threads: decoding repeats prefill bit for bit.
+
+use rayon::prelude::*;
+
+use super::simd::Simd;
+use super::{Cpu, Kernel};
+
+/// Positions whose scores are held at a time: their keys and values stay in the second-level cache.
+const TILE: usize = 256;
+
+/// Rows (query heads of tokens) of one task; they share the keys and values that it reads.
+const TASK_ROWS: usize = 48;
+
+/// Rows of one outer product.
+const PANEL: usize = 6;
+
+/// Multiply-adds below which no other thread is asked to help.
+const SEQUENTIAL: usize = 1 << 17;
+
+/// The keys and values of one layer for all positions so far.
+#[derive(Clone, Debug)]
+pub struct KeyValueCache {
+    kv_heads: usize,
+    head_dim: usize,
+    /// `head_dim` rounded up to whole vectors.
+    value_stride: usize,
+    capacity: usize,
+    len: usize,
+    keys: Vec<f32>,   // [kv_heads, ceil(capacity / 16), head_dim, 16]
+    values: Vec<f32>, // [kv_heads, capacity, value_stride]
+}
+
+impl KeyValueCache {
+    /// An empty cache with room for `capacity` positions of `kv_heads` heads of `head_dim` elements.
+    ///
+    /// # Panics
+    /// If there are no heads, a head has no elements, or the size overflows.
+    pub fn new(kv_heads: usize, head_dim: usize, capacity: usize) -> Self {
+        assert!(kv_heads > 0 && head_dim > 0, "{kv_heads} heads of {head_dim}");
+        let value_stride = head_dim.next_multiple_of(16);
+        let size = |positions: usize, stride| {
+            let head = positions.checked_mul(stride);
+            head.and_then(|head| head.checked_mul(kv_heads)).expect("the capacity overflows")
+        };
+        let keys = vec![0.0; size(capacity.next_multiple_of(16), head_dim)];
+        let values = vec![0.0; size(capacity, value_stride)];
+        Self { kv_heads, head_dim, value_stride, capacity, len: 0, keys, values }
+    }
+
+    /// Positions held.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether no position is held.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Positions that fit.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Forgets all positions.
+    pub fn clear(&mut self) {
+        self.len = 0;
+    }
+
+    /// Adds positions at the end; `k` and `v` are `[tokens, kv_heads * head_dim]`.
+    ///
+    /// # Panics
+    /// If they are not whole positions of one number, or exceed the capacity.
+    pub fn append(&mut self, k: &[f32], v: &[f32]) {
+        let width = self.kv_heads * self.head_dim;
+        assert!(k.len() == v.len() && k.len().is_multiple_of(width), "k and v are not equal rows of {width}");
+        let tokens = k.len() / width;
+        assert!(tokens <= self.capacity - self.len, "{tokens} more positions than the capacity allows");
+        let (key_head, value_head) = (self.key_head(), self.value_head());
+        for head in 0..self.kv_heads {
+            let elements = head * self.head_dim..(head + 1) * self.head_dim;
+            for (token, (k, v)) in k.chunks_exact(width).zip(v.chunks_exact(width)).enumerate() {
+                let position = self.len + token;
+                let key_start = head * key_head + position / 16 * self.head_dim * 16 + position % 16;
+                let keys = self.keys[key_start..].iter_mut().step_by(16);
+                keys.zip(&k[elements.clone()]).for_each(|(to, &from)| *to = from);
+                let value_start = head * value_head + position * self.value_stride;
+                self.values[value_start..][..self.head_dim].copy_from_slice(&v[elements.clone()]);
+            }
+        }
+        self.len += tokens;
+    }
+
+    /// Key elements of one head.
+    fn key_head(&self) -> usize {
+        self.capacity.next_multiple_of(16) * self.head_dim
+    }
+
+    /// Value elements of one head.
+    fn value_head(&self) -> usize {
+        self.capacity * self.value_stride
+    }
+}
+
+impl Cpu {
+    /// Causal grouped-query attention: `softmax(scale * q k^T) v` for each head, where a query sees the positions up to
+    /// its own. The queries are the last positions of the cache, which already holds their keys and values.
+    ///
+    /// `q` and `out` are `[tokens, heads * head_dim]`. Query head `h` reads head `h / (heads / kv_heads)` of the cache.
+    ///
+    /// # Panics
+    /// If `heads` is not a multiple of the cache's heads, the lengths do not fit together, or there are more tokens
+    /// than the cache has positions.
+    pub fn attention(self, q: &[f32], heads: usize, cache: &KeyValueCache, scale: f32, out: &mut [f32]) {
+        let (kv_heads, head_dim) = (cache.kv_heads, cache.head_dim);
+        let width = heads * head_dim;
+        assert!(heads > 0 && heads.is_multiple_of(kv_heads), "{heads} heads over {kv_heads} in the cache");
+        assert!(q.len() == out.len() && q.len().is_multiple_of(width), "q and out are not equal rows of {width}");
+        let tokens = q.len() / width;
+        assert!(tokens <= cache.len, "{tokens} queries over {} positions", cache.len);
+
+        let group = heads / kv_heads;
+        // Heads that share keys are computed together, unless that leaves threads idle.
+        let share = if tokens * kv_heads < rayon::current_num_threads() { 1 } else { group };
+        let runs = heads / share; // of `share` heads in a token
+        let task_tokens = (TASK_ROWS / share).max(1);
+        let mut tasks: Vec<Task> = Vec::with_capacity(tokens.div_ceil(task_tokens) * runs);
+        for (index, piece) in out.chunks_exact_mut(share * head_dim).enumerate() {
+            let (token, run) = (index / runs, index % runs);
+            if token.is_multiple_of(task_tokens) {
+                let queries = &q[token * width + run * share * head_dim..];
+                let kv_head = run * share / group;
+                let first_visible = cache.len - tokens + token + 1;
+                tasks.push(Task { queries, width, share, cache, kv_head, first_visible, scale, out: Vec::new() });
+            }
+            tasks[token / task_tokens * runs + run].out.push(piece);
+        }
+        if tokens * cache.len * width < SEQUENTIAL {
+            tasks.into_iter().for_each(|task| self.dispatch(task));
+        } else {
+            tasks.into_par_iter().for_each(|task| self.dispatch(task));
+        }
+    }
+}
+
+/// The attention of a few consecutive tokens, in a few heads that share keys and values.
+///
+/// A row is one head of one token; rows are ordered by token.
+struct Task<'a> {
+    /// From the first head of the first token; tokens are `width` apart.
+    queries: &'a [f32],
+    width: usize,
+    /// Heads of a token.
+    share: usize,
+    cache: &'a KeyValueCache,
+    kv_head: usize,
+    /// Positions that the first token sees.
+    first_visible: usize,
+    scale: f32,
+    /// For each token `[share, head_dim]`.
+    out: Vec<&'a mut [f32]>,
+}
+
+/// What a row has seen so far: its largest score, and the sum of `exp(score - max)`.
+#[derive(Clone, Copy)]
+struct Seen {
+    max: f32,
+    sum: f32,
+}
+
+impl Kernel for Task<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(mut self, simd: S) {
+        let (head_dim, stride) = (self.cache.head_dim, self.cache.value_stride);
+        let rows = self.out.len() * self.share;
+        let mut queries = vec![0.0; rows * head_dim]; // [rows, head_dim], times the scale
+        for (token, to) in queries.chunks_exact_mut(self.share * head_dim).enumerate() {
+            let from = &self.queries[token * self.width..];
+            to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * self.scale);
+        }
+        let mut sums = vec![0.0; rows * stride]; // [rows, value_stride], values times exp(score - max)
+        let mut seen = vec![Seen { max: f32::NEG_INFINITY, sum: 0.0 }; rows];
+
+        let visible = self.first_visible + self.out.len() - 1;
+        for start in (0..visible).step_by(TILE) {
+            let mut row = 0;
+            while row < rows {
+                let height = match rows - row {
+                    PANEL.. => PANEL,
+                    5 => 4,
+                    fewer => fewer,
+                };
+                let panel = Panel {
+                    queries: &queries[row * head_dim..(row + height) * head_dim],
+                    sums: &mut sums[row * stride..(row + height) * stride],
+                    seen: &mut seen[row..row + height],
+                };
+                match height {
+                    1 => self.advance::<S, 1>(simd, panel, row, start),
+                    2 => self.advance::<S, 2>(simd, panel, row, start),
+                    3 => self.advance::<S, 3>(simd, panel, row, start),
+                    4 => self.advance::<S, 4>(simd, panel, row, start),
+                    _ => self.advance::<S, PANEL>(simd, panel, row, start),
+                }
+                row += height;
+            }
+        }
+
+        let out = self.out.iter_mut().flat_map(|token| token.chunks_exact_mut(head_dim));
+        for ((out, sums), seen) in out.zip(sums.chunks_exact(stride)).zip(&seen) {
+            out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = sum / seen.sum);
+        }
+    }
+}
+
+/// The rows of one outer product.
+struct Panel<'a> {
+    queries: &'a [f32],   // [R, head_dim]
+    sums: &'a mut [f32],  // [R, value_stride]
+    seen: &'a mut [Seen], // [R]
+}
+
+impl Task<'_> {
+    /// Shows the tile of positions from `start` to `R` rows from `row`.
+    #[inline(always)]
+    fn advance<S: Simd, const R: usize>(&self, simd: S, panel: Panel, row: usize, start: usize) {
+        let visible = |row: usize| (self.first_visible + row / self.share).saturating_sub(start).min(TILE);
+        // Positions of the tile that all rows see, and that the last one sees.
+        let (shared, depth) = (visible(row), visible(row + R - 1));
+        if depth == 0 {
+            return;
+        }
+        let (head_dim, stride) = (self.cache.head_dim, self.cache.value_stride);
+        let blocks = depth.div_ceil(16);
+
+        let mut scores = [[0.0; TILE]; R];
+        let keys = Product {
+            rows: panel.queries,
+            row_step: head_dim,
+            columns: &self.cache.keys[self.kv_head * self.cache.key_head() + start * head_dim..],
+            depth: head_dim,
+            depth_step: 16,
+            vector_step: head_dim * 16,
+        };
+        keys.add_to::<S, R>(simd, blocks, scores.as_flattened_mut(), TILE);
+
+        let rows = scores.iter_mut().zip(panel.seen).zip(panel.sums.chunks_exact_mut(stride));
+        for (index, ((scores, seen), sums)) in rows.enumerate() {
+            let scores = &mut scores[..blocks * 16];
+            scores[visible(row + index)..].fill(f32::NEG_INFINITY);
+            exponentiate(simd, scores, seen, sums);
+        }
+
+        let columns = &self.cache.values[self.kv_head * self.cache.value_head() + start * stride..];
+        let values = Product {
+            rows: scores.as_flattened(),
+            row_step: TILE,
+            columns,
+            depth: shared,
+            depth_step: stride,
+            vector_step: 16,
+        };
+        values.add_to::<S, R>(simd, stride / 16, panel.sums, stride);
+        // The rows of later tokens see a few positions more. Those are not added to the other rows with weight 0,
+        // because an infinite value would become NaN there.
+        for (index, (scores, sums)) in scores.iter().zip(panel.sums.chunks_exact_mut(stride)).enumerate() {
+            let depth = visible(row + index) - shared;
+            if depth > 0 {
+                let (rows, columns) = (&scores[shared..], &columns[shared * stride..]);
+                Product { rows, columns, depth, ..values }.add_to::<S, 1>(simd, stride / 16, sums, stride);
+            }
+        }
+    }
+}
+
+/// Replaces the scores of a row by `exp(score - max)`, with the largest score so far as `max`, and rescales what the
+/// row has summed up if that is a new one.
+#[inline(always)]
+fn exponentiate<S: Simd>(simd: S, scores: &mut [f32], seen: &mut Seen, sums: &mut [f32]) {
+    let scores = scores.as_chunks_mut::<16>().0;
+    let mut max = simd.splat(f32::NEG_INFINITY);
+    for v in scores.iter() {
+        max = simd.max(simd.load(v), max);
+    }
+    let max = simd.max_lane(max);
+    if max > seen.max {
+        let factor = simd.exp(simd.splat(seen.max - max));
+        for v in sums.as_chunks_mut::<16>().0 {
+            simd.store(simd.mul(simd.load(v), factor), v);
+        }
+        // All lanes of the factor are equal, and a sixteenth of their sum is exact.
+        seen.sum *= simd.sum(factor) / 16.0;
+        seen.max = max;
+    }
+    let shift = simd.splat(seen.max);
+    let mut sum = simd.splat(0.0);
+    for v in scores {
+        let weight = simd.exp(simd.sub(simd.load(v), shift));
+        simd.store(weight, v);
+        sum = simd.add(sum, weight);
+    }
+    seen.sum += simd.sum(sum);
+}
+
+/// A matrix product of few rows: rows `[R, depth]` by columns `[depth, vectors * 16]`.
+struct Product<'a> {
+    /// Element `k` of row `r` is at `r * row_step + k`.
+    rows: &'a [f32],
+    row_step: usize,
+    /// Vector `n` of depth `k` starts at `k * depth_step + n * vector_step`.
+    columns: &'a [f32],
+    depth: usize,
+    depth_step: usize,
+    vector_step: usize,
+}
+
+impl Product<'_> {
+    /// Adds the product to `out`, whose rows are `out_step` apart.
+    #[inline(always)]
+    fn add_to<S: Simd, const R: usize>(&self, simd: S, vectors: usize, out: &mut [f32], out_step: usize) {
+        let mut first = 0;
+        // As many vectors at a time as their sums fit in registers beside one vector and one broadcast.
+        if S::REGISTERS >= 32 || R == 1 {
+            while first + 4 <= vectors {
+                self.add_tile::<S, R, 4>(simd, first, out, out_step);
+                first += 4;
+            }
+        } else if R == 2 {
+            while first + 2 <= vectors {
+                self.add_tile::<S, R, 2>(simd, first, out, out_step);
+                first += 2;
+            }
+        }
+        while first < vectors {
+            self.add_tile::<S, R, 1>(simd, first, out, out_step);
+            first += 1;
+        }
+    }
+
+    /// Adds `N` vectors of the product, from vector `first`.
+    #[inline(always)]
+    fn add_tile<S: Simd, const R: usize, const N: usize>(
+        &self,
+        simd: S,
+        first: usize,
+        out: &mut [f32],
+        out_step: usize,
+    ) {
+        let Self { rows, row_step, columns, depth, depth_step, vector_step } = *self;
+        if depth == 0 {
+            return;
+        }
+        let columns = &columns[first * vector_step..];
+        assert!(rows.len() >= (R - 1) * row_step + depth);
+        assert!(columns.len() >= (depth - 1) * depth_step + (N - 1) * vector_step + 16);
+        let mut tile = [[simd.splat(0.0); N]; R];
+        for (r, tile) in tile.iter_mut().enumerate() {
+            let out = out[r * out_step + first * 16..].as_chunks::<16>().0;
+            for (tile, out) in tile.iter_mut().zip(&out[..N]) {
+                *tile = simd.load(out);
+            }
+        }
+        for k in 0..depth {
+            let mut vectors = [simd.splat(0.0); N];
+            for (n, vector) in vectors.iter_mut().enumerate() {
+                // SAFETY: k < depth and n < N, so the second assertion covers these 16 elements.
+                let from = unsafe { &*columns.as_ptr().add(k * depth_step + n * vector_step).cast::<[f32; 16]>() };
+                *vector = simd.load(from);
+            }
+            for (r, tile) in tile.iter_mut().enumerate() {
+                // SAFETY: k < depth and r < R, so the first assertion covers this element.
+                let row = simd.splat(unsafe { *rows.get_unchecked(r * row_step + k) });
+                for (tile, &vector) in tile.iter_mut().zip(&vectors) {
+                    *tile = simd.mul_add(row, vector, *tile);
+                }
+            }
+        }
+        for (r, tile) in tile.iter().enumerate() {
+            let out = out[r * out_step + first * 16..].as_chunks_mut::<16>().0;
+            for (&tile, out) in tile.iter().zip(&mut out[..N]) {
+                simd.store(tile, out);
+            }
+        }
+    }
+}

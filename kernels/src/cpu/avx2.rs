@@ -1,0 +1,436 @@
+//! The logical vector in two 256-bit registers: Haswell and Zen upward.
+
+use std::arch::x86_64::*;
+
+use super::Kernel;
+use super::simd::Simd;
+
+/// Token for AVX2 with fused multiply-add and half-precision conversion.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx2(());
+
+impl Avx2 {
+    /// The token, if this CPU and its operating system support every feature that the methods use.
+    pub(super) fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("bmi1")
+            && is_x86_feature_detected!("bmi2");
+        found.then_some(Self(()))
+    }
+
+    /// Runs a kernel compiled for these features.
+    #[inline]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2")]
+        fn inner<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: the token exists only on CPUs with all of these features.
+        unsafe { inner(self, kernel) }
+    }
+}
+
+/// How 128-bit lanes unpack 16 codes each: a window of 16 bits around every code, shifted left by a multiplication so
+/// that the code starts at bit 8.
+#[derive(Clone, Copy)]
+struct Unpack {
+    /// Where each quarter of the codes is loaded from; moved back where 16 bytes would pass the end of the stream.
+    offset: [usize; 4],
+    /// For each quarter, the bytes of the windows of its first and of its last eight codes.
+    windows: [[[u8; 16]; 2]; 4],
+    /// For each of eight codes, the power of two that moves it to bit 8 of its window.
+    factors: [u16; 8],
+}
+
+const UNPACK: [Unpack; 9] = {
+    let mut table = [Unpack { offset: [0; 4], windows: [[[0; 16]; 2]; 4], factors: [0; 8] }; 9];
+    let mut bits = 1;
+    while bits <= 8 {
+        let last = if bits == 1 { 0 } else { 8 * bits - 16 };
+        let mut i = 0;
+        while i < 64 {
+            let quarter = i / 16;
+            let wanted = 2 * bits * quarter;
+            let offset = if wanted < last { wanted } else { last };
+            table[bits].offset[quarter] = offset;
+            let byte = i * bits / 8 - offset;
+            // A code that ends within its first byte needs no second one; a set high bit makes the shuffle write zero.
+            let second = if i * bits % 8 + bits > 8 { byte + 1 } else { 0x80 };
+            let window = &mut table[bits].windows[quarter][i % 16 / 8];
+            window[i % 8 * 2] = byte as u8;
+            window[i % 8 * 2 + 1] = second as u8;
+            table[bits].factors[i % 8] = 1 << (8 - i * bits % 8);
+            i += 1;
+        }
+        bits += 1;
+    }
+    table
+};
+
+/// Loads the bytes that hold 16 codes: 8 at a width of one bit, 16 otherwise.
+///
+/// # Safety
+/// The CPU has AVX2, and that many bytes are readable at `from`.
+#[inline(always)]
+unsafe fn quarter(from: *const u8, bits: u32) -> __m128i {
+    // SAFETY: the caller's promise; loads may be unaligned.
+    unsafe { if bits == 1 { _mm_loadl_epi64(from.cast()) } else { _mm_loadu_si128(from.cast()) } }
+}
+
+/// A register of two halves.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn both(low: &[u8; 16], high: &[u8; 16]) -> __m256i {
+    // SAFETY: the arrays are 16 bytes, and loads may be unaligned; AVX2 is the caller's promise.
+    unsafe { _mm256_set_m128i(_mm_loadu_si128(high.as_ptr().cast()), _mm_loadu_si128(low.as_ptr().cast())) }
+}
+
+impl Simd for Avx2 {
+    type F32 = [__m256; 2];
+    type I32 = [__m256i; 2];
+
+    const REGISTERS: usize = 8;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { [_mm256_set1_ps(value); 2] }
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; 16]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2; the array is two registers long, and loads may be unaligned.
+        unsafe { [_mm256_loadu_ps(from.as_ptr()), _mm256_loadu_ps(from.as_ptr().add(8))] }
+    }
+
+    #[inline(always)]
+    fn load_partial(self, from: &[f32]) -> [__m256; 2] {
+        let mut whole = [0.0; 16];
+        whole[..from.len()].copy_from_slice(from);
+        self.load(&whole)
+    }
+
+    #[inline(always)]
+    fn store(self, v: [__m256; 2], to: &mut [f32; 16]) {
+        // SAFETY: the token exists only on CPUs with AVX2; the array is two registers long, and stores may be unaligned.
+        unsafe {
+            _mm256_storeu_ps(to.as_mut_ptr(), v[0]);
+            _mm256_storeu_ps(to.as_mut_ptr().add(8), v[1]);
+        }
+    }
+
+    #[inline(always)]
+    fn store_partial(self, v: [__m256; 2], to: &mut [f32]) {
+        let mut whole = [0.0; 16];
+        self.store(v, &mut whole);
+        to.copy_from_slice(&whole[..to.len()]);
+    }
+
+    #[inline(always)]
+    fn load_f32(self, from: &[u8; 64]) -> [__m256; 2] {
+        let from: *const f32 = from.as_ptr().cast();
+        // SAFETY: the token exists only on CPUs with AVX2; the array is two registers long, and loads may be unaligned.
+        unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, from: &[u8; 32]) -> [__m256; 2] {
+        let from: *const __m128i = from.as_ptr().cast();
+        // SAFETY: the token exists only on CPUs with AVX2 and F16C; the array is 32 bytes, and loads may be unaligned.
+        unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(from)), _mm256_cvtph_ps(_mm_loadu_si128(from.add(1)))] }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[u8; 32]) -> [__m256; 2] {
+        let from: *const __m128i = from.as_ptr().cast();
+        // SAFETY: the token exists only on CPUs with AVX2; the array is 32 bytes, and loads may be unaligned.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(1)));
+            let [low, high] = [_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high)];
+            [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    fn load_u8(self, from: &[u8; 16]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2; the array is 16 bytes, and loads may be unaligned.
+        unsafe {
+            let bytes = _mm_loadu_si128(from.as_ptr().cast());
+            let low = _mm256_cvtepu8_epi32(bytes);
+            let high = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes));
+            [_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(high)]
+        }
+    }
+
+    #[inline(always)]
+    fn to_u8(self, v: [__m256; 2]) -> [u8; 16] {
+        let mut out = [0; 16];
+        // SAFETY: the token exists only on CPUs with AVX2; the array is 16 bytes, and the store may be unaligned.
+        unsafe {
+            // Packing works within 128-bit lanes; the permutation puts its four quarters back in order.
+            let words = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(out.as_mut_ptr().cast(), bytes);
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn div(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { [_mm256_div_ps(a[0], b[0]), _mm256_div_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2 and FMA.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+
+    #[inline(always)]
+    fn min(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn max(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn abs(self, v: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe {
+            let sign = _mm256_set1_ps(-0.0);
+            [_mm256_andnot_ps(sign, v[0]), _mm256_andnot_ps(sign, v[1])]
+        }
+    }
+
+    #[inline(always)]
+    fn neg(self, v: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe {
+            let sign = _mm256_set1_ps(-0.0);
+            [_mm256_xor_ps(sign, v[0]), _mm256_xor_ps(sign, v[1])]
+        }
+    }
+
+    #[inline(always)]
+    fn round_even(self, v: [__m256; 2]) -> [__m256; 2] {
+        const MODE: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { [_mm256_round_ps::<MODE>(v[0]), _mm256_round_ps::<MODE>(v[1])] }
+    }
+
+    #[inline(always)]
+    fn select_ge(self, a: [__m256; 2], b: [__m256; 2], x: [__m256; 2], y: [__m256; 2]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe {
+            let low = _mm256_cmp_ps::<_CMP_GE_OQ>(a[0], b[0]);
+            let high = _mm256_cmp_ps::<_CMP_GE_OQ>(a[1], b[1]);
+            [_mm256_blendv_ps(y[0], x[0], low), _mm256_blendv_ps(y[1], x[1], high)]
+        }
+    }
+
+    #[inline(always)]
+    fn scale_pow2(self, mut v: [__m256; 2], n: [__m256; 2]) -> [__m256; 2] {
+        for (v, n) in v.iter_mut().zip(n) {
+            // SAFETY: the token exists only on CPUs with AVX2.
+            unsafe {
+                let bias = _mm256_set1_epi32(127);
+                let n = _mm256_cvtps_epi32(n);
+                let half = _mm256_srai_epi32::<1>(n);
+                let rest = _mm256_sub_epi32(n, half);
+                let half = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias)));
+                let rest = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(rest, bias)));
+                *v = _mm256_mul_ps(_mm256_mul_ps(*v, half), rest);
+            }
+        }
+        v
+    }
+
+    #[inline(always)]
+    fn transpose_words(self, rows: [&[u8; 16]; 16]) -> [[__m256; 2]; 4] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe {
+            let mut out = [[_mm256_setzero_ps(); 2]; 4];
+            for half in 0..2 {
+                // The halves of vector `i` are rows `i` and `i + 4`; what remains is two 4x4 transpositions.
+                let mut v = [_mm256_setzero_ps(); 4];
+                for (i, v) in v.iter_mut().enumerate() {
+                    *v = _mm256_castsi256_ps(both(rows[8 * half + i], rows[8 * half + i + 4]));
+                }
+                let [a, b] = [_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1])];
+                let [c, d] = [_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3])];
+                out[0][half] = _mm256_shuffle_ps::<0b01_00_01_00>(a, c);
+                out[1][half] = _mm256_shuffle_ps::<0b11_10_11_10>(a, c);
+                out[2][half] = _mm256_shuffle_ps::<0b01_00_01_00>(b, d);
+                out[3][half] = _mm256_shuffle_ps::<0b11_10_11_10>(b, d);
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
+    fn sum(self, v: [__m256; 2]) -> f32 {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe {
+            let v = _mm256_add_ps(v[0], v[1]);
+            let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+        }
+    }
+
+    #[inline(always)]
+    fn max_lane(self, v: [__m256; 2]) -> f32 {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe {
+            let v = _mm256_max_ps(v[0], v[1]);
+            let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+        }
+    }
+
+    #[inline(always)]
+    fn min_lane(self, v: [__m256; 2]) -> f32 {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe {
+            let v = _mm256_min_ps(v[0], v[1]);
+            let v = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_min_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_min_ss(v, _mm_movehdup_ps(v)))
+        }
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> [__m256i; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { [_mm256_set1_epi32(value); 2] }
+    }
+
+    #[inline(always)]
+    fn dot_u8i8(self, u: &[u8; 64], a: [i8; 4], mut acc: [__m256i; 2]) -> [__m256i; 2] {
+        let a = i32::from_ne_bytes(a.map(|a| a as u8));
+        for (u, acc) in u.as_chunks::<32>().0.iter().zip(&mut acc) {
+            // SAFETY: the token exists only on CPUs with AVX2; the array is 32 bytes, and the load may be unaligned.
+            unsafe {
+                let u = _mm256_loadu_si256(u.as_ptr().cast());
+                let a = _mm256_set1_epi32(a);
+                // The 16-bit sums of two products saturate; one product at a time always fits.
+                let even = _mm256_maddubs_epi16(_mm256_and_si256(u, _mm256_set1_epi16(0x00ff)), a);
+                let odd = _mm256_maddubs_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x00ff), u), a);
+                let ones = _mm256_set1_epi16(1);
+                let products = _mm256_add_epi32(_mm256_madd_epi16(even, ones), _mm256_madd_epi16(odd, ones));
+                *acc = _mm256_add_epi32(*acc, products);
+            }
+        }
+        acc
+    }
+
+    #[inline(always)]
+    fn dot_u7i8(self, u: &[u8; 64], a: [i8; 4], mut acc: [__m256i; 2]) -> [__m256i; 2] {
+        let a = i32::from_ne_bytes(a.map(|a| a as u8));
+        for (u, acc) in u.as_chunks::<32>().0.iter().zip(&mut acc) {
+            // SAFETY: the token exists only on CPUs with AVX2; the array is 32 bytes, and the load may be unaligned.
+            unsafe {
+                // Two products of at most 127 * 128 fit in 16 bits.
+                let pairs = _mm256_maddubs_epi16(_mm256_loadu_si256(u.as_ptr().cast()), _mm256_set1_epi32(a));
+                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+            }
+        }
+        acc
+    }
+
+    #[inline(always)]
+    fn i32_to_f32(self, v: [__m256i; 2]) -> [__m256; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { [_mm256_cvtepi32_ps(v[0]), _mm256_cvtepi32_ps(v[1])] }
+    }
+
+    #[inline(always)]
+    fn sum_i32(self, v: [__m256i; 2]) -> i32 {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe {
+            let v = _mm256_add_epi32(v[0], v[1]);
+            let v = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+            let v = _mm_add_epi32(v, _mm_shuffle_epi32::<0b00_00_11_10>(v));
+            let v = _mm_add_epi32(v, _mm_shuffle_epi32::<0b00_00_00_01>(v));
+            _mm_cvtsi128_si32(v)
+        }
+    }
+
+    #[inline(always)]
+    fn unpack64(self, stream: &[u8], bits: u32) -> [u8; 64] {
+        assert!((1..=8).contains(&bits));
+        let width = bits as usize;
+        let stream = &stream[..8 * width];
+        let table = &UNPACK[width];
+        let mut codes = [0; 64];
+        // SAFETY: the token exists only on CPUs with AVX2. `quarter` reads 8 bytes at a width of one bit, where the stream
+        // is that long, and otherwise 16 at an offset that is at most 16 below the length of the stream. The tables are
+        // 16 bytes each and `codes` is 64; loads and stores may be unaligned.
+        unsafe {
+            let factors = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.factors.as_ptr().cast()));
+            let mask = _mm256_set1_epi8(((1u32 << bits) - 1) as u8 as i8);
+            for half in 0..2 {
+                let [low, high] = [2 * half, 2 * half + 1];
+                let bytes = _mm256_set_m128i(
+                    quarter(stream.as_ptr().add(table.offset[high]), bits),
+                    quarter(stream.as_ptr().add(table.offset[low]), bits),
+                );
+                let first = both(&table.windows[low][0], &table.windows[high][0]);
+                let last = both(&table.windows[low][1], &table.windows[high][1]);
+                let first = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, first), factors);
+                let last = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, last), factors);
+                let packed = _mm256_packus_epi16(_mm256_srli_epi16::<8>(first), _mm256_srli_epi16::<8>(last));
+                _mm256_storeu_si256(codes.as_mut_ptr().add(32 * half).cast(), _mm256_and_si256(packed, mask));
+            }
+        }
+        codes
+    }
+
+    #[inline(always)]
+    fn decode32(self, stream: &[u8; 16], bits: u32, zero: [__m256; 2]) -> [[__m256; 2]; 2] {
+        assert!((1..=4).contains(&bits));
+        let mut out = [zero; 2];
+        for (i, out) in out.as_flattened_mut().iter_mut().enumerate() {
+            let word = stream[i * bits as usize..].first_chunk().expect("eight codes are at most four bytes");
+            // SAFETY: the token exists only on CPUs with AVX2.
+            unsafe {
+                let shift = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits as i32));
+                let shifted = _mm256_srlv_epi32(_mm256_set1_epi32(i32::from_le_bytes(*word)), shift);
+                let codes = _mm256_and_si256(shifted, _mm256_set1_epi32((1 << bits) - 1));
+                *out = _mm256_sub_ps(_mm256_cvtepi32_ps(codes), *out);
+            }
+        }
+        out
+    }
+}

@@ -1,0 +1,385 @@
+//! The logical vector in one 512-bit register: Ice Lake and Zen 4 upward.
+
+use std::arch::x86_64::*;
+
+use super::Kernel;
+use super::simd::Simd;
+
+/// Token for AVX-512 with the byte-permute (VBMI) and integer-dot (VNNI) extensions.
+#[derive(Clone, Copy, Debug)]
+pub struct Avx512(());
+
+impl Avx512 {
+    /// The token, if this CPU and its operating system support every feature that the methods use.
+    pub(super) fn detect() -> Option<Self> {
+        let found = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vbmi")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+            && is_x86_feature_detected!("bmi1")
+            && is_x86_feature_detected!("bmi2");
+        found.then_some(Self(()))
+    }
+
+    /// Runs a kernel compiled for these features.
+    #[inline]
+    pub(super) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c,bmi1,bmi2")]
+        fn inner<K: Kernel>(simd: Avx512, kernel: K) -> K::Output {
+            kernel.run(simd)
+        }
+        // SAFETY: the token exists only on CPUs with all of these features.
+        unsafe { inner(self, kernel) }
+    }
+}
+
+/// For each width, the byte of the stream that lands in each byte of the register: eight codes are `bits` bytes, and
+/// go to one 64-bit element.
+const SPREAD: [[u8; 64]; 9] = {
+    let mut table = [[0; 64]; 9];
+    let mut bits = 1;
+    while bits <= 8 {
+        let mut i = 0;
+        while i < 64 {
+            let within = if i % 8 < bits { i % 8 } else { 0 };
+            table[bits][i] = (i / 8 * bits + within) as u8;
+            i += 1;
+        }
+        bits += 1;
+    }
+    table
+};
+
+/// For each width, the bit of its 64-bit element at which each code starts.
+const SHIFT: [[u8; 64]; 9] = {
+    let mut table = [[0; 64]; 9];
+    let mut bits = 1;
+    while bits <= 8 {
+        let mut i = 0;
+        while i < 64 {
+            table[bits][i] = (i % 8 * bits) as u8;
+            i += 1;
+        }
+        bits += 1;
+    }
+    table
+};
+
+/// For each width up to 4, the bit of its 64-bit word at which each of 16 codes starts, in the low byte of 32-bit lanes.
+const WORD_SHIFT: [[u8; 64]; 5] = {
+    let mut table = [[0; 64]; 5];
+    let mut bits = 1;
+    while bits <= 4 {
+        let mut i = 0;
+        while i < 16 {
+            table[bits][4 * i] = (i * bits) as u8;
+            i += 1;
+        }
+        bits += 1;
+    }
+    table
+};
+
+/// For each width up to 4, the code in the low bits of every four-bit pattern.
+const LOW_BITS: [[f32; 16]; 5] = {
+    let mut table = [[0.0; 16]; 5];
+    let mut bits = 1;
+    while bits <= 4 {
+        let mut i = 0;
+        while i < 16 {
+            table[bits][i] = (i % (1 << bits)) as f32;
+            i += 1;
+        }
+        bits += 1;
+    }
+    table
+};
+
+/// The low `count` lanes, of at most 16.
+#[inline(always)]
+fn first(count: usize) -> __mmask16 {
+    assert!(count <= 16);
+    ((1u32 << count) - 1) as __mmask16
+}
+
+/// Loads four words.
+///
+/// # Safety
+/// The CPU has AVX-512.
+#[inline(always)]
+unsafe fn words(row: &[u8; 16]) -> __m128 {
+    // SAFETY: the array is 16 bytes, and the load may be unaligned; the instructions are the caller's promise.
+    unsafe { _mm_loadu_ps(row.as_ptr().cast()) }
+}
+
+impl Simd for Avx512 {
+    type F32 = __m512;
+    type I32 = __m512i;
+
+    const REGISTERS: usize = 32;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; 16]) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512; the array is 64 bytes, and the load may be unaligned.
+        unsafe { _mm512_loadu_ps(from.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn load_partial(self, from: &[f32]) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512; the mask covers no more lanes than the slice has.
+        unsafe { _mm512_maskz_loadu_ps(first(from.len()), from.as_ptr()) }
+    }
+
+    #[inline(always)]
+    fn store(self, v: __m512, to: &mut [f32; 16]) {
+        // SAFETY: the token exists only on CPUs with AVX-512; the array is 64 bytes, and the store may be unaligned.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), v) }
+    }
+
+    #[inline(always)]
+    fn store_partial(self, v: __m512, to: &mut [f32]) {
+        // SAFETY: the token exists only on CPUs with AVX-512; the mask covers no more lanes than the slice has.
+        unsafe { _mm512_mask_storeu_ps(to.as_mut_ptr(), first(to.len()), v) }
+    }
+
+    #[inline(always)]
+    fn load_f32(self, from: &[u8; 64]) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512; the array is 64 bytes, and the load may be unaligned.
+        unsafe { _mm512_loadu_ps(from.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn load_f16(self, from: &[u8; 32]) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512; the array is 32 bytes, and the load may be unaligned.
+        unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[u8; 32]) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512; the array is 32 bytes, and the load may be unaligned.
+        unsafe {
+            let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
+        }
+    }
+
+    #[inline(always)]
+    fn load_u8(self, from: &[u8; 16]) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512; the array is 16 bytes, and the load may be unaligned.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
+    fn to_u8(self, v: __m512) -> [u8; 16] {
+        let mut out = [0; 16];
+        // SAFETY: the token exists only on CPUs with AVX-512; the array is 16 bytes, and the store may be unaligned.
+        unsafe {
+            let whole = _mm512_max_epi32(_mm512_cvtps_epi32(v), _mm512_setzero_si512());
+            _mm_storeu_si128(out.as_mut_ptr().cast(), _mm512_cvtusepi32_epi8(whole));
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn abs(self, v: __m512) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_abs_ps(v) }
+    }
+
+    #[inline(always)]
+    fn neg(self, v: __m512) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512 (the float xor is of its DQ part).
+        unsafe { _mm512_xor_ps(v, _mm512_set1_ps(-0.0)) }
+    }
+
+    #[inline(always)]
+    fn round_even(self, v: __m512) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(v) }
+    }
+
+    #[inline(always)]
+    fn select_ge(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(a, b), y, x) }
+    }
+
+    #[inline(always)]
+    fn scale_pow2(self, v: __m512, n: __m512) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_scalef_ps(v, n) }
+    }
+
+    #[inline(always)]
+    fn transpose_words(self, rows: [&[u8; 16]; 16]) -> [__m512; 4] {
+        // SAFETY: the token exists only on CPUs with AVX-512 (128-bit insertion of pairs is of its DQ part).
+        unsafe {
+            // Quarter `q` of vector `i` is row `i + 4q`; what remains is four 4x4 transpositions, one in each quarter.
+            let mut v = [_mm512_setzero_ps(); 4];
+            for (i, v) in v.iter_mut().enumerate() {
+                *v = _mm512_castps128_ps512(words(rows[i]));
+                *v = _mm512_insertf32x4::<1>(*v, words(rows[i + 4]));
+                *v = _mm512_insertf32x4::<2>(*v, words(rows[i + 8]));
+                *v = _mm512_insertf32x4::<3>(*v, words(rows[i + 12]));
+            }
+            let [a, b] = [_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1])];
+            let [c, d] = [_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3])];
+            [
+                _mm512_shuffle_ps::<0b01_00_01_00>(a, c),
+                _mm512_shuffle_ps::<0b11_10_11_10>(a, c),
+                _mm512_shuffle_ps::<0b01_00_01_00>(b, d),
+                _mm512_shuffle_ps::<0b11_10_11_10>(b, d),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn sum(self, v: __m512) -> f32 {
+        // SAFETY: the token exists only on CPUs with AVX-512 (256-bit extraction is of its DQ part) and AVX.
+        unsafe {
+            let v = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+        }
+    }
+
+    #[inline(always)]
+    fn max_lane(self, v: __m512) -> f32 {
+        // SAFETY: the token exists only on CPUs with AVX-512 (256-bit extraction is of its DQ part) and AVX.
+        unsafe {
+            let v = _mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+        }
+    }
+
+    #[inline(always)]
+    fn min_lane(self, v: __m512) -> f32 {
+        // SAFETY: the token exists only on CPUs with AVX-512 (256-bit extraction is of its DQ part) and AVX.
+        unsafe {
+            let v = _mm256_min_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            let v = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_min_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_min_ss(v, _mm_movehdup_ps(v)))
+        }
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> __m512i {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_set1_epi32(value) }
+    }
+
+    #[inline(always)]
+    fn dot_u8i8(self, u: &[u8; 64], a: [i8; 4], acc: __m512i) -> __m512i {
+        let a = i32::from_ne_bytes(a.map(|a| a as u8));
+        // SAFETY: the token exists only on CPUs with AVX-512 VNNI; the array is 64 bytes, and the load may be unaligned.
+        unsafe { _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(u.as_ptr().cast()), _mm512_set1_epi32(a)) }
+    }
+
+    #[inline(always)]
+    fn i32_to_f32(self, v: __m512i) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_cvtepi32_ps(v) }
+    }
+
+    #[inline(always)]
+    fn sum_i32(self, v: __m512i) -> i32 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_reduce_add_epi32(v) }
+    }
+
+    #[inline(always)]
+    fn unpack64(self, stream: &[u8], bits: u32) -> [u8; 64] {
+        assert!((1..=8).contains(&bits));
+        let width = bits as usize;
+        let stream = &stream[..8 * width];
+        let mut codes = [0; 64];
+        // SAFETY: the token exists only on CPUs with AVX-512 VBMI; the mask covers exactly the bytes of `stream`; the
+        // tables and `codes` are 64 bytes, and loads and stores may be unaligned.
+        unsafe {
+            let bytes = _mm512_maskz_loadu_epi8(u64::MAX >> (64 - 8 * bits), stream.as_ptr().cast());
+            let spread = _mm512_loadu_si512(SPREAD[width].as_ptr().cast());
+            let shift = _mm512_loadu_si512(SHIFT[width].as_ptr().cast());
+            let shifted = _mm512_multishift_epi64_epi8(shift, _mm512_permutexvar_epi8(spread, bytes));
+            let mask = _mm512_set1_epi8(((1u32 << bits) - 1) as u8 as i8);
+            _mm512_storeu_si512(codes.as_mut_ptr().cast(), _mm512_and_si512(shifted, mask));
+        }
+        codes
+    }
+
+    #[inline(always)]
+    fn decode32(self, stream: &[u8; 16], bits: u32, zero: __m512) -> [__m512; 2] {
+        assert!((1..=4).contains(&bits));
+        let width = bits as usize;
+        let words = [&stream[..8], &stream[2 * width..][..8]];
+        let mut out = [zero; 2];
+        for (out, word) in out.iter_mut().zip(words) {
+            let word = i64::from_le_bytes(word.try_into().expect("eight bytes"));
+            // SAFETY: the token exists only on CPUs with AVX-512 VBMI; the tables are 64 bytes, and loads may be unaligned.
+            unsafe {
+                let shift = _mm512_loadu_si512(WORD_SHIFT[width].as_ptr().cast());
+                // The permutation looks at four bits of each lane; the table makes those after the code irrelevant.
+                let table = _mm512_sub_ps(_mm512_loadu_ps(LOW_BITS[width].as_ptr()), zero);
+                let index = _mm512_multishift_epi64_epi8(shift, _mm512_set1_epi64(word));
+                *out = _mm512_permutexvar_ps(index, table);
+            }
+        }
+        out
+    }
+}

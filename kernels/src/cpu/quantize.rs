@@ -1,0 +1,451 @@
+//! From weights to codes and scales: round-to-nearest, and a search for the scale of least squared error.
+
+use half::f16;
+
+use super::{
+    Cpu, Kernel,
+    simd::{LANES, Simd},
+};
+use crate::matrix::{Data, FloatType, Grid, Layout, Matrix};
+
+/// How scales and codes are chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rounding {
+    /// The scale is the largest magnitude over the largest code (ternary, binary: the mean magnitude); codes are the
+    /// nearest.
+    Nearest,
+    /// The scale is searched for the least squared error of the group.
+    Search,
+}
+
+/// Everything that decides the codes of a matrix.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QuantizeOptions {
+    pub layout: Layout,
+    /// F16 or F32: scales are rounded to it before codes are chosen.
+    pub scale_type: FloatType,
+    pub rounding: Rounding,
+    /// A ternary weight is zero below this share of its scale.
+    pub ternary_threshold: f32,
+}
+
+/// What a look at every weight of a matrix tells.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Range {
+    /// How many values are NaN or infinite.
+    pub non_finite: usize,
+    /// The largest magnitude of all groups.
+    pub largest: f32,
+    /// The smallest among the largest magnitudes of the groups that are not all zero; infinite if all are.
+    pub smallest: f32,
+}
+
+impl Range {
+    /// The range of nothing.
+    pub const EMPTY: Range = Range { non_finite: 0, largest: 0.0, smallest: f32::INFINITY };
+
+    /// The range of two pieces together.
+    pub fn merge(self, other: Range) -> Range {
+        Range {
+            non_finite: self.non_finite + other.non_finite,
+            largest: self.largest.max(other.largest),
+            smallest: self.smallest.min(other.smallest),
+        }
+    }
+}
+
+impl Cpu {
+    /// The range of `count` rows of a float matrix from `first_row` on, in groups of `group` columns.
+    ///
+    /// # Panics
+    /// If the matrix is quantized or the rows are not there.
+    pub fn range(self, matrix: &Matrix, first_row: usize, count: usize, group: usize) -> Range {
+        let Data::Float { dtype, values } = matrix.data() else { panic!("ranges are of float matrices") };
+        let row_bytes = matrix.cols() * dtype.bytes();
+        let rows = &values[first_row * row_bytes..(first_row + count) * row_bytes];
+        self.dispatch(ScanRange { rows, row_bytes, dtype, group })
+    }
+
+    /// Quantizes rows `x` `[rows, cols]` into `codes` `[rows, code_bytes]`, `scales` `[rows, groups]` and `zeros`
+    /// `[rows, zero_bytes]`. All values must be finite. Runs on the calling thread.
+    ///
+    /// # Panics
+    /// If a length does not fit the layout.
+    pub fn quantize_rows(
+        self,
+        options: &QuantizeOptions,
+        cols: usize,
+        x: &[f32],
+        codes: &mut [u8],
+        scales: &mut [u8],
+        zeros: &mut [u8],
+    ) {
+        if cols > 0 {
+            self.dispatch(QuantizeRows { options, cols, x, codes, scales, zeros });
+        }
+    }
+}
+
+struct ScanRange<'a> {
+    rows: &'a [u8],
+    row_bytes: usize,
+    dtype: FloatType,
+    group: usize,
+}
+
+impl Kernel for ScanRange<'_> {
+    type Output = Range;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> Range {
+        match self.dtype {
+            FloatType::F32 => self.scan::<S, 64>(s, |bytes| s.load_f32(bytes)),
+            FloatType::F16 => self.scan::<S, 32>(s, |bytes| s.load_f16(bytes)),
+            FloatType::BF16 => self.scan::<S, 32>(s, |bytes| s.load_bf16(bytes)),
+        }
+    }
+}
+
+impl ScanRange<'_> {
+    /// `BYTES` is what 16 values take.
+    #[inline(always)]
+    fn scan<S: Simd, const BYTES: usize>(&self, s: S, load: impl Fn(&[u8; BYTES]) -> S::F32) -> Range {
+        let mut range = Range::EMPTY;
+        if self.row_bytes == 0 {
+            return range;
+        }
+        let (zero, one, limit) = (s.splat(0.0), s.splat(1.0), s.splat(f32::MAX));
+        let group_bytes = self.group.saturating_mul(BYTES / LANES);
+        for group in self.rows.chunks_exact(self.row_bytes).flat_map(|row| row.chunks(group_bytes)) {
+            let (mut largest, mut bad) = (zero, zero);
+            let (full, tail) = group.as_chunks::<BYTES>();
+            let mut look = |bytes: &[u8; BYTES]| {
+                let magnitude = s.abs(load(bytes));
+                bad = s.add(bad, s.select_ge(limit, magnitude, zero, one));
+                largest = s.max(magnitude, largest);
+            };
+            full.iter().for_each(&mut look);
+            if !tail.is_empty() {
+                let mut padded = [0; BYTES];
+                padded[..tail.len()].copy_from_slice(tail);
+                look(&padded);
+            }
+            let largest = s.max_lane(largest);
+            range.largest = range.largest.max(largest);
+            if largest > 0.0 {
+                range.smallest = range.smallest.min(largest);
+            }
+            // Lanes count in f32, exact far beyond any group that fits in memory rows of 2^28 columns.
+            range.non_finite += s.sum(bad) as usize;
+        }
+        range
+    }
+}
+
+struct QuantizeRows<'a> {
+    options: &'a QuantizeOptions,
+    cols: usize,
+    x: &'a [f32],
+    codes: &'a mut [u8],
+    scales: &'a mut [u8],
+    zeros: &'a mut [u8],
+}
+
+/// A group's outcome: its scale as stored, and its zero point.
+struct GroupScale {
+    scale: f32,
+    zero: u8,
+}
+
+impl Kernel for QuantizeRows<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self { options, cols, x, codes, scales, zeros } = self;
+        let layout = options.layout;
+        let (groups, code_bytes, zero_bytes) = (layout.groups(cols), layout.code_bytes(cols), layout.zero_bytes(cols));
+        let scale_bytes = groups * options.scale_type.bytes();
+        let rows = x.len() / cols;
+        assert_eq!(x.len(), rows * cols);
+        assert_eq!((codes.len(), scales.len(), zeros.len()), (rows * code_bytes, rows * scale_bytes, rows * zero_bytes));
+
+        // One row of unpacked codes, with room for the whole vectors that the last group is written in.
+        let mut row_codes = vec![0u8; cols.next_multiple_of(64) + LANES];
+        let mut row_zeros = vec![0u8; groups.next_multiple_of(64)];
+        let mut padded: Vec<[f32; LANES]> = vec![[0.0; LANES]; layout.group.min(cols).div_ceil(LANES)];
+        for row in 0..rows {
+            for group in 0..groups {
+                let columns = layout.group_range(group, cols);
+                let weights = &x[row * cols..][columns.clone()];
+                let (full, tail) = weights.as_chunks::<LANES>();
+                let weights: &[[f32; LANES]] = if tail.is_empty() {
+                    full
+                } else {
+                    let padded = &mut padded[..full.len() + 1];
+                    padded[..full.len()].copy_from_slice(full);
+                    padded[full.len()] = [0.0; LANES];
+                    padded[full.len()][..tail.len()].copy_from_slice(tail);
+                    padded
+                };
+                let count = columns.len();
+                let chosen = choose_scale(s, options, weights, count);
+                // Whole vectors: what runs into the next group is overwritten by it.
+                let target = &mut row_codes[columns.start..columns.start + weights.len() * LANES];
+                write_codes(s, options, weights, &chosen, target);
+                row_zeros[group] = chosen.zero;
+                let place = (row * groups + group) * options.scale_type.bytes();
+                match options.scale_type {
+                    FloatType::F32 => scales[place..place + 4].copy_from_slice(&chosen.scale.to_le_bytes()),
+                    _ => scales[place..place + 2].copy_from_slice(&f16::from_f32(chosen.scale).to_le_bytes()),
+                }
+            }
+            row_codes[cols..].fill(0);
+            let packed = &mut codes[row * code_bytes..(row + 1) * code_bytes];
+            match layout.grid.stream_bits() {
+                Some(bits) => pack_row(s, &row_codes, bits, packed),
+                None => crate::bits::pack_ternary(&row_codes[..cols], packed),
+            }
+            if let Grid::Int { bits, symmetric: false } = layout.grid {
+                pack_row(s, &row_zeros, bits, &mut zeros[row * zero_bytes..(row + 1) * zero_bytes]);
+            }
+        }
+    }
+}
+
+/// Packs a row of codes, zero after its end, into a dense stream.
+#[inline(always)]
+fn pack_row<S: Simd>(s: S, codes: &[u8], bits: u32, packed: &mut [u8]) {
+    let step = 8 * bits as usize;
+    let mut blocks = packed.chunks_exact_mut(step);
+    let mut index = 0;
+    let (blocks_of_codes, _) = codes.as_chunks::<64>();
+    for block in &mut blocks {
+        s.pack64(&blocks_of_codes[index], bits, block);
+        index += 1;
+    }
+    let rest = blocks.into_remainder();
+    if !rest.is_empty() {
+        let mut last = [0; 64];
+        s.pack64(&blocks_of_codes[index], bits, &mut last);
+        rest.copy_from_slice(&last[..rest.len()]);
+    }
+}
+
+/// Rounds a scale to the type that it is stored in; one that is not zero stays so.
+fn stored_scale(scale: f32, scale_type: FloatType) -> f32 {
+    if scale_type == FloatType::F32 || scale == 0.0 {
+        return scale;
+    }
+    let rounded = f16::from_f32(scale).to_f32().clamp(-f16::MAX.to_f32(), f16::MAX.to_f32());
+    if rounded == 0.0 { f16::from_bits(1).to_f32().copysign(scale) } else { rounded }
+}
+
+#[inline(always)]
+fn choose_scale<S: Simd>(s: S, options: &QuantizeOptions, weights: &[[f32; LANES]], count: usize) -> GroupScale {
+    let (low, high) = extremes(s, weights);
+    let largest = high.max(-low);
+    let search = options.rounding == Rounding::Search;
+    let (scale, zero) = match options.layout.grid {
+        Grid::Int { bits, symmetric: true } => {
+            let half = 1 << (bits - 1);
+            let nearest = largest / (half - 1) as f32;
+            let scale = if search { search_symmetric(s, weights, bits, low, high) } else { nearest };
+            (scale, half as u8)
+        }
+        Grid::Int { bits, symmetric: false } => {
+            let top = ((1u32 << bits) - 1) as f32;
+            let scale = stored_scale((high - low) / top, options.scale_type);
+            if scale == 0.0 {
+                (0.0, 0)
+            } else if search {
+                search_asymmetric(s, weights, bits, low, high)
+            } else {
+                (scale, (-low / scale).round_ties_even().clamp(0.0, top) as u8)
+            }
+        }
+        Grid::Ternary if search => (search_ternary(s, weights, count, options.ternary_threshold), 0),
+        Grid::Ternary | Grid::Binary => (magnitude_sum(s, weights) / count as f32, 0),
+    };
+    GroupScale { scale: stored_scale(scale, options.scale_type), zero }
+}
+
+#[inline(always)]
+fn write_codes<S: Simd>(s: S, options: &QuantizeOptions, weights: &[[f32; LANES]], chosen: &GroupScale, codes: &mut [u8]) {
+    let (zero, one) = (s.splat(0.0), s.splat(1.0));
+    let codes = codes.as_chunks_mut::<LANES>().0;
+    match options.layout.grid {
+        Grid::Int { bits, .. } => {
+            if chosen.scale == 0.0 {
+                codes.iter_mut().for_each(|code| *code = [chosen.zero; LANES]);
+                return;
+            }
+            let (scale, offset) = (s.splat(chosen.scale), s.splat(chosen.zero.into()));
+            let top = s.splat(((1u32 << bits) - 1) as f32);
+            for (weight, code) in weights.iter().zip(codes) {
+                let level = s.add(s.round_even(s.div(s.load(weight), scale)), offset);
+                *code = s.to_u8(s.min(s.max(level, zero), top));
+            }
+        }
+        Grid::Ternary => {
+            let threshold = s.splat(if chosen.scale == 0.0 { f32::INFINITY } else { options.ternary_threshold * chosen.scale });
+            for (weight, code) in weights.iter().zip(codes) {
+                let weight = s.load(weight);
+                let above = s.select_ge(weight, threshold, one, zero);
+                let below = s.select_ge(s.neg(weight), threshold, one, zero);
+                *code = s.to_u8(s.sub(s.add(one, above), below));
+            }
+        }
+        Grid::Binary => {
+            for (weight, code) in weights.iter().zip(codes) {
+                *code = s.to_u8(s.select_ge(s.load(weight), zero, one, zero));
+            }
+        }
+    }
+}
+
+/// Smallest and largest weight, zero included.
+#[inline(always)]
+fn extremes<S: Simd>(s: S, weights: &[[f32; LANES]]) -> (f32, f32) {
+    let (mut low, mut high) = (s.splat(0.0), s.splat(0.0));
+    for weight in weights {
+        let weight = s.load(weight);
+        low = s.min(weight, low);
+        high = s.max(weight, high);
+    }
+    (s.min_lane(low), s.max_lane(high))
+}
+
+#[inline(always)]
+fn magnitude_sum<S: Simd>(s: S, weights: &[[f32; LANES]]) -> f32 {
+    s.sum(weights.iter().fold(s.splat(0.0), |sum, weight| s.add(sum, s.abs(s.load(weight)))))
+}
+
+/// With codes `q = clamp(round(w * inverse), low, high)`: the sums of `w q` and of `q q`.
+///
+/// The best scale for these codes is their quotient, and `(sum w q)^2 / sum q q` is what it takes off the squared error.
+#[inline(always)]
+fn fit<S: Simd>(s: S, weights: &[[f32; LANES]], inverse: f32, low: f32, high: f32) -> (f32, f32) {
+    let (inverse, low, high) = (s.splat(inverse), s.splat(low), s.splat(high));
+    let (mut products, mut squares) = (s.splat(0.0), s.splat(0.0));
+    for weight in weights {
+        let weight = s.load(weight);
+        let level = s.min(s.max(s.round_even(s.mul(weight, inverse)), low), high);
+        products = s.mul_add(weight, level, products);
+        squares = s.mul_add(level, level, squares);
+    }
+    (s.sum(products), s.sum(squares))
+}
+
+/// The best scale found so far.
+struct Best {
+    gain: f32,
+    scale: f32,
+    zero: u8,
+}
+
+impl Best {
+    /// Tries codes of `scale`; keeps the scale that fits them best if it beats what is held.
+    #[inline(always)]
+    fn consider<S: Simd>(&mut self, s: S, weights: &[[f32; LANES]], scale: f32, zero: u8, bits: u32) -> bool {
+        let inverse = 1.0 / scale;
+        if !inverse.is_finite() {
+            return false;
+        }
+        let low = -f32::from(zero);
+        let (products, squares) = fit(s, weights, inverse, low, low + ((1u32 << bits) - 1) as f32);
+        if squares == 0.0 {
+            return false;
+        }
+        let gain = products * (products / squares);
+        let better = gain > self.gain;
+        if better {
+            *self = Best { gain, scale: products / squares, zero };
+        }
+        better
+    }
+
+    /// Alternates codes and scale until nothing improves, at most `rounds` times.
+    #[inline(always)]
+    fn refine<S: Simd>(&mut self, s: S, weights: &[[f32; LANES]], bits: u32, rounds: usize) {
+        for _ in 0..rounds {
+            if !self.consider(s, weights, self.scale, self.zero, bits) {
+                break;
+            }
+        }
+    }
+}
+
+/// Shares of the full range that are tried as clipping points. The fewer the levels, the more clipping pays.
+const CLIP_STEPS: usize = 16;
+
+#[inline(always)]
+fn clip(step: usize, bits: u32) -> f32 {
+    let least = 1.0 - [0.7, 0.55, 0.4, 0.25, 0.15, 0.08, 0.05][bits as usize - 2];
+    least + (1.03 - least) * step as f32 / (CLIP_STEPS - 1) as f32
+}
+
+/// The grid has one more level below zero than above, so both signs of the scale are tried.
+#[inline(always)]
+fn search_symmetric<S: Simd>(s: S, weights: &[[f32; LANES]], bits: u32, low: f32, high: f32) -> f32 {
+    let half = (1u32 << (bits - 1)) as f32;
+    let mut best = Best { gain: 0.0, scale: 0.0, zero: half as u8 };
+    for step in 0..CLIP_STEPS {
+        let clip = clip(step, bits);
+        for (below, above) in [(low, high), (-high, -low)] {
+            // The scale at which both ends just fit, sign apart.
+            let scale = clip * (-below / half).max(above / (half - 1.0));
+            let signed = if below == low { scale } else { -scale };
+            best.consider(s, weights, signed, half as u8, bits);
+        }
+    }
+    best.refine(s, weights, bits, 4);
+    best.scale
+}
+
+#[inline(always)]
+fn search_asymmetric<S: Simd>(s: S, weights: &[[f32; LANES]], bits: u32, low: f32, high: f32) -> (f32, u8) {
+    let top = ((1u32 << bits) - 1) as f32;
+    let mut best = Best { gain: 0.0, scale: 0.0, zero: 0 };
+    for step in 0..CLIP_STEPS {
+        let scale = clip(step, bits) * (high - low) / top;
+        // The clipped range keeps its middle in the middle.
+        let middle = (top / 2.0 - (high + low) / 2.0 / scale).round_ties_even();
+        for shift in [-1.0, 0.0, 1.0] {
+            let zero = middle + shift;
+            if (0.0..=top).contains(&zero) {
+                best.consider(s, weights, scale, zero as u8, bits);
+            }
+        }
+    }
+    // A range far from zero may leave no candidate above: zero then sits at an end of the grid.
+    if best.gain == 0.0 {
+        let zero = if low < 0.0 { top as u8 } else { 0 };
+        best.consider(s, weights, (high - low) / top, zero, bits);
+    }
+    best.refine(s, weights, bits, 4);
+    (best.scale, best.zero)
+}
+
+/// The scale of least squared error when weights below `threshold` times the scale are zero.
+#[inline(always)]
+fn search_ternary<S: Simd>(s: S, weights: &[[f32; LANES]], count: usize, threshold: f32) -> f32 {
+    const STEPS: usize = 48;
+    let mean = magnitude_sum(s, weights) / count as f32;
+    let (mut best_gain, mut best) = (0.0, mean);
+    for step in 0..STEPS {
+        let scale = mean * (0.5 + 3.0 * step as f32 / (STEPS - 1) as f32);
+        let (limit, zero, one) = (s.splat(threshold * scale), s.splat(0.0), s.splat(1.0));
+        let (mut kept, mut number) = (zero, zero);
+        for weight in weights {
+            let magnitude = s.abs(s.load(weight));
+            kept = s.add(kept, s.select_ge(magnitude, limit, magnitude, zero));
+            number = s.add(number, s.select_ge(magnitude, limit, one, zero));
+        }
+        let gain = scale * (2.0 * s.sum(kept) - scale * s.sum(number));
+        if gain > best_gain {
+            (best_gain, best) = (gain, scale);
+        }
+    }
+    best
+}

@@ -1,0 +1,271 @@
+//! The logical vector without vector instructions: the fallback on every CPU and the meaning of every operation.
+
+use half::f16;
+
+use super::simd::Simd;
+
+/// Token for plain scalar code, which every CPU runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Scalar;
+
+#[inline(always)]
+fn map(v: [f32; 16], f: impl Fn(f32) -> f32) -> [f32; 16] {
+    v.map(f)
+}
+
+#[inline(always)]
+fn zip(mut a: [f32; 16], b: [f32; 16], f: impl Fn(f32, f32) -> f32) -> [f32; 16] {
+    for (a, b) in a.iter_mut().zip(b) {
+        *a = f(*a, b);
+    }
+    a
+}
+
+/// Folds lane `i` with `i + 8`, then `i + 4`, `i + 2` and `i + 1`.
+#[inline(always)]
+fn fold<T: Copy>(mut v: [T; 16], f: impl Fn(T, T) -> T) -> T {
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            v[i] = f(v[i], v[i + half]);
+        }
+    }
+    v[0]
+}
+
+#[inline(always)]
+fn min(a: f32, b: f32) -> f32 {
+    if a < b { a } else { b }
+}
+
+#[inline(always)]
+fn max(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+/// `2^n` for `n` from -126 to 127.
+#[inline(always)]
+fn pow2(n: i32) -> f32 {
+    f32::from_bits((n.wrapping_add(127) as u32) << 23)
+}
+
+impl Simd for Scalar {
+    type F32 = [f32; 16];
+    type I32 = [i32; 16];
+
+    const REGISTERS: usize = 4;
+
+    #[inline(always)]
+    fn splat(self, value: f32) -> [f32; 16] {
+        [value; 16]
+    }
+
+    #[inline(always)]
+    fn load(self, from: &[f32; 16]) -> [f32; 16] {
+        *from
+    }
+
+    #[inline(always)]
+    fn load_partial(self, from: &[f32]) -> [f32; 16] {
+        let mut v = [0.0; 16];
+        v[..from.len()].copy_from_slice(from);
+        v
+    }
+
+    #[inline(always)]
+    fn store(self, v: [f32; 16], to: &mut [f32; 16]) {
+        *to = v;
+    }
+
+    #[inline(always)]
+    fn store_partial(self, v: [f32; 16], to: &mut [f32]) {
+        to.copy_from_slice(&v[..to.len()]);
+    }
+
+    #[inline(always)]
+    fn load_f32(self, from: &[u8; 64]) -> [f32; 16] {
+        let mut v = [0.0; 16];
+        for (v, &bytes) in v.iter_mut().zip(from.as_chunks::<4>().0) {
+            *v = f32::from_le_bytes(bytes);
+        }
+        v
+    }
+
+    #[inline(always)]
+    fn load_f16(self, from: &[u8; 32]) -> [f32; 16] {
+        let mut v = [0.0; 16];
+        for (v, &bytes) in v.iter_mut().zip(from.as_chunks::<2>().0) {
+            *v = f16::from_le_bytes(bytes).to_f32_const();
+        }
+        v
+    }
+
+    #[inline(always)]
+    fn load_bf16(self, from: &[u8; 32]) -> [f32; 16] {
+        let mut v = [0.0; 16];
+        for (v, &bytes) in v.iter_mut().zip(from.as_chunks::<2>().0) {
+            *v = f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16);
+        }
+        v
+    }
+
+    #[inline(always)]
+    fn load_u8(self, from: &[u8; 16]) -> [f32; 16] {
+        from.map(f32::from)
+    }
+
+    #[inline(always)]
+    fn to_u8(self, v: [f32; 16]) -> [u8; 16] {
+        v.map(|v| v as u8)
+    }
+
+    #[inline(always)]
+    fn add(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        zip(a, b, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn sub(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        zip(a, b, |a, b| a - b)
+    }
+
+    #[inline(always)]
+    fn mul(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        zip(a, b, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    fn div(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        zip(a, b, |a, b| a / b)
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [f32; 16], b: [f32; 16], mut c: [f32; 16]) -> [f32; 16] {
+        for (c, (a, b)) in c.iter_mut().zip(a.into_iter().zip(b)) {
+            *c = a.mul_add(b, *c);
+        }
+        c
+    }
+
+    #[inline(always)]
+    fn min(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        zip(a, b, min)
+    }
+
+    #[inline(always)]
+    fn max(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        zip(a, b, max)
+    }
+
+    #[inline(always)]
+    fn abs(self, v: [f32; 16]) -> [f32; 16] {
+        map(v, f32::abs)
+    }
+
+    #[inline(always)]
+    fn neg(self, v: [f32; 16]) -> [f32; 16] {
+        map(v, |v| -v)
+    }
+
+    #[inline(always)]
+    fn round_even(self, v: [f32; 16]) -> [f32; 16] {
+        map(v, f32::round_ties_even)
+    }
+
+    #[inline(always)]
+    fn select_ge(self, a: [f32; 16], b: [f32; 16], x: [f32; 16], mut y: [f32; 16]) -> [f32; 16] {
+        for i in 0..16 {
+            if a[i] >= b[i] {
+                y[i] = x[i];
+            }
+        }
+        y
+    }
+
+    #[inline(always)]
+    fn scale_pow2(self, v: [f32; 16], n: [f32; 16]) -> [f32; 16] {
+        zip(v, n, |v, n| {
+            let n = n as i32;
+            v * pow2(n >> 1) * pow2(n - (n >> 1))
+        })
+    }
+
+    #[inline(always)]
+    fn transpose_words(self, rows: [&[u8; 16]; 16]) -> [[f32; 16]; 4] {
+        let mut out = [[0.0; 16]; 4];
+        for (lane, row) in rows.into_iter().enumerate() {
+            for (out, &word) in out.iter_mut().zip(row.as_chunks::<4>().0) {
+                out[lane] = f32::from_bits(u32::from_ne_bytes(word));
+            }
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn sum(self, v: [f32; 16]) -> f32 {
+        fold(v, |a, b| a + b)
+    }
+
+    #[inline(always)]
+    fn max_lane(self, v: [f32; 16]) -> f32 {
+        fold(v, max)
+    }
+
+    #[inline(always)]
+    fn min_lane(self, v: [f32; 16]) -> f32 {
+        fold(v, min)
+    }
+
+    #[inline(always)]
+    fn splat_i32(self, value: i32) -> [i32; 16] {
+        [value; 16]
+    }
+
+    #[inline(always)]
+    fn dot_u8i8(self, u: &[u8; 64], a: [i8; 4], mut acc: [i32; 16]) -> [i32; 16] {
+        for (acc, u) in acc.iter_mut().zip(u.as_chunks::<4>().0) {
+            for (&u, a) in u.iter().zip(a) {
+                *acc = acc.wrapping_add(i32::from(u) * i32::from(a));
+            }
+        }
+        acc
+    }
+
+    #[inline(always)]
+    fn i32_to_f32(self, v: [i32; 16]) -> [f32; 16] {
+        v.map(|v| v as f32)
+    }
+
+    #[inline(always)]
+    fn sum_i32(self, v: [i32; 16]) -> i32 {
+        fold(v, i32::wrapping_add)
+    }
+
+    #[inline(always)]
+    fn unpack64(self, stream: &[u8], bits: u32) -> [u8; 64] {
+        assert!((1..=8).contains(&bits));
+        let width = bits as usize;
+        let mask = (1u64 << bits) - 1;
+        let mut codes = [0; 64];
+        for (eight, from) in codes.as_chunks_mut::<8>().0.iter_mut().zip(stream[..8 * width].chunks_exact(width)) {
+            let mut word = [0; 8];
+            word[..width].copy_from_slice(from);
+            let word = u64::from_le_bytes(word);
+            for (i, code) in eight.iter_mut().enumerate() {
+                *code = (word >> (i as u32 * bits) & mask) as u8;
+            }
+        }
+        codes
+    }
+
+    #[inline(always)]
+    fn decode32(self, stream: &[u8; 16], bits: u32, zero: [f32; 16]) -> [[f32; 16]; 2] {
+        assert!((1..=4).contains(&bits));
+        let word = u128::from_le_bytes(*stream);
+        let mut out = [[0.0; 16]; 2];
+        for (i, out) in out.as_flattened_mut().iter_mut().enumerate() {
+            let code = word >> (i as u32 * bits) & ((1 << bits) - 1);
+            *out = code as f32 - zero[i % 16];
+        }
+        out
+    }
+}

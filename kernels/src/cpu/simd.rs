@@ -1,0 +1,140 @@
+//! The vector that every kernel is written over: 16 lanes on every instruction set.
+//!
+//! The width is logical. AVX-512 holds it in one register, AVX2 in two, scalar code in an array; lane order, reduction
+//! trees and the use of fused multiply-add are the same everywhere, so a kernel gives bit-identical results on every
+//! instruction set (which NaN comes out of arithmetic on NaNs is the one thing left open).
+//!
+//! A type that implements [`Simd`] is a token: it can only be made on a CPU that has its instructions, which is what
+//! makes the methods safe to call.
+
+/// Lanes of the logical vector.
+pub const LANES: usize = 16;
+
+/// Operations on the logical vector. Kernels reach an implementation through [`Cpu::dispatch`](super::Cpu::dispatch).
+pub trait Simd: Copy + Send + Sync + 'static {
+    /// 16 lanes of f32.
+    type F32: Copy + Send + Sync;
+    /// 16 lanes of i32.
+    type I32: Copy + Send + Sync;
+
+    /// How many logical vectors fit in registers: the size of a matrix tile follows from it.
+    const REGISTERS: usize;
+
+    /// Every lane `value`.
+    fn splat(self, value: f32) -> Self::F32;
+    fn load(self, from: &[f32; 16]) -> Self::F32;
+    /// Loads at most 16 values; the remaining lanes are zero.
+    fn load_partial(self, from: &[f32]) -> Self::F32;
+    fn store(self, v: Self::F32, to: &mut [f32; 16]);
+    /// Stores the first `to.len()` lanes, at most 16.
+    fn store_partial(self, v: Self::F32, to: &mut [f32]);
+
+    /// Loads little-endian f32 from bytes of any alignment.
+    fn load_f32(self, from: &[u8; 64]) -> Self::F32;
+    /// Loads little-endian IEEE half-precision values and widens them.
+    fn load_f16(self, from: &[u8; 32]) -> Self::F32;
+    /// Loads little-endian bfloat16 values and widens them.
+    fn load_bf16(self, from: &[u8; 32]) -> Self::F32;
+    /// Converts unsigned bytes.
+    fn load_u8(self, from: &[u8; 16]) -> Self::F32;
+    /// Converts lanes that hold integers to bytes, saturating at 0 and 255; beyond the range of i32 the result is
+    /// not specified.
+    fn to_u8(self, v: Self::F32) -> [u8; 16];
+
+    fn add(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a - b`.
+    fn sub(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn mul(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a / b`, correctly rounded.
+    fn div(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a * b + c` with one rounding.
+    fn mul_add(self, a: Self::F32, b: Self::F32, c: Self::F32) -> Self::F32;
+    /// `a < b ? a : b`, so `b` where either is NaN.
+    fn min(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    /// `a > b ? a : b`, so `b` where either is NaN.
+    fn max(self, a: Self::F32, b: Self::F32) -> Self::F32;
+    fn abs(self, v: Self::F32) -> Self::F32;
+    fn neg(self, v: Self::F32) -> Self::F32;
+    /// Rounds to the nearest integer, halves to even.
+    fn round_even(self, v: Self::F32) -> Self::F32;
+    /// `a >= b ? x : y`, so `y` where either is NaN.
+    fn select_ge(self, a: Self::F32, b: Self::F32, x: Self::F32, y: Self::F32) -> Self::F32;
+    /// `v * 2^n` for lanes of `n` that hold integers from -252 to 254; `v * 2^(n/2)` must not overflow or be subnormal.
+    fn scale_pow2(self, v: Self::F32, n: Self::F32) -> Self::F32;
+
+    /// Transposes 16 rows of four 32-bit words of any kind: lane `r` of vector `k` is word `k` of row `r`.
+    fn transpose_words(self, rows: [&[u8; 16]; 16]) -> [Self::F32; 4];
+
+    /// Sum of the lanes: `i` and `i + 8` first, then `i + 4`, `i + 2`, `i + 1`.
+    fn sum(self, v: Self::F32) -> f32;
+    /// Largest lane, folded with [`max`](Self::max) in the order of [`sum`](Self::sum).
+    fn max_lane(self, v: Self::F32) -> f32;
+    /// Smallest lane, folded with [`min`](Self::min) in the order of [`sum`](Self::sum).
+    fn min_lane(self, v: Self::F32) -> f32;
+
+    /// Every lane `value`.
+    fn splat_i32(self, value: i32) -> Self::I32;
+    /// Adds `u[4i] * a[0] + ... + u[4i+3] * a[3]` to lane `i`, exactly; the sum wraps.
+    fn dot_u8i8(self, u: &[u8; 64], a: [i8; 4], acc: Self::I32) -> Self::I32;
+    /// [`dot_u8i8`](Self::dot_u8i8) where every `u` is below 128.
+    #[inline(always)]
+    fn dot_u7i8(self, u: &[u8; 64], a: [i8; 4], acc: Self::I32) -> Self::I32 {
+        self.dot_u8i8(u, a, acc)
+    }
+    /// Converts with one rounding.
+    fn i32_to_f32(self, v: Self::I32) -> Self::F32;
+    /// Sum of the lanes; wraps.
+    fn sum_i32(self, v: Self::I32) -> i32;
+
+    /// Unpacks 64 codes of `bits` bits, 1 to 8, first code in the lowest bits. Reads exactly the first `8 * bits`
+    /// bytes of `stream`.
+    ///
+    /// # Panics
+    /// If `stream` is shorter than that, or `bits` is out of range.
+    fn unpack64(self, stream: &[u8], bits: u32) -> [u8; 64];
+
+    /// Unpacks 32 codes of `bits` bits, 1 to 4, first code in the lowest bits, converts them and subtracts `zero`. Bytes
+    /// after the codes are ignored.
+    ///
+    /// # Panics
+    /// If `bits` is out of range.
+    fn decode32(self, stream: &[u8; 16], bits: u32, zero: Self::F32) -> [Self::F32; 2];
+
+    /// Packs 64 codes of `bits` bits into the first `8 * bits` bytes of `out`: the inverse of
+    /// [`unpack64`](Self::unpack64). Higher bits of a code are dropped.
+    ///
+    /// # Panics
+    /// If `out` is shorter than that, or `bits` is out of range.
+    #[inline(always)]
+    fn pack64(self, codes: &[u8; 64], bits: u32, out: &mut [u8]) {
+        assert!((1..=8).contains(&bits));
+        let width = bits as usize;
+        let mask = (1u64 << bits) - 1;
+        let out = &mut out[..8 * width];
+        for (eight, to) in codes.as_chunks::<8>().0.iter().zip(out.chunks_exact_mut(width)) {
+            let mut word = 0;
+            for (i, &code) in eight.iter().enumerate() {
+                word |= (u64::from(code) & mask) << (i as u32 * bits);
+            }
+            to.copy_from_slice(&word.to_le_bytes()[..width]);
+        }
+    }
+
+    /// `e^v`, within 2 units in the last place; 0 below the smallest subnormal, infinity on overflow, NaN for NaN.
+    #[inline(always)]
+    fn exp(self, v: Self::F32) -> Self::F32 {
+        // The clamps keep `n` in the range of `scale_pow2`; with the constant first, NaN passes through.
+        let v = self.min(self.splat(89.0), self.max(self.splat(-104.5), v));
+        let n = self.round_even(self.mul(v, self.splat(std::f32::consts::LOG2_E)));
+        // ln 2 in two parts; the first has trailing zeros, so `n * LN2_HIGH` is exact.
+        let r = self.mul_add(n, self.splat(-0.693_359_4), v);
+        let r = self.mul_add(n, self.splat(2.121_944_4e-4), r);
+        // The minimax polynomial of the Cephes library for |r| <= ln(2) / 2.
+        let mut p = self.splat(1.987_569_1e-4);
+        for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5] {
+            p = self.mul_add(p, r, self.splat(c));
+        }
+        let p = self.add(self.mul_add(self.mul(r, r), p, r), self.splat(1.0));
+        self.scale_pow2(p, n)
+    }
+}

@@ -1,0 +1,14 @@
+//! Compute kernels of bkpack: packed matrices, quantization and the operations of a forward pass.
+//!
+//! Every kernel is written once over a small vector trait and runs on every instruction set; [`reference`] holds the
+//! scalar oracle that each is tested against. No files, no JSON, no threads of its own: parallel loops run on the
+//! caller's rayon pool.
+
+pub mod bits;
+pub mod cpu;
+pub mod matrix;
+pub mod reference;
+pub mod reference_ops;
+
+pub use cpu::{Cpu, Isa};
+pub use matrix::{Data, FloatType, Grid, Layout, Matrix, MatrixError};

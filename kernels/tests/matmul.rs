@@ -1,0 +1,358 @@
+//! Dequantization and matrix products on every instruction set against the scalar oracle, over every grid, scale type
+//! and kind of group, with ragged shapes. Each run draws a fresh seed, which failures name.
+
+use std::hash::{BuildHasher, RandomState};
+
+use bkpack_kernels::bits::{invalid_code_row, pack_row, pack_stream};
+use bkpack_kernels::cpu::activation_blocks;
+use bkpack_kernels::reference;
+use bkpack_kernels::{Cpu, Data, FloatType, Grid, Layout, Matrix};
+use half::{bf16, f16};
+
+/// A xorshift generator.
+struct Random {
+    state: u64,
+    seed: u64,
+}
+
+impl Random {
+    fn fresh() -> Self {
+        let seed = RandomState::new().hash_one(0) | 1;
+        Self { state: seed, seed }
+    }
+
+    fn next(&mut self) -> u64 {
+        self.state ^= self.state << 13;
+        self.state ^= self.state >> 7;
+        self.state ^= self.state << 17;
+        self.state
+    }
+
+    fn below(&mut self, end: usize) -> usize {
+        (self.next() >> 33) as usize % end
+    }
+
+    fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())]
+    }
+
+    /// Uniform in [-1, 1).
+    fn uniform(&mut self) -> f32 {
+        (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    fn floats(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.uniform()).collect()
+    }
+}
+
+fn float_bytes(dtype: FloatType, values: &[f32]) -> Vec<u8> {
+    let bytes = |v: &f32| match dtype {
+        FloatType::F32 => v.to_le_bytes().to_vec(),
+        FloatType::F16 => f16::from_f32(*v).to_le_bytes().to_vec(),
+        FloatType::BF16 => bf16::from_f32(*v).to_le_bytes().to_vec(),
+    };
+    values.iter().flat_map(bytes).collect()
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Encoding {
+    Float(FloatType),
+    Quantized(Layout, FloatType),
+}
+
+fn encodings() -> Vec<Encoding> {
+    let mut grids = vec![Grid::Ternary, Grid::Binary];
+    for bits in 2..=8 {
+        grids.extend([true, false].map(|symmetric| Grid::Int { bits, symmetric }));
+    }
+    let mut all = [FloatType::F32, FloatType::F16, FloatType::BF16].map(Encoding::Float).to_vec();
+    for grid in grids {
+        for group in [1, 7, 32, 48, 64, 128, 256, 1 << 40] {
+            for scale_type in [FloatType::F16, FloatType::F32] {
+                all.push(Encoding::Quantized(Layout { grid, group }, scale_type));
+            }
+        }
+    }
+    all
+}
+
+/// The bytes of a random matrix.
+struct Bytes {
+    encoding: Encoding,
+    rows: usize,
+    cols: usize,
+    values: Vec<u8>, // or codes
+    scales: Vec<u8>,
+    zeros: Vec<u8>,
+}
+
+impl Bytes {
+    fn random(random: &mut Random, encoding: Encoding, rows: usize, cols: usize) -> Self {
+        let mut bytes = Self { encoding, rows, cols, values: Vec::new(), scales: Vec::new(), zeros: Vec::new() };
+        match encoding {
+            Encoding::Float(dtype) => bytes.values = float_bytes(dtype, &random.floats(rows * cols)),
+            Encoding::Quantized(layout, scale_type) => {
+                bytes.values = vec![0; rows * layout.code_bytes(cols)];
+                let most = usize::from(layout.grid.max_code());
+                for row in bytes.values.chunks_mut(layout.code_bytes(cols).max(1)) {
+                    let codes: Vec<u8> = (0..cols).map(|_| random.below(most + 1) as u8).collect();
+                    pack_row(layout.grid, &codes, row);
+                }
+                assert_eq!(invalid_code_row(&layout, cols, &bytes.values), None);
+                bytes.scales = float_bytes(scale_type, &random.floats(rows * layout.groups(cols)));
+                bytes.zeros = vec![0; rows * layout.zero_bytes(cols)];
+                for row in bytes.zeros.chunks_mut(layout.zero_bytes(cols).max(1)) {
+                    let zeros: Vec<u8> = (0..layout.groups(cols)).map(|_| random.below(most + 1) as u8).collect();
+                    pack_stream(&zeros, layout.grid.stream_bits().unwrap(), row);
+                }
+            }
+        }
+        bytes
+    }
+
+    fn matrix(&self) -> Matrix<'_> {
+        let data = match self.encoding {
+            Encoding::Float(dtype) => Data::Float { dtype, values: &self.values },
+            Encoding::Quantized(layout, scale_type) => {
+                Data::Quantized { layout, codes: &self.values, scale_type, scales: &self.scales, zeros: &self.zeros }
+            }
+        };
+        Matrix::new(self.rows, self.cols, data).unwrap()
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+const ROWS: [usize; 9] = [0, 1, 2, 15, 16, 17, 48, 50, 97];
+const COLS: [usize; 13] = [0, 1, 3, 5, 31, 63, 64, 65, 96, 128, 257, 320, 517];
+const TOKENS: [usize; 11] = [0, 1, 2, 3, 5, 7, 8, 9, 13, 24, 300];
+
+#[test]
+fn dequantization_is_exact() {
+    let mut random = Random::fresh();
+    for encoding in encodings() {
+        for cols in COLS {
+            let rows = random.pick(&ROWS);
+            let bytes = Bytes::random(&mut random, encoding, rows, cols);
+            let w = bytes.matrix();
+            let expected = reference::dequantize(&w);
+            let indices: Vec<u32> = (0..if rows == 0 { 0 } else { 5 }).map(|_| random.below(rows) as u32).collect();
+            let context = format!("{encoding:?} [{rows}, {cols}] seed {}", random.seed);
+            for cpu in Cpu::available() {
+                let mut out = vec![f32::NAN; rows * cols];
+                cpu.dequantize(&w, 0, &mut out);
+                assert_eq!(bits(&out), bits(&expected), "{context} on {}", cpu.isa());
+                let first = rows / 2;
+                out.truncate((rows - first).min(3) * cols);
+                cpu.dequantize(&w, first, &mut out);
+                assert_eq!(bits(&out), bits(&expected[first * cols..][..out.len()]), "{context} on {}", cpu.isa());
+
+                let mut gathered = vec![f32::NAN; indices.len() * cols];
+                cpu.gather_rows(&w, &indices, &mut gathered);
+                for (i, &index) in indices.iter().enumerate() {
+                    let row = &gathered[i * cols..][..cols];
+                    assert_eq!(bits(row), bits(&expected[index as usize * cols..][..cols]), "{context}");
+                }
+            }
+        }
+    }
+}
+
+/// A bound of the rounding error of a sum of products over `cols` columns, relative to the sum of their magnitudes.
+///
+/// The longest chain of additions is one block of 256 columns followed by one addition a block; the rounding of the weight,
+/// of the scale's multiplication and of the final reduction come on top.
+fn relative_error(cols: usize) -> f64 {
+    let roundings = (cols.min(256) + cols.div_ceil(256) + 8) as f64;
+    let unit = f64::from(f32::EPSILON) / 2.0;
+    roundings * unit / (1.0 - roundings * unit)
+}
+
+fn check_matmul(random: &mut Random, encoding: Encoding, rows: usize, cols: usize, tokens: usize) {
+    let bytes = Bytes::random(random, encoding, rows, cols);
+    let w = bytes.matrix();
+    let x = random.floats(tokens * cols);
+    let weights = reference::dequantize(&w);
+    let expected = reference::matmul(&x, tokens, &w);
+    let context = format!("{encoding:?} [{rows}, {cols}] x {tokens} seed {}", random.seed);
+    let mut first: Option<Vec<u32>> = None;
+    for cpu in Cpu::available() {
+        let mut out = vec![f32::NAN; tokens * rows];
+        cpu.matmul(&x, &w, &mut out);
+        for (i, (&found, &expected)) in out.iter().zip(&expected).enumerate() {
+            let (token, row) = (i / rows, i % rows);
+            let pairs = x[token * cols..][..cols].iter().zip(&weights[row * cols..][..cols]);
+            let magnitude: f64 = pairs.map(|(&x, &w)| f64::from(x * w).abs()).sum();
+            // Products of subnormal size lose their relative precision.
+            let bound = relative_error(cols) * magnitude * (1.0 + 1e-6) + cols as f64 * 1e-44;
+            let error = (f64::from(found) - expected).abs();
+            assert!(error <= bound, "{context} on {}: [{token}, {row}] {found} for {expected}", cpu.isa());
+        }
+        let out = bits(&out);
+        assert_eq!(&out, first.get_or_insert_with(|| out.clone()), "{context} on {}", cpu.isa());
+    }
+}
+
+#[test]
+fn matmul_agrees_with_the_oracle() {
+    let mut random = Random::fresh();
+    for encoding in encodings() {
+        for _ in 0..6 {
+            let (rows, cols, tokens) = (random.pick(&ROWS), random.pick(&COLS), random.pick(&TOKENS[..10]));
+            check_matmul(&mut random, encoding, rows, cols, tokens);
+        }
+    }
+}
+
+#[test]
+fn matmul_takes_every_shape() {
+    let mut random = Random::fresh();
+    for rows in ROWS {
+        for cols in COLS {
+            for tokens in TOKENS {
+                let encoding = random.pick(&encodings());
+                check_matmul(&mut random, encoding, rows, cols, tokens);
+            }
+        }
+    }
+}
+
+fn check_matmul_int8(random: &mut Random, encoding: Encoding, rows: usize, cols: usize, tokens: usize) {
+    let bytes = Bytes::random(random, encoding, rows, cols);
+    let w = bytes.matrix();
+    let x = random.floats(tokens * cols);
+    let context = format!("{encoding:?} [{rows}, {cols}] x {tokens} seed {}", random.seed);
+    let Encoding::Quantized(layout, _) = encoding else {
+        for cpu in Cpu::available() {
+            let [mut exact, mut int8] = [vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * rows]];
+            cpu.matmul(&x, &w, &mut exact);
+            cpu.matmul_int8(&x, &w, &mut int8);
+            assert_eq!(bits(&exact), bits(&int8), "{context}");
+        }
+        return;
+    };
+    let expected = reference::matmul_int8(&x, tokens, &w);
+    let blocks: Vec<_> = activation_blocks(layout.group, cols).collect();
+    // Two multiplications a block, one addition for each.
+    let roundings = (blocks.len() + 3) as f64 * f64::from(f32::EPSILON) / 2.0;
+    let mut magnitudes = Vec::new();
+    for x in x.chunks(cols.max(1)).take(if cols == 0 { 0 } else { tokens }) {
+        let rounded: Vec<_> = blocks.iter().map(|block| reference::quantize_activations(&x[block.clone()])).collect();
+        for row in 0..rows {
+            let mut magnitude = 0.0;
+            for (block, (codes, scale)) in blocks.iter().zip(&rounded) {
+                let (_, weight_scale) = reference::level(&w, row, block.start).unwrap();
+                let products = block.clone().zip(codes);
+                let dot: i32 = products.map(|(col, &code)| reference::level(&w, row, col).unwrap().0 * i32::from(code)).sum();
+                magnitude += f64::from(dot).abs() * f64::from(weight_scale).abs() * f64::from(*scale);
+            }
+            magnitudes.push(magnitude);
+        }
+    }
+    magnitudes.resize(tokens * rows, 0.0);
+    let mut first: Option<Vec<u32>> = None;
+    for cpu in Cpu::available() {
+        let mut out = vec![f32::NAN; tokens * rows];
+        cpu.matmul_int8(&x, &w, &mut out);
+        for (i, (&found, &expected)) in out.iter().zip(&expected).enumerate() {
+            let bound = roundings / (1.0 - roundings) * magnitudes[i] + blocks.len() as f64 * 1e-44;
+            let error = (f64::from(found) - expected).abs();
+            assert!(error <= bound, "{context} on {}: {i} is {found} for {expected}", cpu.isa());
+        }
+        let out = bits(&out);
+        assert_eq!(&out, first.get_or_insert_with(|| out.clone()), "{context} on {}", cpu.isa());
+    }
+}
+
+#[test]
+fn matmul_int8_agrees_with_the_oracle() {
+    let mut random = Random::fresh();
+    for encoding in encodings() {
+        for _ in 0..4 {
+            let (rows, cols, tokens) = (random.pick(&ROWS), random.pick(&COLS), random.pick(&TOKENS[..10]));
+            check_matmul_int8(&mut random, encoding, rows, cols, tokens);
+        }
+    }
+}
+
+#[test]
+fn matmul_int8_takes_every_shape() {
+    let mut random = Random::fresh();
+    for rows in ROWS {
+        for cols in COLS {
+            for tokens in TOKENS {
+                let encoding = random.pick(&encodings());
+                if tokens < 300 || rows < 50 {
+                    check_matmul_int8(&mut random, encoding, rows, cols, tokens);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn neither_threads_nor_other_tokens_change_a_result() {
+    let mut random = Random::fresh();
+    let layout = Layout { grid: Grid::Int { bits: 4, symmetric: false }, group: 32 };
+    let bytes = Bytes::random(&mut random, Encoding::Quantized(layout, FloatType::F16), 33, 300);
+    let w = bytes.matrix();
+    let (rows, cols, tokens) = (33, 300, 600);
+    let x = random.floats(tokens * cols);
+    for cpu in Cpu::available() {
+        for product in [Cpu::matmul, Cpu::matmul_int8] {
+            let run = |threads: usize, x: &[f32]| {
+                let mut out = vec![f32::NAN; x.len() / cols * rows];
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| product(cpu, x, &w, &mut out));
+                bits(&out)
+            };
+            let whole = run(1, &x);
+            assert_eq!(whole, run(5, &x), "seed {} on {}", random.seed, cpu.isa());
+            for count in [8, 11, 130] {
+                let first = random.below(tokens - count);
+                let part = run(2, &x[first * cols..][..count * cols]);
+                assert_eq!(part, whole[first * rows..][..count * rows], "seed {} on {}", random.seed, cpu.isa());
+            }
+            let few = run(2, &x[..7 * cols]);
+            for count in 1..7 {
+                assert_eq!(run(2, &x[..count * cols]), few[..count * rows], "seed {} on {}", random.seed, cpu.isa());
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_in_its_row_and_token() {
+    let mut random = Random::fresh();
+    let (rows, cols) = (21, 70);
+    for encoding in encodings() {
+        let mut bytes = Bytes::random(&mut random, encoding, rows, cols);
+        let (scale_type, part) = match encoding {
+            Encoding::Float(dtype) => (dtype, &mut bytes.values),
+            Encoding::Quantized(_, scale_type) => (scale_type, &mut bytes.scales),
+        };
+        let values = part.len() / rows;
+        let nan = float_bytes(scale_type, &[f32::NAN]);
+        part[9 * values..][..nan.len()].copy_from_slice(&nan);
+        let w = bytes.matrix();
+        for tokens in [3, 10] {
+            for bad in [f32::NAN, f32::INFINITY] {
+                let mut x: Vec<f32> = random.floats(tokens * cols).iter().map(|v| v + 2.0).collect();
+                x[cols + 69] = bad;
+                for cpu in Cpu::available() {
+                    for product in [Cpu::matmul, Cpu::matmul_int8] {
+                        let mut out = vec![0.0; tokens * rows];
+                        product(cpu, &x, &w, &mut out);
+                        for (i, v) in out.iter().enumerate() {
+                            let finite = i / rows != 1 && i % rows != 9;
+                            assert!(v.is_finite() == finite, "{encoding:?} {tokens} {i} seed {}", random.seed);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

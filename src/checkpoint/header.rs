@@ -1,0 +1,80 @@
+//! The header of a safetensors file, read by the format's own parser and checked for duplicate keys, which that
+//! parser lets pass.
+
+use std::{collections::HashMap, ops::Range, path::Path};
+
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
+
+use crate::{
+    error::{Error, Result},
+    json,
+};
+
+/// A header whose rules have been checked: offsets without holes or overlaps, shapes that fit, no key twice.
+#[derive(Debug)]
+pub struct Header {
+    /// Where the data section starts.
+    pub data_start: usize,
+    /// The free-form metadata.
+    pub metadata: HashMap<String, String>,
+    /// Every tensor, in the order of its bytes.
+    pub tensors: Vec<HeaderTensor>,
+}
+
+/// One tensor of a header.
+#[derive(Debug)]
+pub struct HeaderTensor {
+    pub name: String,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// Its bytes in the file.
+    pub range: Range<usize>,
+}
+
+impl Header {
+    /// Reads and checks the header of `file`, all of whose bytes are given.
+    pub fn read(path: &Path, file: &[u8]) -> Result<Self> {
+        let (length, metadata) = SafeTensors::read_metadata(file).map_err(|error| broken(path, file, error))?;
+        let data_start = length + 8;
+        json::check_unique_keys(path, &file[8..data_start])?;
+        let mut tensors: Vec<HeaderTensor> = metadata
+            .tensors()
+            .into_iter()
+            .map(|(name, info)| HeaderTensor {
+                name,
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                range: data_start + info.data_offsets.0..data_start + info.data_offsets.1,
+            })
+            .collect();
+        // Empty tensors share an offset with their neighbour; the name makes their order certain.
+        tensors.sort_by(|a, b| (a.range.start, a.range.end, &a.name).cmp(&(b.range.start, b.range.end, &b.name)));
+        Ok(Self { data_start, metadata: metadata.metadata().clone().unwrap_or_default(), tensors })
+    }
+}
+
+/// The broken rule in a sentence of our own: the parser's messages name neither sizes nor what to do.
+fn broken(path: &Path, file: &[u8], error: SafeTensorError) -> Error {
+    let claimed = file.get(..8).map(|bytes| u64::from_le_bytes(bytes.try_into().expect("eight bytes")));
+    let why = match error {
+        SafeTensorError::HeaderTooSmall => format!("{} bytes, too short for a header", file.len()),
+        SafeTensorError::HeaderTooLarge => {
+            format!("the header claims {} bytes, above the limit of 100,000,000", claimed.unwrap_or_default())
+        }
+        SafeTensorError::InvalidHeaderLength => format!(
+            "the header claims {} bytes, but the file has {}: truncated, or not safetensors",
+            claimed.unwrap_or_default(),
+            file.len()
+        ),
+        SafeTensorError::InvalidHeader(_) => "the header is not UTF-8".into(),
+        SafeTensorError::InvalidHeaderDeserialization(why) => format!("the header is not valid: {why}"),
+        SafeTensorError::MetadataIncompleteBuffer => {
+            format!("the tensors do not end where the file ends ({} bytes): truncated, or trailing bytes", file.len())
+        }
+        SafeTensorError::InvalidOffset(tensor) => format!("tensor {tensor} overlaps another or leaves a hole before it"),
+        SafeTensorError::TensorInvalidInfo => "a tensor's shape and type do not fit its bytes".into(),
+        SafeTensorError::ValidationOverflow => "a tensor's shape overflows".into(),
+        other => other.to_string(),
+    };
+    Error::Safetensors { path: path.to_owned(), why }
+}

@@ -1,0 +1,119 @@
+//! `bkpack eval`: perplexity, and the distance to a baseline.
+
+use std::path::{Path, PathBuf};
+
+use bkpack::{
+    Error, Result,
+    eval::{
+        perplexity::{Evaluation, Options, evaluate},
+        text::{Tokenizer, read_tokens},
+    },
+    ops::cpu::Activations,
+    tensor::TensorSource,
+};
+use bkpack_kernels::Cpu;
+use clap::Args;
+use comfy_table::{CellAlignment, Table, presets};
+
+use super::{Common, open_source, print};
+
+const EXAMPLES: &str = "\
+Examples:
+  bkpack eval model.bkpack --text test.txt
+      Perplexity over windows of 512 tokens
+  bkpack eval model.bkpack --baseline ./model --text test.txt
+      What packing cost: perplexity of both, KL divergence, agreement
+  bkpack eval model.bkpack --text test.txt --ctx 512 --skip 256
+      The protocol of llama.cpp: the second half of each window is scored
+  bkpack eval model.bkpack --tokens ids.json --activations int8 --json
+      Token ids of your own, 8-bit activations, figures as JSON";
+
+/// Measure perplexity, and the cost of packing against a baseline
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct EvalArgs {
+    /// Packed file or checkpoint
+    model: PathBuf,
+
+    /// Text (UTF-8), tokenized with the model's own tokenizer
+    #[arg(long, value_name = "FILE", required_unless_present = "tokens", conflicts_with = "tokens")]
+    text: Option<PathBuf>,
+
+    /// Token ids instead of a text: a JSON array
+    #[arg(long, value_name = "FILE")]
+    tokens: Option<PathBuf>,
+
+    /// Packed file or checkpoint to compare with, on the same windows
+    #[arg(long, value_name = "MODEL")]
+    baseline: Option<PathBuf>,
+
+    /// Tokens in a window [default: 512, or the model's context if that is shorter]
+    #[arg(long, value_name = "N")]
+    ctx: Option<usize>,
+
+    /// Positions at the start of each window that are not scored
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    skip: usize,
+
+    /// Use only the first N tokens
+    #[arg(long, value_name = "N")]
+    limit_tokens: Option<usize>,
+
+    /// How activations enter the product with quantized weights
+    #[arg(long, value_enum, default_value_t)]
+    activations: Activations,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Runs the subcommand.
+pub fn run(args: &EvalArgs) -> Result<()> {
+    let source = open_source(&args.model)?;
+    let baseline = args.baseline.as_deref().map(open_source).transpose()?;
+    let mut tokens = match (&args.text, &args.tokens) {
+        (Some(path), _) => tokenize(&*source, path)?,
+        (None, Some(path)) => read_tokens(path)?,
+        (None, None) => unreachable!("clap requires one of the two"),
+    };
+    tokens.truncate(args.limit_tokens.unwrap_or(usize::MAX));
+    let options = Options { ctx: args.ctx, skip: args.skip, activations: args.activations };
+    let cpu = Cpu::from_environment()?;
+    let evaluation = evaluate(cpu, &*source, baseline.as_deref(), &tokens, &options, &args.common.observer())?;
+    if args.common.json {
+        print(&serde_json::to_string_pretty(&evaluation).expect("plain numbers and strings"))
+    } else {
+        print(&table(&evaluation).to_string())
+    }
+}
+
+pub fn tokenize(source: &dyn TensorSource, path: &Path) -> Result<Vec<u32>> {
+    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    Tokenizer::load(source)?.encode(&text)
+}
+
+fn table(evaluation: &Evaluation) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    let mut row = |name: &str, value: String| {
+        table.add_row([name.to_owned(), value]);
+    };
+    row("perplexity", format!("{:.4}", evaluation.ppl));
+    if let Some(baseline) = &evaluation.baseline {
+        row("baseline perplexity", format!("{:.4}", baseline.baseline_ppl));
+        row("increase", format!("{:+.3} %", baseline.ppl_increase_percent));
+        row("KL divergence, mean", format!("{:.6}", baseline.kld_mean));
+        row("KL divergence, median", format!("{:.6}", baseline.kld_median));
+        row("KL divergence, 99.9 %", format!("{:.6}", baseline.kld_p999));
+        row("same top token", format!("{:.2} %", 100.0 * baseline.top1_agreement));
+    }
+    row("bits per weight", format!("{:.3}", evaluation.bits_per_weight));
+    row("ratio to FP32", format!("{:.3}", evaluation.ratio_fp32));
+    row("file bytes", evaluation.file_bytes.to_string());
+    row("tokens/s", format!("{:.1}", evaluation.tokens_per_second));
+    row("scored tokens", format!("{} ({} windows of {})", evaluation.scored, evaluation.windows, evaluation.ctx));
+    if let Some(column) = table.column_mut(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table
+}

@@ -1,0 +1,57 @@
+//! `bkpack logits`: the logits of a sequence, for comparison with another program.
+
+use std::path::PathBuf;
+
+use bkpack::{
+    Result,
+    eval::{logits::write_logits, text::read_tokens},
+    model::Model,
+    ops::cpu::{Activations, CpuOps},
+};
+use bkpack_kernels::Cpu;
+use clap::Args;
+
+use super::{Common, open_source};
+
+const EXAMPLES: &str = "\
+Examples:
+  bkpack logits model.bkpack --tokens ids.json -o logits.safetensors
+      Tensor `logits`, F32 [tokens, vocabulary], of the token ids in a JSON array
+  bkpack logits ./model --tokens ids.json -o reference.safetensors --force
+      The same from a checkpoint, replacing an earlier file";
+
+/// Write the logits of a sequence to a safetensors file
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct LogitsArgs {
+    /// Packed file or checkpoint
+    model: PathBuf,
+
+    /// Token ids: a JSON array
+    #[arg(long, value_name = "FILE")]
+    tokens: PathBuf,
+
+    /// File to write
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+
+    /// How activations enter the product with quantized weights
+    #[arg(long, value_enum, default_value_t)]
+    activations: Activations,
+
+    /// Replace the output file if it exists
+    #[arg(long)]
+    force: bool,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Runs the subcommand.
+pub fn run(args: &LogitsArgs) -> Result<()> {
+    let source = open_source(&args.model)?;
+    let tokens = read_tokens(&args.tokens)?;
+    let ops = CpuOps::new(Cpu::from_environment()?, args.activations);
+    let model = Model::load(&*source, &ops)?;
+    write_logits(&model, &ops, &tokens, &args.output, args.force, &args.common.observer())
+}

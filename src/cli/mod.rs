@@ -1,0 +1,144 @@
+//! The command line: one file a subcommand.
+
+mod archive;
+mod convert;
+mod diff;
+mod eval;
+mod generate;
+mod inspect;
+mod logits;
+mod progress;
+mod unpack;
+mod verify;
+
+use std::{
+    io::{ErrorKind, IsTerminal, Write},
+    path::Path,
+    process::ExitCode,
+};
+
+use bkpack::{Error, Result, format, tensor::TensorSource};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use progress::ProgressObserver;
+
+/// Exit status of a check that failed.
+const CHECK_FAILED: u8 = 1;
+/// Exit status of wrong use and of bad input.
+const BAD_INPUT: u8 = 2;
+/// Exit status after Ctrl-C, as shells have it.
+const INTERRUPTED: u8 = 130;
+
+/// Pack language-model checkpoints into one verified file, run them, and measure what the packing cost.
+#[derive(Parser)]
+#[command(version, about, long_about = None, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Convert(convert::ConvertArgs),
+    Eval(eval::EvalArgs),
+    Verify(verify::VerifyArgs),
+    Inspect(inspect::InspectArgs),
+    Diff(diff::DiffArgs),
+    Generate(generate::GenerateArgs),
+    Logits(logits::LogitsArgs),
+    Archive(archive::ArchiveArgs),
+    Unpack(unpack::UnpackArgs),
+    /// Print a completion script for a shell
+    Completions {
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Options of every subcommand that works for a while.
+#[derive(Args, Debug)]
+pub struct Common {
+    /// Threads to use [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+    /// Print one JSON object for machines
+    #[arg(long)]
+    json: bool,
+    /// Print no progress and no notices
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+impl Common {
+    /// Sets up the pool of threads and Ctrl-C; returns where progress goes.
+    fn observer(&self) -> ProgressObserver {
+        // The pool of the process can be set up once, and a subcommand asks for its observer once or more.
+        let _ = rayon::ThreadPoolBuilder::new().num_threads(self.threads.unwrap_or(0).into()).build_global();
+        ProgressObserver::new(!self.quiet && !self.json && std::io::stderr().is_terminal())
+    }
+
+    /// Tells the user something on standard error.
+    fn notice(&self, text: &str) {
+        if !self.quiet {
+            eprintln!("note: {text}");
+        }
+    }
+}
+
+/// Runs the command line and gives the process its exit status.
+pub fn run() -> ExitCode {
+    let cli = Cli::parse();
+    progress::stop_on_interrupt();
+    let outcome = match &cli.command {
+        Command::Convert(args) => convert::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Eval(args) => eval::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Verify(args) => verify::run(args),
+        Command::Inspect(args) => inspect::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Diff(args) => diff::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Generate(args) => generate::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Logits(args) => logits::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Archive(args) => archive::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Unpack(args) => unpack::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Completions { shell } => {
+            clap_complete::generate(*shell, &mut Cli::command(), "bkpack", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error}");
+        ExitCode::from(if matches!(error, Error::Cancelled) { INTERRUPTED } else { BAD_INPUT })
+    })
+}
+
+/// Opens a packed file or a checkpoint.
+pub fn open_source(path: &Path) -> Result<Box<dyn TensorSource>> {
+    format::open_any(path)
+}
+
+/// Opens a packed file or a checkpoint; with `verify_hashes` every byte of a packed file is checked first.
+pub fn open_verified(path: &Path, verify_hashes: bool, common: &Common) -> Result<Box<dyn TensorSource>> {
+    if verify_hashes && format::is_packed(path)? {
+        let packed = format::PackedFile::open(path)?;
+        packed.check_contents(&common.observer())?;
+        return Ok(Box::new(packed));
+    }
+    open_source(path)
+}
+
+/// Writes a line to standard output; a reader that has gone away is no error.
+pub fn print(text: &str) -> Result<()> {
+    let mut output = std::io::stdout().lock();
+    match writeln!(output, "{text}").and_then(|()| output.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::io("standard output")(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses to write a file over the one that is read.
+fn refuse_same_file(input: &Path, output: &Path) -> Result<()> {
+    let canonical = |path: &Path| path.canonicalize().ok();
+    if canonical(output).is_some_and(|output| canonical(input) == Some(output)) {
+        let why = format!("{} is the input itself", output.display());
+        return Err(Error::Option { option: "--output", why });
+    }
+    Ok(())
+}

@@ -1,0 +1,172 @@
+//! The library's one error type: each variant names the rule that was broken.
+
+use std::path::{Path, PathBuf};
+
+/// Result of the library.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, in one sentence: which file, which tensor, which rule, what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused a file operation.
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    /// The caller asked to stop.
+    #[error("cancelled; nothing was written")]
+    Cancelled,
+    /// Nothing is overwritten unless asked for.
+    #[error("{} exists; pass --force to replace it", path.display())]
+    Exists { path: PathBuf },
+
+    /// A path is no checkpoint and no packed file.
+    #[error("{}: {why}", path.display())]
+    NotAModel { path: PathBuf, why: String },
+    /// The file breaks a rule of the safetensors format.
+    #[error("{}: not a valid safetensors file: {why}", path.display())]
+    Safetensors { path: PathBuf, why: String },
+    /// A JSON object names a key twice, so readers would disagree about it.
+    #[error("{}: the header names {key:?} twice", path.display())]
+    DuplicateKey { path: PathBuf, key: String },
+    /// A JSON file does not parse or has the wrong structure.
+    #[error("{}: {why}", path.display())]
+    Json { path: PathBuf, why: String },
+    /// The index names a shard that is not there.
+    #[error("{}: shard {shard} named by the index is missing; fetch it again", path.display())]
+    MissingShard { path: PathBuf, shard: String },
+    /// The index and the shards disagree about a tensor.
+    #[error("{}: the index puts tensor {tensor} into {shard}, which does not hold it", path.display())]
+    IndexMismatch { path: PathBuf, tensor: String, shard: String },
+    /// Two shards hold the same tensor, or a shard holds one that the index does not name.
+    #[error("{}: tensor {tensor} is in {shard}, where the index does not put it", path.display())]
+    StrayTensor { path: PathBuf, tensor: String, shard: String },
+    /// A tensor's type is not one that can be packed.
+    #[error("{}: tensor {tensor} is {dtype}; only F32, F16 and BF16 can be packed", path.display())]
+    UnsupportedDtype { path: PathBuf, tensor: String, dtype: String },
+    /// A tensor without elements.
+    #[error("{}: tensor {tensor} has shape {shape:?}, which holds no element; remove it from the checkpoint", path.display())]
+    EmptyTensor { path: PathBuf, tensor: String, shape: Vec<usize> },
+    /// A weight is NaN or infinite.
+    #[error(
+        "{}: tensor {tensor} holds {count} NaN or infinite values, the first at element {first}; \
+         repair the checkpoint, or pass --allow-nonfinite to keep this tensor as FP32", path.display()
+    )]
+    NonFinite { path: PathBuf, tensor: String, count: usize, first: usize },
+    /// A value does not fit the float type that was asked for.
+    #[error("{}: tensor {tensor} holds {value}, which {dtype} cannot hold; keep it, or use BF16 or FP32", path.display())]
+    FloatRange { path: PathBuf, tensor: String, value: f32, dtype: &'static str },
+    /// A tensor's shape disagrees with config.json.
+    #[error("{}: tensor {tensor} has shape {found:?} where config.json asks for {expected:?}", path.display())]
+    ShapeMismatch { path: PathBuf, tensor: String, found: Vec<usize>, expected: Vec<usize> },
+    /// A tensor that the architecture needs is absent.
+    #[error("{}: tensor {tensor} is missing", path.display())]
+    MissingTensor { path: PathBuf, tensor: String },
+
+    /// config.json is absent where a model must be run.
+    #[error("{}: no config.json, so it cannot be run; it can still be inspected and compared", path.display())]
+    MissingConfig { path: PathBuf },
+    /// A field of config.json is absent, of the wrong type or out of range.
+    #[error("{}: config.json: {field}: {why}", path.display())]
+    Config { path: PathBuf, field: &'static str, why: String },
+    /// The architecture is not one that this program runs.
+    #[error("{}: architecture {architecture} cannot be run (supported: {supported})", path.display())]
+    UnknownArchitecture { path: PathBuf, architecture: String, supported: &'static str },
+    /// The model carries no tokenizer, or one that does not load.
+    #[error("{}: {why}", path.display())]
+    Tokenizer { path: PathBuf, why: String },
+
+    /// A regular expression does not parse.
+    #[error("pattern {pattern:?}: {why}")]
+    Pattern { pattern: String, why: String },
+    /// The text of an encoding is not understood.
+    #[error(
+        "encoding {text:?}: {why} (examples: int4, int4:g64, int3:g128:asym, int8:row, ternary, binary:g64, fp16, bf16, fp32, keep)"
+    )]
+    EncodingText { text: String, why: String },
+    /// An option's value is out of range.
+    #[error("{option}: {why}")]
+    Option { option: &'static str, why: String },
+
+    /// A packed file was written by a newer format version.
+    #[error("{}: format version {found} is not supported (this reader knows version 1)", path.display())]
+    FormatVersion { path: PathBuf, found: u64 },
+    /// The file is valid safetensors, but no packed file.
+    #[error("{}: the header's metadata has no {key:?}: not a bkpack file", path.display())]
+    MissingMetadata { path: PathBuf, key: &'static str },
+    /// The manifest does not have the structure of version 1.
+    #[error("{}: manifest: {why}", path.display())]
+    Manifest { path: PathBuf, why: String },
+    /// The header's bytes do not match their hash.
+    #[error("{}: the header does not match its seal: it was changed after packing", path.display())]
+    Seal { path: PathBuf },
+    /// The data section does not start on a page.
+    #[error("{}: the data starts at byte {start}, which is not a multiple of 4096", path.display())]
+    DataStart { path: PathBuf, start: usize },
+    /// A part does not start on a multiple of its element size.
+    #[error("{}: part {part} starts at byte {offset}, which its type {dtype} does not divide", path.display())]
+    Misaligned { path: PathBuf, part: String, offset: usize, dtype: String },
+    /// Two logical tensors share a name.
+    #[error("{}: the manifest names {name} twice", path.display())]
+    DuplicateTensor { path: PathBuf, name: String },
+    /// The manifest names a part that the file does not hold.
+    #[error("{}: tensor {tensor}: part {part} is missing", path.display())]
+    MissingPart { path: PathBuf, tensor: String, part: String },
+    /// A part belongs to two tensors.
+    #[error("{}: part {part} is claimed twice", path.display())]
+    SharedPart { path: PathBuf, part: String },
+    /// A part belongs to no tensor.
+    #[error("{}: part {part} belongs to no tensor of the manifest", path.display())]
+    OrphanPart { path: PathBuf, part: String },
+    /// An encoding names a role that its parts lack, or has one too many.
+    #[error("{}: tensor {tensor}: {why}", path.display())]
+    Parts { path: PathBuf, tensor: String, why: String },
+    /// A part's type is not the one that the encoding asks for.
+    #[error("{}: tensor {tensor}: part {part} is {found} where the encoding asks for {expected}", path.display())]
+    PartDtype { path: PathBuf, tensor: String, part: String, found: String, expected: &'static str },
+    /// A part's shape is not the one that the encoding asks for.
+    #[error("{}: tensor {tensor}: part {part} has shape {found:?} where the encoding asks for {expected:?}", path.display())]
+    PartShape { path: PathBuf, tensor: String, part: String, found: Vec<usize>, expected: Vec<usize> },
+    /// An encoding that this version does not know.
+    #[error("{}: tensor {tensor}: encoding {kind:?} is not known to this version", path.display())]
+    UnknownEncoding { path: PathBuf, tensor: String, kind: String },
+    /// A parameter of an encoding is out of range.
+    #[error("{}: tensor {tensor}: encoding: {why}", path.display())]
+    EncodingRange { path: PathBuf, tensor: String, why: String },
+    /// A logical shape is empty or too large.
+    #[error("{}: tensor {tensor}: shape {shape:?}: {why}", path.display())]
+    Shape { path: PathBuf, tensor: String, shape: Vec<u64>, why: &'static str },
+    /// A part's bytes do not match their hash.
+    #[error("{}: tensor {tensor}: part {part} does not match its BLAKE3 hash: its bytes were changed", path.display())]
+    PartHash { path: PathBuf, tensor: String, part: String },
+    /// Codes outside the grid, or padding that is not zero.
+    #[error("{}: tensor {tensor}: part {part}: {why}", path.display())]
+    Codes { path: PathBuf, tensor: String, part: String, why: &'static str },
+    /// A travelling file's name could leave its folder.
+    #[error("{}: travelling file {name:?}: a name is one path component of letters, digits and ._-", path.display())]
+    FileName { path: PathBuf, name: String },
+    /// The shards of a packed model do not belong together.
+    #[error("{}: {why}", path.display())]
+    ShardSet { path: PathBuf, why: String },
+    /// An archive breaks its format.
+    #[error("{}: archive: {why}", path.display())]
+    Archive { path: PathBuf, why: String },
+
+    /// Token ids that the model has no row for, or too few of them.
+    #[error("{source_name}: {why}")]
+    Tokens { source_name: String, why: String },
+    /// A model computes what cannot be measured.
+    #[error("{}: {why}", path.display())]
+    Output { path: PathBuf, why: String },
+    /// Two models cannot be compared.
+    #[error("{why}")]
+    Incomparable { why: String },
+    /// `BKPACK_ISA` names an instruction set that does not run here.
+    #[error(transparent)]
+    Isa(#[from] bkpack_kernels::cpu::IsaError),
+}
+
+impl Error {
+    /// An operating-system error about `path`; for `map_err`.
+    pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {
+        move |source| Error::Io { path: path.as_ref().to_owned(), source }
+    }
+}

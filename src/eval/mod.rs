@@ -1,0 +1,7 @@
+//! Running models on text: tokens, windows, perplexity, the distance to a baseline, logits, generation.
+
+pub mod difference;
+pub mod generate;
+pub mod logits;
+pub mod perplexity;
+pub mod text;

@@ -1,0 +1,366 @@
+//! Perplexity over windows of a text, and the distance to a baseline that sees the same windows.
+
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use bkpack_kernels::{Cpu, cpu::Comparison};
+use serde::Serialize;
+
+use super::text::{Tokenizer, window_bos};
+use crate::{
+    error::{Error, Result},
+    model::{Model, State, check_tokens},
+    ops::{
+        Ops,
+        cpu::{Activations, CpuOps},
+    },
+    progress::{Observer, Unit},
+    tensor::TensorSource,
+};
+
+/// Tokens that run through the layers together: enough to amortize reading the weights, little enough to stay in cache.
+pub(super) const BATCH: usize = 512;
+
+/// Memory for logits: they are computed in slices of as many positions as fit.
+pub(super) const LOGITS_BYTES: usize = 32 << 20;
+
+/// Which positions are scored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Protocol {
+    /// Tokens of a window. Windows do not overlap; the last partial one is dropped.
+    pub ctx: usize,
+    /// Positions at the start of each window that are not scored; at least 1.
+    pub skip: usize,
+}
+
+impl Protocol {
+    /// Windows of `ctx` tokens, or of 512 if not given (less where the model's context is shorter).
+    ///
+    /// # Errors
+    /// [`Error::Option`] if a window exceeds the model's context, or no position of it would be scored.
+    pub fn new(ctx: Option<usize>, skip: usize, max_positions: usize) -> Result<Self> {
+        let ctx = ctx.unwrap_or(max_positions.min(512));
+        if ctx > max_positions {
+            let why = format!("{ctx} tokens exceed the model's context of {max_positions}");
+            return Err(Error::Option { option: "--ctx", why });
+        }
+        if skip == 0 || skip >= ctx {
+            let why = format!("{skip} is not from 1 to {}, one less than the window", ctx.saturating_sub(1));
+            return Err(Error::Option { option: "--skip", why });
+        }
+        Ok(Self { ctx, skip })
+    }
+}
+
+/// What was measured.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// `exp(nll)`.
+    pub ppl: f64,
+    /// Mean negative log-likelihood of a scored token, in nats.
+    pub nll: f64,
+    /// Scored positions.
+    pub scored: u64,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<BaselineComparison>,
+    /// Bits on disk for each weight, every byte of the file counted.
+    pub bits_per_weight: f64,
+    /// How many times smaller than the weights alone in FP32.
+    pub ratio_fp32: f64,
+    pub file_bytes: u64,
+    pub parameters: u64,
+    /// Of the model alone: the baseline's time is not counted.
+    pub tokens_per_second: f64,
+    pub activations: Activations,
+    pub ctx: usize,
+    pub skip: usize,
+    pub windows: usize,
+    /// The instruction set that the kernels ran on.
+    pub isa: &'static str,
+    pub threads: usize,
+}
+
+/// What was measured against the baseline, over the same positions.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct BaselineComparison {
+    pub baseline_ppl: f64,
+    pub baseline_nll: f64,
+    pub ppl_increase_percent: f64,
+    /// Mean Kullback-Leibler divergence of the model from the baseline, in nats.
+    pub kld_mean: f64,
+    pub kld_median: f64,
+    /// The divergence that 99.9 % of positions stay below.
+    pub kld_p999: f64,
+    /// The fraction of positions where both find the same token the most likely.
+    pub top1_agreement: f64,
+}
+
+/// How to measure.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// See [`Protocol::new`].
+    pub ctx: Option<usize>,
+    /// See [`Protocol::skip`].
+    pub skip: usize,
+    /// Of the model; a baseline always runs with exact ones.
+    pub activations: Activations,
+}
+
+/// Measures a model's perplexity on `tokens`, and its distance to `baseline`, which runs side by side.
+///
+/// # Errors
+/// As [`Model::load`] and [`Protocol::new`]; [`Error::Tokens`] for ids outside of the vocabulary or too few for one
+/// window; [`Error::Incomparable`] for a baseline of another vocabulary; [`Error::Output`] where a model computes what is
+/// not finite; [`Error::Cancelled`].
+pub fn evaluate(
+    cpu: Cpu,
+    source: &dyn TensorSource,
+    baseline: Option<&dyn TensorSource>,
+    tokens: &[u32],
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<Evaluation> {
+    let (ops, exact) = (CpuOps::new(cpu, options.activations), CpuOps::new(cpu, Activations::Exact));
+    let model = Model::load(source, &ops)?;
+    let baseline = match baseline {
+        Some(baseline) => Some((baseline, Model::load(baseline, &exact)?)),
+        None => None,
+    };
+    let vocab_size = model.vocab_size();
+    let protocol = Protocol::new(options.ctx, options.skip, model.max_positions())?;
+    if let Some((baseline, baseline_model)) = &baseline {
+        check_comparable((source, &model), (*baseline, baseline_model), protocol.ctx)?;
+    }
+    check_tokens("the text", tokens, vocab_size)?;
+    let windows = tokens.len() / protocol.ctx;
+    if windows == 0 {
+        let why = format!("{} tokens do not fill one window of {}; pass a smaller --ctx", tokens.len(), protocol.ctx);
+        return Err(Error::Tokens { source_name: "the text".into(), why });
+    }
+
+    let bos = window_bos(source)?;
+    let rows = slice_rows(vocab_size, 1 + usize::from(baseline.is_some()));
+    let mut model = Runner::new(source, &ops, cpu, model, protocol.ctx)?;
+    let mut baseline = match baseline {
+        Some((source, model)) => Some(Runner::new(source, &exact, cpu, model, protocol.ctx)?),
+        None => None,
+    };
+    let mut compared = Vec::new();
+    observer.begin("evaluating", (windows * protocol.ctx) as u64, Unit::Tokens);
+    for window in tokens.chunks_exact(protocol.ctx) {
+        let mut window = window.to_vec();
+        if let Some(bos) = bos {
+            window[0] = bos;
+        }
+        model.restart();
+        baseline.iter_mut().for_each(Runner::restart);
+        for (index, batch) in window.chunks(BATCH).enumerate() {
+            observer.check()?;
+            let hidden = model.forward(batch)?;
+            let mut baseline = match &mut baseline {
+                Some(baseline) => Some((baseline.forward(batch)?, baseline)),
+                None => None,
+            };
+            for (row, targets) in slices(&window, index * BATCH, batch.len(), protocol.skip, rows) {
+                model.score(&hidden, row, targets)?;
+                if let Some((hidden, baseline)) = &mut baseline {
+                    baseline.score(hidden, row, targets)?;
+                    let start = compared.len();
+                    compared.resize(start + targets.len(), Comparison::default());
+                    cpu.compare_logits(&baseline.logits, &model.logits, vocab_size, &mut compared[start..]);
+                }
+            }
+            observer.advance(batch.len() as u64);
+        }
+    }
+    observer.end();
+
+    let scored = (windows * (protocol.ctx - protocol.skip)) as u64;
+    let nll = model.nll / scored as f64;
+    let (parameters, file_bytes) = (parameters(source), source.file_bytes());
+    Ok(Evaluation {
+        ppl: nll.exp(),
+        nll,
+        scored,
+        baseline: baseline.map(|baseline| BaselineComparison::new(nll, baseline.nll / scored as f64, &compared)),
+        bits_per_weight: 8.0 * file_bytes as f64 / parameters as f64,
+        ratio_fp32: 4.0 * parameters as f64 / file_bytes as f64,
+        file_bytes,
+        parameters,
+        tokens_per_second: (windows * protocol.ctx) as f64 / model.time.as_secs_f64(),
+        activations: options.activations,
+        ctx: protocol.ctx,
+        skip: protocol.skip,
+        windows,
+        isa: cpu.isa().name(),
+        threads: rayon::current_num_threads(),
+    })
+}
+
+/// The scored positions of a batch of `len` tokens from `first` of a window: the row of the batch that each slice of at
+/// most `rows` starts at, and the tokens that its rows are to predict.
+fn slices(
+    window: &[u32],
+    first: usize,
+    len: usize,
+    skip: usize,
+    rows: usize,
+) -> impl Iterator<Item = (usize, &[u32])> {
+    // The row of a position predicts the token after it.
+    let start = (first + 1).max(skip);
+    let end = (first + len + 1).min(window.len());
+    (start..end).step_by(rows).map(move |target| (target - 1 - first, &window[target..end.min(target + rows)]))
+}
+
+/// The number of weights of a model; one that is tied is stored, and counted, once.
+pub fn parameters(source: &dyn TensorSource) -> u64 {
+    let elements = |name: &String| source.shape(name).unwrap_or_default().iter().product::<usize>() as u64;
+    source.names().iter().map(elements).sum()
+}
+
+/// Positions whose logits fit the memory set aside for them, shared by so many models.
+pub(super) fn slice_rows(vocab_size: usize, models: usize) -> usize {
+    (LOGITS_BYTES / (models * vocab_size * size_of::<f32>())).max(1)
+}
+
+/// Refuses a baseline whose logits are about other tokens.
+fn check_comparable(
+    (source, model): (&dyn TensorSource, &Model<CpuOps>),
+    (baseline, baseline_model): (&dyn TensorSource, &Model<CpuOps>),
+    ctx: usize,
+) -> Result<()> {
+    let (path, baseline_path) = (source.path().display(), baseline.path().display());
+    let (ours, theirs) = (model.vocab_size(), baseline_model.vocab_size());
+    if ours != theirs {
+        let why = format!("{path} has a vocabulary of {ours} tokens, {baseline_path} one of {theirs}");
+        return Err(Error::Incomparable { why });
+    }
+    if baseline_model.max_positions() < ctx {
+        let longest = baseline_model.max_positions();
+        let why = format!("{baseline_path} has a context of {longest} tokens, less than the window of {ctx}");
+        return Err(Error::Incomparable { why });
+    }
+    if let (Some(ours), Some(theirs)) = (source.file("tokenizer.json")?, baseline.file("tokenizer.json")?)
+        && ours != theirs
+        && !Tokenizer::load(source)?.same_vocabulary(&Tokenizer::load(baseline)?)
+    {
+        let why = format!("the tokenizers of {path} and {baseline_path} give the same ids to different tokens");
+        return Err(Error::Incomparable { why });
+    }
+    Ok(())
+}
+
+/// One of the models of an evaluation, and what it scored so far.
+struct Runner<'a, O: Ops> {
+    path: &'a Path,
+    ops: &'a O,
+    cpu: Cpu,
+    model: Model<'a, O>,
+    state: State<O>,
+    /// Of the slice that was scored last.
+    logits: Vec<f32>, // [rows, vocab_size]
+    nll: f64,
+    time: Duration,
+}
+
+impl<'a, O: Ops> Runner<'a, O> {
+    fn new(source: &'a dyn TensorSource, ops: &'a O, cpu: Cpu, model: Model<'a, O>, ctx: usize) -> Result<Self> {
+        let state = model.state(ctx)?;
+        Ok(Self { path: source.path(), ops, cpu, model, state, logits: Vec::new(), nll: 0.0, time: Duration::ZERO })
+    }
+
+    fn restart(&mut self) {
+        self.state.clear(self.ops);
+    }
+
+    fn forward(&mut self, batch: &[u32]) -> Result<O::Tensor> {
+        let start = Instant::now();
+        let hidden = self.model.forward(batch, &mut self.state)?;
+        self.time += start.elapsed();
+        Ok(hidden)
+    }
+
+    /// Computes the logits of the rows from `row` and adds up how unlikely they find the targets.
+    fn score(&mut self, hidden: &O::Tensor, row: usize, targets: &[u32]) -> Result<()> {
+        let start = Instant::now();
+        let logits = self.model.logits(hidden, row, targets.len())?;
+        self.ops.read(&logits, &mut self.logits)?;
+        self.time += start.elapsed();
+        let mut losses = vec![0.0; targets.len()];
+        self.cpu.cross_entropy(&self.logits, targets, &mut losses);
+        let sum: f64 = losses.iter().sum();
+        if !sum.is_finite() {
+            let why = "the model computes logits that are NaN or infinite, so it has no perplexity".into();
+            return Err(Error::Output { path: self.path.to_owned(), why });
+        }
+        self.nll += sum;
+        Ok(())
+    }
+}
+
+impl BaselineComparison {
+    fn new(nll: f64, baseline_nll: f64, compared: &[Comparison]) -> Self {
+        let mut divergences: Vec<f64> = compared.iter().map(|position| position.kl_divergence).collect();
+        divergences.sort_by(f64::total_cmp);
+        let same_top = compared.iter().filter(|position| position.same_top).count();
+        Self {
+            baseline_ppl: baseline_nll.exp(),
+            baseline_nll,
+            ppl_increase_percent: 100.0 * (nll - baseline_nll).exp_m1(),
+            kld_mean: divergences.iter().sum::<f64>() / divergences.len() as f64,
+            kld_median: quantile(&divergences, 0.5),
+            kld_p999: quantile(&divergences, 0.999),
+            top1_agreement: same_top as f64 / compared.len() as f64,
+        }
+    }
+}
+
+/// The value that the fraction `q` of sorted values stays below, interpolated linearly between neighbours.
+fn quantile(sorted: &[f64], q: f64) -> f64 {
+    let position = q * (sorted.len() - 1) as f64;
+    let (low, high) = (sorted[position.floor() as usize], sorted[position.ceil() as usize]);
+    low + (high - low) * position.fract()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_position_but_the_skipped_is_scored_once() {
+        let window: Vec<u32> = (100..110).collect();
+        for (batch, skip, rows) in [(4, 1, 3), (4, 6, 2), (10, 1, 100), (3, 9, 1), (1, 1, 1)] {
+            let mut scored = Vec::new();
+            for (index, tokens) in window.chunks(batch).enumerate() {
+                for (row, targets) in slices(&window, index * batch, tokens.len(), skip, rows) {
+                    assert!(targets.len() <= rows && row + targets.len() <= tokens.len());
+                    // Each row predicts the token after its own.
+                    assert_eq!(targets[0], tokens[row] + 1);
+                    scored.extend_from_slice(targets);
+                }
+            }
+            assert_eq!(scored, window[skip..], "batches of {batch}, slices of {rows}");
+        }
+    }
+
+    #[test]
+    fn protocols_out_of_range_are_refused() {
+        assert_eq!(Protocol::new(None, 1, 2048).unwrap(), Protocol { ctx: 512, skip: 1 });
+        assert_eq!(Protocol::new(None, 1, 128).unwrap(), Protocol { ctx: 128, skip: 1 });
+        assert_eq!(Protocol::new(Some(256), 128, 256).unwrap(), Protocol { ctx: 256, skip: 128 });
+        for (ctx, skip, option) in [(257, 1, "--ctx"), (16, 0, "--skip"), (16, 16, "--skip"), (0, 1, "--skip"), (1, 1, "--skip")] {
+            let error = Protocol::new(Some(ctx), skip, 256).unwrap_err();
+            assert!(matches!(error, Error::Option { option: found, .. } if found == option), "{ctx} {skip}");
+        }
+    }
+
+    #[test]
+    fn quantiles_interpolate() {
+        let values = [0.0, 1.0, 2.0, 4.0];
+        assert_eq!([0.0, 0.5, 1.0].map(|q| quantile(&values, q)), [0.0, 1.5, 4.0]);
+        assert!((quantile(&values, 0.9) - 3.4).abs() < 1e-12);
+        assert_eq!(quantile(&[7.0], 0.999), 7.0);
+    }
+}

@@ -1,0 +1,96 @@
+//! The manifest: one JSON document in the header that says what each tensor is and what its bytes hash to.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// What a packed file says of itself. Unknown fields are ignored, except inside an encoding.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Format version.
+    pub version: u64,
+    /// The program and version that wrote it.
+    pub producer: String,
+    /// What it was packed from.
+    pub source: Source,
+    /// How encodings were chosen, as the producer records it.
+    pub policy: Value,
+    /// The model's config.json; null where the checkpoint had none.
+    pub config: Option<Value>,
+    /// Which shard this is; absent in a model of one file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub shard: Option<ShardInfo>,
+    /// The logical tensors, in natural order of their names.
+    pub tensors: Vec<TensorEntry>,
+    /// Files that travel with the model.
+    pub files: Vec<FileEntry>,
+}
+
+/// The checkpoint that a model was packed from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Source {
+    /// `huggingface` or `safetensors`.
+    pub kind: String,
+    pub files: Vec<SourceFile>,
+}
+
+/// One file of weights of the checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SourceFile {
+    pub name: String,
+    pub bytes: u64,
+    pub blake3: String,
+}
+
+/// The place of a file among the shards of a model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ShardInfo {
+    /// From 1.
+    pub index: u64,
+    pub count: u64,
+    /// The same in all shards of one conversion: a hash of producer, source and policy.
+    pub set: String,
+}
+
+/// One logical tensor.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TensorEntry {
+    pub name: String,
+    pub shape: Vec<u64>,
+    /// Which component of the model it belongs to (`other`, `embedding`, ...).
+    pub component: String,
+    /// A tagged object; see [`crate::encoding::Encoding`].
+    pub encoding: Value,
+    pub parts: Parts,
+}
+
+/// The stored tensors that make up a logical one.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Parts {
+    /// Plain values.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub values: Option<Part>,
+    /// Codes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub packed: Option<Part>,
+    /// A scale a group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale: Option<Part>,
+    /// A zero point a group.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zero_point: Option<Part>,
+}
+
+/// One stored tensor and the BLAKE3 of its bytes, in lowercase hex.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Part {
+    pub name: String,
+    pub blake3: String,
+}
+
+/// A file that travels with the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FileEntry {
+    pub name: String,
+    pub part: Part,
+}

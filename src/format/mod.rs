@@ -1,0 +1,64 @@
+//! The packed format, version 1; `spec/bkpack-v1.md` is its description.
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    checkpoint::{self, header::Header},
+    error::Result,
+    mmap::FileMap,
+    tensor::TensorSource,
+};
+
+pub mod archive;
+mod check;
+mod layout;
+mod manifest;
+mod read;
+mod write;
+
+pub use layout::{FilePlan, PlannedFile, PlannedTensor, plan};
+pub use manifest::{Manifest, Part, ShardInfo, Source, SourceFile};
+pub use read::{PackedFile, PackedPart, PackedTensor};
+pub use write::{PackedWriter, persist, planned_bytes, temporary_beside};
+pub(crate) use write::hash;
+
+/// The format version that this code writes and reads.
+pub const VERSION: u64 = 1;
+
+/// The data section starts on a multiple of this, so that a memory map of it is page-aligned.
+const PAGE: usize = 4096;
+
+/// Travelling files are tensors whose names start with this.
+pub(crate) const FILE_PREFIX: &str = "bkpack.file/";
+
+/// The metadata key of the manifest.
+const MANIFEST_KEY: &str = "bkpack";
+
+/// The metadata key of the seal: the BLAKE3 of the whole header with the seal itself set to zeros.
+const SEAL_KEY: &str = "bkpack_seal";
+
+/// The seal and every hash before it is known: as long as the real one, so sizes are exact beforehand.
+const ZERO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+
+/// Opens whatever holds a model: a packed file, or a checkpoint.
+pub fn open_any(path: &Path) -> Result<Box<dyn TensorSource>> {
+    if is_packed(path)? { Ok(Box::new(PackedFile::open(path)?)) } else { Ok(Box::new(checkpoint::open(path)?)) }
+}
+
+/// Whether a path is a packed model, told by its header's metadata, not by its name.
+pub fn is_packed(path: &Path) -> Result<bool> {
+    if path.to_string_lossy().ends_with(".index.json") || (!path.exists() && index_path(path).exists()) {
+        return Ok(true);
+    }
+    if path.is_dir() {
+        return Ok(false);
+    }
+    Ok(Header::read(path, &FileMap::open(path)?)?.metadata.contains_key(MANIFEST_KEY))
+}
+
+/// The name of the index beside the shards of a sharded model.
+fn index_path(output: &Path) -> PathBuf {
+    let mut name = output.as_os_str().to_owned();
+    name.push(".index.json");
+    name.into()
+}

@@ -1,0 +1,451 @@
+//! Opening a packed file: maps it, checks the header, every shape and every rule that needs no look at the weights.
+
+use std::{
+    borrow::Cow,
+    collections::{BTreeMap, HashMap, HashSet},
+    ops::Range,
+    path::{Path, PathBuf},
+};
+
+use bkpack_kernels::FloatType;
+use safetensors::Dtype;
+use serde_json::Value;
+
+use super::{
+    FILE_PREFIX, MANIFEST_KEY, PAGE, SEAL_KEY, VERSION, ZERO_HASH, index_path,
+    layout::{PlannedTensor, Role, render_index, seal_position, stored_parts},
+    manifest::{Manifest, Part, TensorEntry},
+};
+use crate::{
+    checkpoint::header::{Header, HeaderTensor},
+    encoding::Encoding,
+    error::{Error, Result},
+    json,
+    mmap::FileMap,
+    tensor::{Tensor, TensorData, TensorSource, checked_elements, natural_order},
+};
+
+/// A packed model, mapped. Weights are handed out without copying.
+#[derive(Debug)]
+pub struct PackedFile {
+    path: PathBuf,
+    shards: Vec<Shard>,
+    manifest: Manifest,
+    tensors: Vec<PackedTensor>,
+    names: Vec<String>,
+    by_name: HashMap<String, usize>,
+    files: Vec<(String, PackedPart)>,
+    index_bytes: u64,
+}
+
+/// One file of a packed model.
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    map: FileMap,
+    data_start: usize,
+}
+
+/// One logical tensor of a packed model.
+#[derive(Clone, Debug)]
+pub struct PackedTensor {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub component: String,
+    pub encoding: Encoding,
+    /// In the order of [`Role`]: values, or codes, scales and zero points.
+    pub parts: Vec<PackedPart>,
+}
+
+impl PackedTensor {
+    /// The number of weights.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Stored bytes of all parts.
+    pub fn bytes(&self) -> usize {
+        self.parts.iter().map(|part| part.range.len()).sum()
+    }
+}
+
+/// A stored tensor and the hash that its bytes must have.
+#[derive(Clone, Debug)]
+pub struct PackedPart {
+    pub name: String,
+    pub hash: blake3::Hash,
+    shard: usize,
+    range: Range<usize>,
+}
+
+impl PackedFile {
+    /// Opens a packed file, or a sharded model by its index or by the name that it was written under.
+    ///
+    /// Reads the headers only; [`PackedFile::check_contents`] reads the rest.
+    ///
+    /// # Errors
+    /// Any rule of the format that the headers break.
+    pub fn open(path: &Path) -> Result<Self> {
+        let index = if path.to_string_lossy().ends_with(".index.json") {
+            Some(path.to_owned())
+        } else {
+            Some(index_path(path)).filter(|index| !path.exists() && index.exists())
+        };
+        let Some(index) = index else {
+            let mut packed = Self::empty(path);
+            packed.add_shard(path)?;
+            if let Some(shard) = &packed.manifest.shard {
+                let why = format!("is shard {} of {}; open the index beside it", shard.index, shard.count);
+                return Err(Error::ShardSet { path: path.to_owned(), why });
+            }
+            return Ok(packed);
+        };
+        Self::open_sharded(path, &index)
+    }
+
+    fn open_sharded(path: &Path, index: &Path) -> Result<Self> {
+        #[derive(serde::Deserialize)]
+        struct Index {
+            weight_map: BTreeMap<String, String>,
+        }
+        let bytes = std::fs::read(index).map_err(Error::io(index))?;
+        let parsed: Index = json::parse(index, &bytes)?;
+        let mismatch = |why: String| Error::ShardSet { path: index.to_owned(), why };
+        let mut names: Vec<&String> = parsed.weight_map.values().collect();
+        names.sort();
+        names.dedup();
+        let mut packed = Self::empty(path);
+        for (position, name) in names.iter().enumerate() {
+            if Path::new(name).file_name().is_none_or(|plain| plain != name.as_str()) {
+                return Err(mismatch(format!("shard {name:?} is not a plain file name")));
+            }
+            let shard_path = index.with_file_name(name);
+            if !shard_path.exists() {
+                return Err(Error::MissingShard { path: index.to_owned(), shard: name.to_string() });
+            }
+            let found = packed.add_shard(&shard_path)?.shard;
+            let first = packed.manifest.shard.as_ref();
+            let fits = found.as_ref().zip(first).is_some_and(|(found, first)| {
+                found.index == position as u64 + 1 && found.count == names.len() as u64 && found.set == first.set
+            });
+            if !fits {
+                return Err(mismatch(format!("{name} is not shard {} of {} of one conversion", position + 1, names.len())));
+            }
+        }
+        let shards = packed.shards.iter().enumerate().map(|(position, shard)| {
+            let name = shard.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            (name, shard.map.len() - shard.data_start, packed.part_names(position))
+        });
+        let output = PathBuf::from(index.to_string_lossy().trim_end_matches(".index.json"));
+        let canonical = render_index(&output, shards.collect::<Vec<_>>().into_iter());
+        if canonical.is_none_or(|(_, canonical)| canonical != bytes) {
+            return Err(mismatch("the index does not match the shards".into()));
+        }
+        packed.index_bytes = bytes.len() as u64;
+        Ok(packed)
+    }
+
+    fn empty(path: &Path) -> Self {
+        let source = super::Source { kind: String::new(), files: Vec::new() };
+        let manifest = Manifest {
+            version: VERSION,
+            producer: String::new(),
+            source,
+            policy: Value::Null,
+            config: None,
+            shard: None,
+            tensors: Vec::new(),
+            files: Vec::new(),
+        };
+        Self {
+            path: path.to_owned(),
+            shards: Vec::new(),
+            manifest,
+            tensors: Vec::new(),
+            names: Vec::new(),
+            by_name: HashMap::new(),
+            files: Vec::new(),
+            index_bytes: 0,
+        }
+    }
+
+    /// Opens and checks one file, takes over its tensors, and returns its manifest without them.
+    fn add_shard(&mut self, path: &Path) -> Result<Manifest> {
+        let map = FileMap::open(path)?;
+        let header = Header::read(path, &map)?;
+        let mut manifest = read_manifest(path, &map, &header)?;
+        let shard = self.shards.len();
+        let mut parts: HashMap<&str, &HeaderTensor> = header.tensors.iter().map(|part| (part.name.as_str(), part)).collect();
+        let mut claimed: HashSet<String> = HashSet::new();
+        let mut take = |tensor: &str, part: &Part| -> Result<(PackedPart, Dtype, Vec<usize>)> {
+            let (path, name) = (path.to_owned(), part.name.clone());
+            let Some(found) = parts.remove(part.name.as_str()) else {
+                return Err(if claimed.contains(&name) {
+                    Error::SharedPart { path, part: name }
+                } else {
+                    Error::MissingPart { path, tensor: tensor.to_owned(), part: name }
+                });
+            };
+            claimed.insert(name.clone());
+            let element = found.dtype.bitsize() / 8;
+            if element > 1 && found.range.start % element != 0 {
+                return Err(Error::Misaligned { path, part: name, offset: found.range.start, dtype: found.dtype.to_string() });
+            }
+            let hash = blake3::Hash::from_hex(&part.blake3)
+                .map_err(|_| Error::Manifest { path, why: format!("part {name}: its blake3 is not 64 hex digits") })?;
+            Ok((PackedPart { name, hash, shard, range: found.range.clone() }, found.dtype, found.shape.clone()))
+        };
+        for entry in std::mem::take(&mut manifest.tensors) {
+            if self.by_name.insert(entry.name.clone(), self.tensors.len()).is_some() {
+                return Err(Error::DuplicateTensor { path: path.to_owned(), name: entry.name });
+            }
+            let tensor = read_tensor(path, &entry, &mut take)?;
+            self.names.push(tensor.name.clone());
+            self.tensors.push(tensor);
+        }
+        for entry in std::mem::take(&mut manifest.files) {
+            check_file_name(path, &entry.name)?;
+            if entry.part.name != format!("{FILE_PREFIX}{}", entry.name) {
+                let why = format!("file {}: its part is named {:?}", entry.name, entry.part.name);
+                return Err(Error::Manifest { path: path.to_owned(), why });
+            }
+            let (part, dtype, _) = take(&entry.name, &entry.part)?;
+            if dtype != Dtype::U8 {
+                let (part, found) = (part.name, dtype.to_string());
+                return Err(Error::PartDtype { path: path.to_owned(), tensor: entry.name, part, found, expected: "U8" });
+            }
+            self.files.push((entry.name, part));
+        }
+        if let Some(orphan) = parts.keys().min() {
+            return Err(Error::OrphanPart { path: path.to_owned(), part: orphan.to_string() });
+        }
+        drop(parts);
+        let data_start = header.data_start;
+        if shard == 0 {
+            self.manifest = manifest.clone();
+        }
+        self.shards.push(Shard { path: path.to_owned(), map, data_start });
+        self.names.sort_by(|a, b| natural_order(a, b));
+        Ok(manifest)
+    }
+
+    /// What the file says of itself; tensors and files are left out (see [`PackedFile::tensors`]).
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// Every logical tensor, in the file's order.
+    pub fn tensors(&self) -> &[PackedTensor] {
+        &self.tensors
+    }
+
+    /// One logical tensor's entry.
+    pub fn entry(&self, name: &str) -> Option<&PackedTensor> {
+        self.by_name.get(name).map(|&index| &self.tensors[index])
+    }
+
+    /// Names and sizes of the files that travel inside.
+    pub fn files(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.files.iter().map(|(name, part)| (name.as_str(), part.range.len()))
+    }
+
+    /// Every part with the name of the tensor or file that it belongs to.
+    pub(super) fn all_parts(&self) -> impl Iterator<Item = (&str, &PackedPart)> {
+        let tensors = self.tensors.iter().flat_map(|tensor| tensor.parts.iter().map(|part| (tensor.name.as_str(), part)));
+        tensors.chain(self.files.iter().map(|(name, part)| (name.as_str(), part)))
+    }
+
+    /// A part's bytes.
+    pub(super) fn part_bytes(&self, part: &PackedPart) -> &[u8] {
+        &self.shards[part.shard].map[part.range.clone()]
+    }
+
+    /// The file that a part lies in.
+    pub(super) fn part_path(&self, part: &PackedPart) -> &Path {
+        &self.shards[part.shard].path
+    }
+
+    /// The bytes of the one file of a model without shards, and where its data starts.
+    pub(super) fn single(&self) -> Option<(&[u8], usize)> {
+        match self.shards.as_slice() {
+            [shard] => Some((&shard.map, shard.data_start)),
+            _ => None,
+        }
+    }
+
+    /// The names of a shard's parts, in the order of their bytes.
+    fn part_names(&self, shard: usize) -> Vec<&str> {
+        let mut parts: Vec<&PackedPart> = self.all_parts().map(|(_, part)| part).filter(|part| part.shard == shard).collect();
+        parts.sort_by_key(|part| (part.range.start, part.range.end));
+        parts.into_iter().map(|part| part.name.as_str()).collect()
+    }
+}
+
+/// Checks seal, version and page, and parses the manifest.
+pub(super) fn read_manifest(path: &Path, file: &[u8], header: &Header) -> Result<Manifest> {
+    let missing = |key| Error::MissingMetadata { path: path.to_owned(), key };
+    let text = header.metadata.get(MANIFEST_KEY).ok_or_else(|| missing(MANIFEST_KEY))?;
+    header.metadata.get("format").filter(|format| *format == "pt").ok_or_else(|| missing("format"))?;
+    let claimed = header.metadata.get(SEAL_KEY).ok_or_else(|| missing(SEAL_KEY))?;
+    check_seal(path, &file[..header.data_start], claimed)?;
+    if header.data_start % PAGE != 0 {
+        return Err(Error::DataStart { path: path.to_owned(), start: header.data_start });
+    }
+    let invalid = |why: String| Error::Manifest { path: path.to_owned(), why };
+    json::check_unique_keys(path, text.as_bytes()).map_err(|error| match error {
+        Error::Json { why, .. } => invalid(why),
+        Error::DuplicateKey { key, .. } => invalid(format!("names {key:?} twice")),
+        other => other,
+    })?;
+    // The version comes first: a newer manifest may have another structure.
+    #[derive(serde::Deserialize)]
+    struct Version {
+        version: u64,
+    }
+    let Version { version } = serde_json::from_str(text).map_err(|error| invalid(error.to_string()))?;
+    if version != VERSION {
+        return Err(Error::FormatVersion { path: path.to_owned(), found: version });
+    }
+    serde_json::from_str(text).map_err(|error| invalid(error.to_string()))
+}
+
+/// The seal covers every byte of the header: names, types, shapes, offsets, manifest, and the padding.
+fn check_seal(path: &Path, header: &[u8], claimed: &str) -> Result<()> {
+    let broken = || Error::Seal { path: path.to_owned() };
+    let place = seal_position(header).ok_or_else(broken)?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&header[..place]).update(ZERO_HASH.as_bytes()).update(&header[place + ZERO_HASH.len()..]);
+    if hasher.finalize().to_hex().as_str() == claimed { Ok(()) } else { Err(broken()) }
+}
+
+/// Checks one entry of the manifest against its parts.
+fn read_tensor(
+    path: &Path,
+    entry: &TensorEntry,
+    take: &mut impl FnMut(&str, &Part) -> Result<(PackedPart, Dtype, Vec<usize>)>,
+) -> Result<PackedTensor> {
+    let (path, tensor) = (|| path.to_owned(), || entry.name.clone());
+    let bad_shape = |why| Error::Shape { path: path(), tensor: tensor(), shape: entry.shape.clone(), why };
+    let shape: Vec<usize> = entry
+        .shape
+        .iter()
+        .map(|&dimension| usize::try_from(dimension).map_err(|_| bad_shape("too large for this machine")))
+        .collect::<Result<_>>()?;
+    // Eight bytes a weight is more than any encoding takes, so nothing below can overflow.
+    let elements = checked_elements(&shape).filter(|elements| elements.checked_mul(8).is_some());
+    match elements {
+        None => return Err(bad_shape("too large for this machine")),
+        Some(0) => return Err(bad_shape("holds no element")),
+        Some(_) => {}
+    }
+    let encoding = read_encoding(&path, entry)?;
+    let planned = PlannedTensor { name: entry.name.clone(), shape, component: entry.component.clone(), encoding };
+    let expected = stored_parts(&planned);
+    let slots = [
+        (Role::Values, &entry.parts.values),
+        (Role::Packed, &entry.parts.packed),
+        (Role::Scale, &entry.parts.scale),
+        (Role::ZeroPoint, &entry.parts.zero_point),
+    ];
+    let mut parts = Vec::new();
+    for (role, slot) in slots {
+        let wanted = expected.iter().find(|part| part.role == role);
+        let (wanted, named) = match (wanted, slot) {
+            (None, None) => continue,
+            (Some(wanted), Some(named)) => (wanted, named),
+            (wanted, _) => {
+                let verb = if wanted.is_some() { "lacks" } else { "has, against its encoding," };
+                return Err(Error::Parts { path: path(), tensor: tensor(), why: format!("{verb} a part of role {role:?}") });
+            }
+        };
+        if named.name != wanted.name {
+            let why = format!("a part is named {:?} where the rule gives {:?}", named.name, wanted.name);
+            return Err(Error::Parts { path: path(), tensor: tensor(), why });
+        }
+        let (part, dtype, shape) = take(&entry.name, named)?;
+        if dtype.to_string() != wanted.dtype {
+            let (part, found) = (part.name, dtype.to_string());
+            return Err(Error::PartDtype { path: path(), tensor: tensor(), part, found, expected: wanted.dtype });
+        }
+        if shape != wanted.shape {
+            let expected = wanted.shape.clone();
+            return Err(Error::PartShape { path: path(), tensor: tensor(), part: part.name, found: shape, expected });
+        }
+        parts.push(part);
+    }
+    Ok(PackedTensor { name: planned.name, shape: planned.shape, component: planned.component, encoding, parts })
+}
+
+fn read_encoding(path: &impl Fn() -> PathBuf, entry: &TensorEntry) -> Result<Encoding> {
+    let tensor = || entry.name.clone();
+    let kind = entry.encoding.get("kind").and_then(Value::as_str).unwrap_or_default();
+    if !["float", "int", "ternary", "binary"].contains(&kind) {
+        return Err(Error::UnknownEncoding { path: path(), tensor: tensor(), kind: kind.to_owned() });
+    }
+    let range = |why| Error::EncodingRange { path: path(), tensor: tensor(), why };
+    let encoding: Encoding = serde_json::from_value(entry.encoding.clone()).map_err(|error| range(error.to_string()))?;
+    encoding.check().map_err(range)?;
+    Ok(encoding)
+}
+
+/// A travelling file is written out under its own name, so the name must not leave the folder.
+fn check_file_name(path: &Path, name: &str) -> Result<()> {
+    let plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+    if plain && !name.is_empty() && !name.starts_with('.') {
+        Ok(())
+    } else {
+        Err(Error::FileName { path: path.to_owned(), name: name.to_owned() })
+    }
+}
+
+impl TensorSource for PackedFile {
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn config(&self) -> Option<&Value> {
+        self.manifest.config.as_ref()
+    }
+
+    fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.entry(name).map(|tensor| tensor.shape.as_slice())
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
+        let missing = || Error::MissingTensor { path: self.path.clone(), tensor: name.to_owned() };
+        let tensor = self.entry(name).ok_or_else(missing)?;
+        let bytes = |index: usize| tensor.parts.get(index).map_or(&[][..], |part| self.part_bytes(part));
+        let data = match (tensor.encoding, tensor.encoding.layout()) {
+            (_, Some((layout, scale_type))) => TensorData::Quantized {
+                layout,
+                codes: Cow::Borrowed(bytes(0)),
+                scale_type,
+                scales: Cow::Borrowed(bytes(1)),
+                zeros: Cow::Borrowed(bytes(2)),
+            },
+            (Encoding::Float { dtype }, _) => {
+                TensorData::Float { dtype: FloatType::from(dtype), values: Cow::Borrowed(bytes(0)) }
+            }
+            (_, None) => unreachable!("every encoding but plain values has a layout"),
+        };
+        let unfit = |error: bkpack_kernels::MatrixError| Error::Parts {
+            path: self.path.clone(),
+            tensor: name.to_owned(),
+            why: error.to_string(),
+        };
+        Tensor::new(tensor.shape.clone(), data).map_err(unfit)
+    }
+
+    fn file(&self, name: &str) -> Result<Option<Cow<'_, [u8]>>> {
+        let found = self.files.iter().find(|(file, _)| file == name);
+        Ok(found.map(|(_, part)| Cow::Borrowed(self.part_bytes(part))))
+    }
+
+    fn file_bytes(&self) -> u64 {
+        self.shards.iter().map(|shard| shard.map.len() as u64).sum::<u64>() + self.index_bytes
+    }
+}

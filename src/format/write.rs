@@ -1,0 +1,170 @@
+//! Writing a packed file: parts go to their planned places as they come, the header last, the final name at the end.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
+
+use tempfile::NamedTempFile;
+
+use super::{
+    index_path,
+    layout::{FilePlan, render_index},
+    manifest::{Manifest, Part},
+};
+use crate::error::{Error, Result};
+
+/// Writes a model's files under temporary names and renames them when all is written.
+///
+/// Dropped before [`PackedWriter::finish`], it removes what it wrote.
+pub struct PackedWriter {
+    output: PathBuf,
+    force: bool,
+    files: Vec<(FilePlan, NamedTempFile)>,
+    places: HashMap<String, Place>,
+}
+
+struct Place {
+    file: usize,
+    offset: u64,
+    bytes: usize,
+    hash: Option<blake3::Hash>,
+}
+
+impl PackedWriter {
+    /// Makes the temporary files in the target's folder.
+    ///
+    /// # Errors
+    /// A target that exists (unless `force`), or a folder that cannot be written.
+    pub fn create(output: &Path, plans: Vec<FilePlan>, force: bool) -> Result<Self> {
+        let mut writer = Self { output: output.to_owned(), force, files: Vec::new(), places: HashMap::new() };
+        for target in targets(output, &plans) {
+            if !force && target.exists() {
+                return Err(Error::Exists { path: target });
+            }
+        }
+        for (file, plan) in plans.into_iter().enumerate() {
+            for part in &plan.parts {
+                let offset = (plan.header_bytes + part.offset) as u64;
+                writer.places.insert(part.name.clone(), Place { file, offset, bytes: part.bytes, hash: None });
+            }
+            let temporary = temporary_beside(&plan.path)?;
+            writer.files.push((plan, temporary));
+        }
+        Ok(writer)
+    }
+
+    /// Writes one part and remembers its hash.
+    ///
+    /// # Panics
+    /// If the part was not planned with this length: the caller's mistake.
+    pub fn write_part(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+        let place = self.places.get_mut(name).expect("a planned part");
+        assert_eq!(place.bytes, bytes.len(), "part {name} has its planned length");
+        place.hash = Some(hash(bytes));
+        let (plan, temporary) = &mut self.files[place.file];
+        write_at(temporary.as_file_mut(), place.offset, bytes).map_err(Error::io(&plan.path))
+    }
+
+    /// Writes the headers and gives the files their final names, the index of a sharded model last.
+    ///
+    /// # Panics
+    /// If a planned part was not written: the caller's mistake.
+    pub fn finish(mut self) -> Result<Vec<PathBuf>> {
+        for (plan, temporary) in &mut self.files {
+            fill_hashes(&mut plan.manifest, &self.places);
+            let header = plan.render_header();
+            assert_eq!(header.len(), plan.header_bytes, "the header has its planned length");
+            let written = write_at(temporary.as_file_mut(), 0, &header).and_then(|()| temporary.as_file().sync_data());
+            written.map_err(Error::io(&plan.path))?;
+        }
+        let index = index_of(&self.output, self.files.iter().map(|(plan, _)| plan));
+        let mut finished = Vec::new();
+        for (plan, temporary) in self.files {
+            persist(temporary, &plan.path, self.force)?;
+            finished.push(plan.path);
+        }
+        if let Some((path, bytes)) = index {
+            let mut temporary = temporary_beside(&path)?;
+            temporary.write_all(&bytes).map_err(Error::io(&path))?;
+            persist(temporary, &path, self.force)?;
+            finished.push(path);
+        }
+        Ok(finished)
+    }
+}
+
+/// Bytes of everything that a plan will write, the index of a sharded model included.
+pub fn planned_bytes(output: &Path, plans: &[FilePlan]) -> u64 {
+    let index = index_of(output, plans.iter()).map_or(0, |(_, bytes)| bytes.len() as u64);
+    plans.iter().map(FilePlan::file_bytes).sum::<u64>() + index
+}
+
+fn index_of<'a>(output: &Path, plans: impl Iterator<Item = &'a FilePlan>) -> Option<(PathBuf, Vec<u8>)> {
+    let shards: Vec<_> = plans
+        .map(|plan| {
+            let file = plan.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            (file, plan.data_bytes(), plan.parts.iter().map(|part| part.name.as_str()).collect())
+        })
+        .collect();
+    render_index(output, shards.into_iter())
+}
+
+/// Every name that writing this plan will take.
+fn targets(output: &Path, plans: &[FilePlan]) -> Vec<PathBuf> {
+    let mut targets: Vec<PathBuf> = plans.iter().map(|plan| plan.path.clone()).collect();
+    if plans.len() > 1 {
+        targets.push(index_path(output));
+    }
+    targets
+}
+
+/// BLAKE3, on all threads of the pool where the bytes are many.
+pub(crate) fn hash(bytes: &[u8]) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    // Below about 128 KiB handing work to other threads costs more than it saves.
+    if bytes.len() < 128 << 10 { hasher.update(bytes) } else { hasher.update_rayon(bytes) };
+    hasher.finalize()
+}
+
+/// A temporary file in the folder of `path`, with the permissions that an ordinary new file gets.
+pub fn temporary_beside(path: &Path) -> Result<NamedTempFile> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".bkpack-").suffix(".partial");
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        builder.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    builder.tempfile_in(folder).map_err(Error::io(path))
+}
+
+/// Gives a temporary file its final name in one step.
+pub fn persist(temporary: NamedTempFile, path: &Path, force: bool) -> Result<()> {
+    let named = if force { temporary.persist(path) } else { temporary.persist_noclobber(path) };
+    named.map(drop).map_err(|error| match error.error.kind() {
+        std::io::ErrorKind::AlreadyExists => Error::Exists { path: path.to_owned() },
+        _ => Error::io(path)(error.error),
+    })
+}
+
+fn write_at(file: &mut File, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+    file.seek(SeekFrom::Start(offset))?;
+    file.write_all(bytes)
+}
+
+fn fill_hashes(manifest: &mut Manifest, places: &HashMap<String, Place>) {
+    let fill = |part: &mut Part| {
+        let hash = places[&part.name].hash.expect("every planned part was written");
+        part.blake3 = hash.to_hex().to_string();
+    };
+    for tensor in &mut manifest.tensors {
+        let parts = &mut tensor.parts;
+        let slots = [&mut parts.values, &mut parts.packed, &mut parts.scale, &mut parts.zero_point];
+        slots.into_iter().flatten().for_each(fill);
+    }
+    manifest.files.iter_mut().for_each(|file| fill(&mut file.part));
+}

@@ -1,0 +1,187 @@
+//! The operations on the CPU, on weights exactly as they lie in the file.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bkpack_kernels::{
+    Cpu, Data,
+    cpu::KeyValueCache,
+};
+use serde::Serialize;
+
+use super::Ops;
+use crate::{
+    error::Result,
+    tensor::{Tensor, TensorSource},
+};
+
+/// How activations enter the product with a quantized weight. Plain weights always see them in f32.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Activations {
+    /// In f32: what is measured is the cost of the packed weights alone.
+    #[default]
+    Exact,
+    /// Rounded to 8-bit integers: faster, at a further small cost.
+    Int8,
+}
+
+/// The CPU back end.
+#[derive(Debug)]
+pub struct CpuOps {
+    cpu: Cpu,
+    activations: Activations,
+    free: Arc<FreeBuffers>,
+}
+
+impl CpuOps {
+    /// A back end on the instruction set of `cpu`, in the caller's thread pool.
+    pub fn new(cpu: Cpu, activations: Activations) -> Self {
+        Self { cpu, activations, free: Arc::default() }
+    }
+
+    /// Values yet to be written, `[rows, cols]`.
+    fn scratch(&self, rows: usize, cols: usize) -> Values {
+        Values { buffer: self.free.take(rows * cols), cols, free: self.free.clone() }
+    }
+}
+
+/// Values in memory, `[rows, cols]`; their buffer is used again once they are dropped.
+#[derive(Debug)]
+pub struct Values {
+    buffer: Vec<f32>, // [rows, cols]
+    cols: usize,
+    free: Arc<FreeBuffers>,
+}
+
+impl Values {
+    fn rows(&self) -> usize {
+        self.buffer.len() / self.cols
+    }
+}
+
+impl Drop for Values {
+    fn drop(&mut self) {
+        self.free.give(std::mem::take(&mut self.buffer));
+    }
+}
+
+/// Buffers that wait to be used again: a fresh large one costs a page fault every 4 KiB.
+#[derive(Debug, Default)]
+struct FreeBuffers(Mutex<Vec<Vec<f32>>>);
+
+impl FreeBuffers {
+    fn take(&self, len: usize) -> Vec<f32> {
+        let mut buffers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let fitting = buffers.iter().enumerate().filter(|(_, buffer)| buffer.capacity() >= len);
+        match fitting.min_by_key(|(_, buffer)| buffer.capacity()).map(|(index, _)| index) {
+            Some(index) => {
+                let mut buffer = buffers.swap_remove(index);
+                buffer.resize(len, 0.0);
+                buffer
+            }
+            None => vec![0.0; len],
+        }
+    }
+
+    fn give(&self, buffer: Vec<f32>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+    }
+}
+
+impl Ops for CpuOps {
+    type Tensor = Values;
+    type Weight<'a> = Tensor<'a>;
+    type Cache = KeyValueCache;
+
+    fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<Tensor<'a>> {
+        source.tensor(name)
+    }
+
+    fn vector(&self, source: &dyn TensorSource, name: &str) -> Result<Values> {
+        let tensor = source.tensor(name)?;
+        let mut out = self.scratch(1, tensor.elements());
+        self.cpu.dequantize(&tensor.matrix(), 0, &mut out.buffer);
+        Ok(out)
+    }
+
+    fn constant(&self, values: Vec<f32>, cols: usize) -> Result<Values> {
+        Ok(Values { buffer: values, cols, free: self.free.clone() })
+    }
+
+    fn read(&self, x: &Values, out: &mut Vec<f32>) -> Result<()> {
+        out.clear();
+        out.extend_from_slice(&x.buffer);
+        Ok(())
+    }
+
+    fn rows(&self, x: &Values, first: usize, count: usize) -> Result<Values> {
+        let mut out = self.scratch(count, x.cols);
+        out.buffer.copy_from_slice(&x.buffer[first * x.cols..][..count * x.cols]);
+        Ok(out)
+    }
+
+    fn embed(&self, table: &Tensor<'_>, tokens: &[u32]) -> Result<Values> {
+        let table = table.matrix();
+        let mut out = self.scratch(tokens.len(), table.cols());
+        self.cpu.gather_rows(&table, tokens, &mut out.buffer);
+        Ok(out)
+    }
+
+    fn linear(&self, x: &Values, weight: &Tensor<'_>, bias: Option<&Values>) -> Result<Values> {
+        let weight = weight.matrix();
+        let mut out = self.scratch(x.rows(), weight.rows());
+        match (self.activations, weight.data()) {
+            (Activations::Int8, Data::Quantized { .. }) => self.cpu.matmul_int8(&x.buffer, &weight, &mut out.buffer),
+            _ => self.cpu.matmul(&x.buffer, &weight, &mut out.buffer),
+        }
+        if let Some(bias) = bias {
+            self.cpu.add_bias(&mut out.buffer, &bias.buffer);
+        }
+        Ok(out)
+    }
+
+    fn rms_norm(&self, x: &Values, gain: &Values, epsilon: f32) -> Result<Values> {
+        let mut out = self.scratch(x.rows(), x.cols);
+        self.cpu.rms_norm(&x.buffer, &gain.buffer, epsilon, &mut out.buffer);
+        Ok(out)
+    }
+
+    fn rope(&self, mut x: Values, heads: usize, cos: &Values, sin: &Values) -> Result<Values> {
+        let head_dim = x.cols / heads;
+        self.cpu.rope(&mut x.buffer, heads, head_dim, &cos.buffer, &sin.buffer);
+        Ok(x)
+    }
+
+    fn cache(&self, kv_heads: usize, head_dim: usize, capacity: usize) -> Result<KeyValueCache> {
+        Ok(KeyValueCache::new(kv_heads, head_dim, capacity))
+    }
+
+    fn clear(&self, cache: &mut KeyValueCache) {
+        cache.clear();
+    }
+
+    fn attention(
+        &self,
+        query: Values,
+        key: Values,
+        value: Values,
+        cache: &mut KeyValueCache,
+        heads: usize,
+        scale: f32,
+    ) -> Result<Values> {
+        cache.append(&key.buffer, &value.buffer);
+        let mut out = self.scratch(query.rows(), query.cols);
+        self.cpu.attention(&query.buffer, heads, cache, scale, &mut out.buffer);
+        Ok(out)
+    }
+
+    fn silu_multiply(&self, mut gate: Values, up: Values) -> Result<Values> {
+        self.cpu.silu_multiply(&mut gate.buffer, &up.buffer);
+        Ok(gate)
+    }
+
+    fn add(&self, mut x: Values, y: Values) -> Result<Values> {
+        self.cpu.add(&mut x.buffer, &y.buffer);
+        Ok(x)
+    }
+}

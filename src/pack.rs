@@ -1,0 +1,260 @@
+//! From a checkpoint to a packed file: what each tensor becomes, how large it will be, and the doing of it.
+
+use std::path::{Path, PathBuf};
+
+use bkpack_kernels::{
+    Cpu, Data, FloatType,
+    cpu::quantize::{QuantizeOptions, Range, Rounding},
+};
+use half::f16;
+use serde_json::json;
+
+use crate::{
+    checkpoint::Checkpoint,
+    encoding::{Encoding, FloatName, Request},
+    error::{Error, Result},
+    format::{self, FilePlan, PackedWriter, PlannedFile, PlannedTensor, Source, SourceFile},
+    policy::{ComponentRules, Uniform},
+    progress::{Observer, Unit},
+    quant::{self, Quantized},
+    tensor::{Tensor, TensorSource, matrix_shape},
+};
+
+/// Files of a model's folder that travel inside the packed file.
+const TRAVELLING_FILES: [&str; 11] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// A ternary weight is zero below this share of its scale, unless told otherwise.
+pub const DEFAULT_TERNARY_THRESHOLD: f32 = 0.5;
+
+/// What decides the bytes of a packed file, apart from the checkpoint.
+#[derive(Debug)]
+pub struct PackOptions {
+    pub policy: Uniform,
+    pub rounding: Rounding,
+    pub ternary_threshold: f32,
+    /// Keep a tensor with NaN or infinite values as FP32 instead of refusing it.
+    pub allow_nonfinite: bool,
+    /// The most bytes of data in one file.
+    pub shard_bytes: Option<u64>,
+}
+
+/// A conversion whose every size is known.
+pub struct Packing<'a> {
+    checkpoint: &'a Checkpoint,
+    options: &'a PackOptions,
+    output: PathBuf,
+    tensors: Vec<PlannedTensor>,
+    travelling: Vec<PlannedFile>,
+    files: Vec<FilePlan>,
+    /// What the user should know: kept tensors with NaN, a tied head left out.
+    pub notices: Vec<String>,
+}
+
+impl<'a> Packing<'a> {
+    /// Looks at every weight once and decides every tensor's encoding and place.
+    ///
+    /// # Errors
+    /// A NaN or infinite weight, a value that its float type cannot hold, a pattern that matches nothing.
+    pub fn plan(
+        checkpoint: &'a Checkpoint,
+        options: &'a PackOptions,
+        output: &Path,
+        cpu: Cpu,
+        observer: &dyn Observer,
+    ) -> Result<Self> {
+        options.policy.check_patterns(checkpoint.names())?;
+        let mut notices = Vec::new();
+        let architecture = checkpoint.config().and_then(|config| config["architectures"][0].as_str());
+        let components = ComponentRules::builtin(architecture);
+        let tied = tied_head(checkpoint)?;
+        observer.begin("Reading", checkpoint.tensor_bytes(), Unit::Bytes);
+        let mut tensors = Vec::with_capacity(checkpoint.names().len());
+        for name in checkpoint.names() {
+            observer.check()?;
+            if tied == Some(name.as_str()) {
+                notices.push(format!("{name} is tied to the embedding and stored once, as the embedding"));
+                continue;
+            }
+            let tensor = checkpoint.tensor(name)?;
+            let component = components.component(name, tensor.shape()).to_owned();
+            let request = options.policy.request(name, &component);
+            let encoding = decide(checkpoint, name, &tensor, request, options, cpu, &mut notices)?;
+            observer.advance(tensor.matrix().bytes() as u64);
+            tensors.push(PlannedTensor { name: name.clone(), shape: tensor.shape().to_vec(), component, encoding });
+        }
+        observer.end();
+        let mut travelling = Vec::new();
+        for name in TRAVELLING_FILES {
+            if let Some(bytes) = checkpoint.file(name)? {
+                travelling.push(PlannedFile { name: name.into(), bytes: bytes.into_owned() });
+            }
+        }
+        let output = output.to_owned();
+        let mut packing = Self { checkpoint, options, output, tensors, travelling, files: Vec::new(), notices };
+        packing.files = packing.plan_files(|_| "0".repeat(64));
+        Ok(packing)
+    }
+
+    /// Plans the files; `hash` gives the digits of a source file's BLAKE3.
+    fn plan_files(&self, hash: impl Fn(&[u8]) -> String) -> Vec<FilePlan> {
+        let files = self.checkpoint.weight_files().iter().map(|file| SourceFile {
+            name: file.name(),
+            bytes: file.bytes().len() as u64,
+            blake3: hash(file.bytes()),
+        });
+        let source = Source { kind: self.checkpoint.kind().name().into(), files: files.collect() };
+        let mut policy = self.options.policy.record();
+        policy["rounding"] = match self.options.rounding {
+            Rounding::Nearest => json!("rtn"),
+            Rounding::Search => json!("search"),
+        };
+        if self.tensors.iter().any(|tensor| matches!(tensor.encoding, Encoding::Ternary { .. })) {
+            policy["ternary_threshold"] = json!(self.options.ternary_threshold);
+        }
+        let config = self.checkpoint.config().cloned();
+        format::plan(&self.output, source, policy, config, &self.tensors, &self.travelling, self.options.shard_bytes)
+    }
+
+    /// Every tensor with its encoding.
+    pub fn tensors(&self) -> &[PlannedTensor] {
+        &self.tensors
+    }
+
+    /// Bytes that will be on disk, everything counted; exact.
+    pub fn file_bytes(&self) -> u64 {
+        format::planned_bytes(&self.output, &self.files)
+    }
+
+    /// Quantizes and writes. Nothing stands under the final names until all is written.
+    ///
+    /// # Errors
+    /// A target that exists (unless `force`), a full disk, cancellation.
+    pub fn write(mut self, cpu: Cpu, force: bool, observer: &dyn Observer) -> Result<Vec<PathBuf>> {
+        self.files = self.plan_files(|bytes| format::hash(bytes).to_hex().to_string());
+        let mut writer = PackedWriter::create(&self.output, std::mem::take(&mut self.files), force)?;
+        observer.begin("Packing", self.checkpoint.tensor_bytes(), Unit::Bytes);
+        let mut quantized = Quantized::default();
+        for planned in &self.tensors {
+            observer.check()?;
+            let tensor = self.checkpoint.tensor(&planned.name)?;
+            let matrix = tensor.matrix();
+            match (planned.encoding, planned.encoding.layout()) {
+                (_, Some((layout, scale_type))) => {
+                    let options = QuantizeOptions {
+                        layout,
+                        scale_type,
+                        rounding: self.options.rounding,
+                        ternary_threshold: self.options.ternary_threshold,
+                    };
+                    quant::quantize(cpu, &matrix, &options, &mut quantized);
+                    writer.write_part(&format!("{}_packed", planned.name), &quantized.codes)?;
+                    writer.write_part(&format!("{}_scale", planned.name), &quantized.scales)?;
+                    if layout.grid.has_zero_points() {
+                        writer.write_part(&format!("{}_zero_point", planned.name), &quantized.zeros)?;
+                    }
+                }
+                (Encoding::Float { dtype }, _) => {
+                    writer.write_part(&planned.name, &quant::convert_float(cpu, &matrix, dtype.into()))?;
+                }
+                (_, None) => unreachable!("every encoding but plain values has a layout"),
+            }
+            observer.advance(matrix.bytes() as u64);
+        }
+        for file in &self.travelling {
+            writer.write_part(&format!("{}{}", format::FILE_PREFIX, file.name), &file.bytes)?;
+        }
+        let written = writer.finish()?;
+        observer.end();
+        Ok(written)
+    }
+}
+
+/// The encoding of one tensor, now that its values can be seen.
+fn decide(
+    checkpoint: &Checkpoint,
+    name: &str,
+    tensor: &Tensor,
+    request: Request,
+    options: &PackOptions,
+    cpu: Cpu,
+    notices: &mut Vec<String>,
+) -> Result<Encoding> {
+    let matrix = tensor.matrix();
+    let (_, cols) = matrix_shape(tensor.shape());
+    let layout = match request {
+        Request::Quantize { grid, group } => Some(bkpack_kernels::Layout { grid, group: group.columns(cols) }),
+        _ => None,
+    };
+    let range = quant::range(cpu, &matrix, layout.map_or(cols, |layout| layout.group));
+    if range.non_finite > 0 {
+        if !options.allow_nonfinite {
+            let first = first_non_finite(cpu, tensor);
+            let (path, tensor) = (checkpoint.path().to_owned(), name.to_owned());
+            return Err(Error::NonFinite { path, tensor, count: range.non_finite, first });
+        }
+        notices.push(format!("{name} holds {} NaN or infinite values and is kept as FP32", range.non_finite));
+        return Ok(Encoding::Float { dtype: FloatName::F32 });
+    }
+    let Data::Float { dtype: source, .. } = matrix.data() else { unreachable!("a checkpoint holds floats") };
+    Ok(match (request, layout) {
+        (Request::Float(to), _) => {
+            check_float_range(checkpoint, name, range, to)?;
+            Encoding::Float { dtype: to.into() }
+        }
+        (_, Some(layout)) => Encoding::quantized(layout, quant::scale_type(layout, range)),
+        (_, None) => Encoding::Float { dtype: source.into() },
+    })
+}
+
+fn check_float_range(checkpoint: &Checkpoint, name: &str, range: Range, to: FloatType) -> Result<()> {
+    let largest = match to {
+        FloatType::F16 => f16::MAX.to_f32(),
+        FloatType::BF16 => half::bf16::MAX.to_f32(),
+        FloatType::F32 => f32::MAX,
+    };
+    if range.largest <= largest {
+        return Ok(());
+    }
+    let (path, tensor) = (checkpoint.path().to_owned(), name.to_owned());
+    Err(Error::FloatRange { path, tensor, value: range.largest, dtype: FloatName::from(to).name() })
+}
+
+fn first_non_finite(cpu: Cpu, tensor: &Tensor) -> usize {
+    let matrix = tensor.matrix();
+    let mut row = vec![0.0; matrix.cols()];
+    for index in 0..matrix.rows() {
+        cpu.dequantize(&matrix, index, &mut row);
+        if let Some(column) = row.iter().position(|value| !value.is_finite()) {
+            return index * matrix.cols() + column;
+        }
+    }
+    0
+}
+
+/// The name of a head that config.json ties to the embedding and that is byte for byte the same.
+fn tied_head(checkpoint: &Checkpoint) -> Result<Option<&'static str>> {
+    const HEAD: &str = "lm_head.weight";
+    const EMBEDDINGS: [&str; 2] = ["model.embed_tokens.weight", "backbone.embeddings.weight"];
+    let tied = checkpoint.config().is_some_and(|config| config["tie_word_embeddings"] == json!(true));
+    let embedding = EMBEDDINGS.into_iter().find(|name| checkpoint.shape(name).is_some());
+    let (true, Some(embedding), Some(_)) = (tied, embedding, checkpoint.shape(HEAD)) else { return Ok(None) };
+    let (head, embedding) = (checkpoint.tensor(HEAD)?, checkpoint.tensor(embedding)?);
+    let same = head.shape() == embedding.shape()
+        && match (head.matrix().data(), embedding.matrix().data()) {
+            (Data::Float { dtype: a, values: x }, Data::Float { dtype: b, values: y }) => a == b && x == y,
+            _ => false,
+        };
+    Ok(same.then_some(HEAD))
+}

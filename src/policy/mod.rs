@@ -1,0 +1,7 @@
+//! Which tensor gets which encoding.
+
+mod components;
+mod uniform;
+
+pub use components::{ComponentRules, PLAIN};
+pub use uniform::Uniform;

@@ -1,0 +1,130 @@
+//! From a matrix of floats to the bytes of its parts. Pure functions of the matrix and the options.
+
+use std::borrow::Cow;
+
+use bkpack_kernels::{
+    Cpu, Data, FloatType, Grid, Layout, Matrix,
+    cpu::quantize::{QuantizeOptions, Range},
+};
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use rayon::prelude::*;
+
+/// The bytes of a quantized matrix; reused from tensor to tensor.
+#[derive(Debug, Default)]
+pub struct Quantized {
+    pub codes: Vec<u8>,  // [rows, code_bytes]
+    pub scales: Vec<u8>, // [rows, groups]
+    pub zeros: Vec<u8>,  // [rows, zero_bytes]
+}
+
+/// Weights of one task: large enough to hide its cost, small enough to stay in a core's cache.
+const WEIGHTS_PER_TASK: usize = 1 << 16;
+
+fn rows_per_task(cols: usize) -> usize {
+    (WEIGHTS_PER_TASK / cols.max(1)).max(1)
+}
+
+/// Looks at every weight: how many are not finite, and the range of group magnitudes.
+pub fn range(cpu: Cpu, matrix: &Matrix, group: usize) -> Range {
+    let step = rows_per_task(matrix.cols());
+    (0..matrix.rows().div_ceil(step))
+        .into_par_iter()
+        .map(|task| {
+            let first = task * step;
+            cpu.range(matrix, first, step.min(matrix.rows() - first), group)
+        })
+        .reduce(|| Range::EMPTY, Range::merge)
+}
+
+/// The type of a matrix's scales: F16, or F32 where a scale could overflow it or vanish in it.
+pub fn scale_type(layout: Layout, range: Range) -> FloatType {
+    let levels = match layout.grid {
+        Grid::Int { bits, .. } => f32::from((1u16 << bits) - 1),
+        // The mean of a group is at least its largest magnitude over its length.
+        Grid::Ternary | Grid::Binary => 1.0,
+    };
+    let overflows = range.largest > f16::MAX.to_f32();
+    let vanishes = range.smallest / levels < f16::MIN_POSITIVE_SUBNORMAL.to_f32();
+    if overflows || vanishes { FloatType::F32 } else { FloatType::F16 }
+}
+
+/// Quantizes a matrix of floats on all threads of the pool; the bytes do not depend on their number.
+pub fn quantize(cpu: Cpu, matrix: &Matrix, options: &QuantizeOptions, output: &mut Quantized) {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let layout = options.layout;
+    let code_bytes = layout.code_bytes(cols);
+    let scale_bytes = layout.groups(cols) * options.scale_type.bytes();
+    let zero_bytes = layout.zero_bytes(cols);
+    output.codes.resize(rows * code_bytes, 0);
+    output.scales.resize(rows * scale_bytes, 0);
+    output.zeros.resize(rows * zero_bytes, 0);
+    if rows * cols == 0 {
+        return;
+    }
+    let step = rows_per_task(cols);
+    let chunks = output.codes.par_chunks_mut(step * code_bytes).zip(output.scales.par_chunks_mut(step * scale_bytes));
+    // Without zero points there is nothing to split: every task gets an empty slice.
+    let zeros: Vec<&mut [u8]> = match zero_bytes {
+        0 => (0..rows.div_ceil(step)).map(|_| &mut [][..]).collect(),
+        _ => output.zeros.chunks_mut(step * zero_bytes).collect(),
+    };
+    chunks.zip(zeros).enumerate().for_each_init(Vec::new, |scratch, (task, ((codes, scales), zeros))| {
+        let first = task * step;
+        let x = float_rows(cpu, matrix, first, step.min(rows - first), scratch);
+        cpu.quantize_rows(options, cols, x, codes, scales, zeros);
+    });
+}
+
+/// Rows as f32: in place where they already are, else widened into `scratch`.
+fn float_rows<'a>(cpu: Cpu, matrix: &Matrix<'a>, first: usize, count: usize, scratch: &'a mut Vec<f32>) -> &'a [f32] {
+    let cols = matrix.cols();
+    if let Data::Float { dtype: FloatType::F32, values } = matrix.data()
+        && let Ok(values) = bytemuck::try_cast_slice(&values[first * cols * 4..(first + count) * cols * 4])
+        && cfg!(target_endian = "little")
+    {
+        return values;
+    }
+    scratch.resize(count * cols, 0.0);
+    cpu.dequantize(matrix, first, scratch);
+    scratch
+}
+
+/// A matrix's values in another float type, rounded to nearest even; borrowed if it already is that type.
+pub fn convert_float<'a>(cpu: Cpu, matrix: &Matrix<'a>, to: FloatType) -> Cow<'a, [u8]> {
+    match matrix.data() {
+        Data::Float { dtype, values } if dtype == to => return Cow::Borrowed(values),
+        _ => {}
+    }
+    let (cols, step) = (matrix.cols(), rows_per_task(matrix.cols()));
+    let mut output = vec![0; matrix.rows() * cols * to.bytes()];
+    if !output.is_empty() {
+        output.par_chunks_mut(step * cols * to.bytes()).enumerate().for_each(|(task, bytes)| {
+            let mut floats = vec![0.0; bytes.len() / to.bytes()];
+            cpu.dequantize(matrix, task * step, &mut floats);
+            write_floats(&floats, to, bytes);
+        });
+    }
+    Cow::Owned(output)
+}
+
+fn write_floats(floats: &[f32], to: FloatType, bytes: &mut [u8]) {
+    match to {
+        FloatType::F32 => {
+            for (float, bytes) in floats.iter().zip(bytes.as_chunks_mut().0) {
+                *bytes = float.to_le_bytes();
+            }
+        }
+        FloatType::F16 => {
+            let mut halves = vec![f16::ZERO; floats.len()];
+            halves.convert_from_f32_slice(floats);
+            for (half, bytes) in halves.iter().zip(bytes.as_chunks_mut().0) {
+                *bytes = half.to_le_bytes();
+            }
+        }
+        FloatType::BF16 => {
+            for (float, bytes) in floats.iter().zip(bytes.as_chunks_mut().0) {
+                *bytes = bf16::from_f32(*float).to_le_bytes();
+            }
+        }
+    }
+}

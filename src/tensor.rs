@@ -1,0 +1,148 @@
+//! Tensors as they are stored: types, shapes, and the one trait behind which models and checkpoints look alike.
+
+use std::{borrow::Cow, cmp::Ordering, path::Path};
+
+use bkpack_kernels::{Data, FloatType, Layout, Matrix, MatrixError};
+use serde_json::Value;
+
+use crate::error::Result;
+
+/// A stored tensor: borrowed from a memory map where possible.
+///
+/// Its shape is seen as a matrix whose columns are the last dimension and whose rows are all others together.
+#[derive(Clone, Debug)]
+pub struct Tensor<'a> {
+    shape: Vec<usize>,
+    data: TensorData<'a>,
+}
+
+/// The bytes of a stored tensor.
+#[derive(Clone, Debug)]
+pub enum TensorData<'a> {
+    /// Plain values, row-major, little-endian.
+    Float { dtype: FloatType, values: Cow<'a, [u8]> },
+    /// Codes with group-wise scales; see [`Data::Quantized`].
+    Quantized { layout: Layout, codes: Cow<'a, [u8]>, scale_type: FloatType, scales: Cow<'a, [u8]>, zeros: Cow<'a, [u8]> },
+}
+
+impl<'a> Tensor<'a> {
+    /// Checks that the bytes fit the shape.
+    pub fn new(shape: Vec<usize>, data: TensorData<'a>) -> Result<Self, MatrixError> {
+        let tensor = Self { shape, data };
+        checked_elements(&tensor.shape).ok_or(MatrixError::Overflow)?;
+        tensor.view()?;
+        Ok(tensor)
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    pub fn data(&self) -> &TensorData<'a> {
+        &self.data
+    }
+
+    /// The number of weights.
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The tensor as the kernels see it: `[rows, last dimension]`; a vector is one row, a scalar `[1, 1]`.
+    pub fn matrix(&self) -> Matrix<'_> {
+        self.view().expect("lengths were checked when the tensor was made")
+    }
+
+    fn view(&self) -> Result<Matrix<'_>, MatrixError> {
+        let (rows, cols) = matrix_shape(&self.shape);
+        let data = match &self.data {
+            TensorData::Float { dtype, values } => Data::Float { dtype: *dtype, values },
+            TensorData::Quantized { layout, codes, scale_type, scales, zeros } => {
+                Data::Quantized { layout: *layout, codes, scale_type: *scale_type, scales, zeros }
+            }
+        };
+        Matrix::new(rows, cols, data)
+    }
+}
+
+/// Rows and columns of a shape: the last dimension is the columns.
+pub fn matrix_shape(shape: &[usize]) -> (usize, usize) {
+    match shape.split_last() {
+        Some((cols, rest)) => (rest.iter().product(), *cols),
+        None => (1, 1),
+    }
+}
+
+/// The number of elements of a shape; `None` where it overflows.
+pub fn checked_elements(shape: &[usize]) -> Option<usize> {
+    shape.iter().try_fold(1usize, |product, &dimension| product.checked_mul(dimension))
+}
+
+/// Whatever holds named tensors: a checkpoint in any file format, or a packed file.
+pub trait TensorSource: Send + Sync {
+    /// Where it lies; errors name it.
+    fn path(&self) -> &Path;
+
+    /// The model's config.json, where there is one.
+    fn config(&self) -> Option<&Value>;
+
+    /// Every tensor's name, in [`natural_order`].
+    fn names(&self) -> &[String];
+
+    /// The shape of a tensor; `None` if there is no such tensor.
+    fn shape(&self, name: &str) -> Option<&[usize]>;
+
+    /// A tensor's stored bytes, borrowed where the format allows it.
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>>;
+
+    /// A file that belongs to the model (tokenizer.json, ...); `None` if it has none of that name.
+    fn file(&self, name: &str) -> Result<Option<Cow<'_, [u8]>>>;
+
+    /// Bytes on disk, everything counted.
+    fn file_bytes(&self) -> u64;
+}
+
+/// Orders names as people count: runs of digits by value, so `layers.2` comes before `layers.10`.
+pub fn natural_order(a: &str, b: &str) -> Ordering {
+    let (mut left, mut right) = (a.as_bytes(), b.as_bytes());
+    loop {
+        match (left.first(), right.first()) {
+            (Some(x), Some(y)) if x.is_ascii_digit() && y.is_ascii_digit() => {
+                let (x_run, x_rest) = digits(left);
+                let (y_run, y_rest) = digits(right);
+                let by_value = (x_run.len(), x_run).cmp(&(y_run.len(), y_run));
+                if by_value != Ordering::Equal {
+                    return by_value;
+                }
+                (left, right) = (x_rest, y_rest);
+            }
+            (Some(x), Some(y)) if x == y => (left, right) = (&left[1..], &right[1..]),
+            (None, None) => return a.cmp(b),
+            (x, y) => return x.cmp(&y),
+        }
+    }
+}
+
+/// The leading run of digits without its leading zeros, and what follows.
+fn digits(text: &[u8]) -> (&[u8], &[u8]) {
+    let end = text.iter().position(|byte| !byte.is_ascii_digit()).unwrap_or(text.len());
+    let start = text[..end].iter().position(|&byte| byte != b'0').unwrap_or(end);
+    (&text[start..end], &text[end..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_ordered_as_people_count() {
+        let mut names = ["layers.10.w", "layers.2.w", "embed", "layers.2.a", "layers.02.w", "layers"];
+        names.sort_by(|a, b| natural_order(a, b));
+        assert_eq!(names, ["embed", "layers", "layers.2.a", "layers.02.w", "layers.2.w", "layers.10.w"]);
+    }
+
+    #[test]
+    fn a_tensor_whose_bytes_do_not_fit_is_refused() {
+        let values = Cow::Borrowed(&[0u8; 12][..]);
+        assert!(Tensor::new(vec![2, 2], TensorData::Float { dtype: FloatType::F32, values }).is_err());
+    }
+}
