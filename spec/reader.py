@@ -242,14 +242,13 @@ def unpack_stream(words: np.ndarray, bits: int, count: int) -> np.ndarray:
     return (pair >> shift & np.uint64(2**bits - 1)).astype(np.int32)
 
 
-def check_ternary(packed: np.ndarray):
+def check_ternary(packed: np.ndarray, what: str):
     if packed.max() > 242:
-        raise FormatError("ternary-byte", f"a ternary byte is {packed.max()}, above 242")
+        raise FormatError("ternary-byte", f"{what}: a ternary byte is {packed.max()}, above 242")
 
 
 def unpack_ternary(packed: np.ndarray) -> np.ndarray:
-    """Bytes [rows, bytes] -> digits [rows, 5 * bytes]."""
-    check_ternary(packed)
+    """Checked bytes [rows, bytes] -> digits [rows, 5 * bytes]."""
     digits = packed[:, :, None] // np.array([1, 3, 9, 27, 81], np.uint8) % np.uint8(3)
     return digits.reshape(len(packed), -1).astype(np.int32)
 
@@ -301,12 +300,16 @@ class Tensor:
 
     def dequantize(self) -> np.ndarray:
         """The weights as f32, in the logical shape."""
+        if len(self.shape) > 32:  # what every numpy can hold; the page has no limit
+            raise FormatError("dimensions", f"tensor {self.name!r}: numpy cannot hold {len(self.shape)} dimensions")
         encoding, kind = self.encoding, self.encoding["kind"]
         if kind == "float":
             return self.part("values")
         packed, scale = self.part("packed"), self.part("scale")
         zero_point = self.part("zero_point") if "zero_point" in self.parts else None
-        group = np.arange(self.columns) // encoding["group_size"]  # the group of each column
+        if kind == "ternary":
+            check_ternary(packed, f"tensor {self.name!r}")
+        group = np.arange(self.columns, dtype=np.int64) // encoding["group_size"]  # the group of each column
         weights = np.empty((self.rows, self.columns), np.float32)
         step = max(1, 2**20 // self.columns)
         for top in range(0, self.rows, step):
@@ -337,7 +340,7 @@ class Tensor:
                 continue
             packed = self.part(role)
             if self.encoding["kind"] == "ternary":
-                check_ternary(packed)
+                check_ternary(packed, f"tensor {self.name!r}")
                 dirty = unpack_ternary(packed[:, -1:])[:, (count - 1) % 5 + 1 :].any()
             else:
                 used = count * code_bits(self.encoding) % 32

@@ -110,6 +110,12 @@ pub enum Error {
     /// The manifest names a part that the file does not hold.
     #[error("{}: tensor {tensor}: part {part} is missing", path.display())]
     MissingPart { path: PathBuf, tensor: String, part: String },
+    /// A part's name is not the one that its tensor and role give it.
+    #[error("{}: {tensor}: a part is named {found:?} where the rule gives {expected:?}", path.display())]
+    PartName { path: PathBuf, tensor: String, found: String, expected: String },
+    /// A hash is not 64 lowercase hex digits.
+    #[error("{}: part {part}: its blake3 is not 64 lowercase hex digits", path.display())]
+    HashText { path: PathBuf, part: String },
     /// A part belongs to two tensors.
     #[error("{}: part {part} is claimed twice", path.display())]
     SharedPart { path: PathBuf, part: String },
@@ -128,6 +134,9 @@ pub enum Error {
     /// An encoding that this version does not know.
     #[error("{}: tensor {tensor}: encoding {kind:?} is not known to this version", path.display())]
     UnknownEncoding { path: PathBuf, tensor: String, kind: String },
+    /// An encoding or a part has a field that this version does not know: it could change the meaning.
+    #[error("{}: tensor {tensor}: {why}", path.display())]
+    UnknownField { path: PathBuf, tensor: String, why: String },
     /// A parameter of an encoding is out of range.
     #[error("{}: tensor {tensor}: encoding: {why}", path.display())]
     EncodingRange { path: PathBuf, tensor: String, why: String },
@@ -146,6 +155,9 @@ pub enum Error {
     /// The shards of a packed model do not belong together.
     #[error("{}: {why}", path.display())]
     ShardSet { path: PathBuf, why: String },
+    /// The index is not the one that follows from the shards.
+    #[error("{}: {why}", path.display())]
+    ShardIndex { path: PathBuf, why: String },
     /// An archive breaks its format.
     #[error("{}: archive: {why}", path.display())]
     Archive { path: PathBuf, why: String },

@@ -4,7 +4,7 @@ use std::{collections::HashSet, fmt, path::Path};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{DeserializeOwned, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor},
+    de::{DeserializeOwned, Error as _, MapAccess, SeqAccess, Visitor},
 };
 
 use crate::error::{Error, Result};
@@ -82,7 +82,6 @@ impl<'de> Visitor<'de> for UniqueKeysVisitor {
         let mut keys = HashSet::new();
         while let Some(key) = map.next_key::<String>()? {
             if keys.contains(&key) {
-                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
                 return Err(A::Error::custom(format_args!("{DUPLICATE}{key}")));
             }
             keys.insert(key);

@@ -103,17 +103,13 @@ impl<'a> Packing<'a> {
         }
         let output = output.to_owned();
         let mut packing = Self { checkpoint, options, output, tensors, travelling, files: Vec::new(), notices };
-        packing.files = packing.plan_files(|_| "0".repeat(64));
+        packing.files = packing.plan_files();
         Ok(packing)
     }
 
-    /// Plans the files; `hash` gives the digits of a source file's BLAKE3.
-    fn plan_files(&self, hash: impl Fn(&[u8]) -> String) -> Vec<FilePlan> {
-        let files = self.checkpoint.weight_files().iter().map(|file| SourceFile {
-            name: file.name(),
-            bytes: file.bytes().len() as u64,
-            blake3: hash(file.bytes()),
-        });
+    fn plan_files(&self) -> Vec<FilePlan> {
+        let files = self.checkpoint.weight_files().iter();
+        let files = files.map(|file| SourceFile::unhashed(file.name(), file.bytes().len() as u64));
         let source = Source { kind: self.checkpoint.kind().name().into(), files: files.collect() };
         let mut policy = self.options.policy.record();
         policy["rounding"] = match self.options.rounding {
@@ -142,9 +138,19 @@ impl<'a> Packing<'a> {
     /// # Errors
     /// A target that exists (unless `force`), a full disk, cancellation.
     pub fn write(mut self, cpu: Cpu, force: bool, observer: &dyn Observer) -> Result<Vec<PathBuf>> {
-        self.files = self.plan_files(|bytes| format::hash(bytes).to_hex().to_string());
         let mut writer = PackedWriter::create(&self.output, std::mem::take(&mut self.files), force)?;
         observer.begin("Packing", self.checkpoint.tensor_bytes(), Unit::Bytes);
+        // Hashing the source keeps the pool busy while this thread writes.
+        let files = self.checkpoint.weight_files();
+        let hash_source = || files.iter().map(|file| format::hash(file.bytes())).collect::<Vec<_>>();
+        let (written, source) = rayon::join(|| self.write_parts(&mut writer, cpu, observer), hash_source);
+        written?;
+        let written = writer.finish(&source)?;
+        observer.end();
+        Ok(written)
+    }
+
+    fn write_parts(&self, writer: &mut PackedWriter, cpu: Cpu, observer: &dyn Observer) -> Result<()> {
         let mut quantized = Quantized::default();
         for planned in &self.tensors {
             observer.check()?;
@@ -175,9 +181,7 @@ impl<'a> Packing<'a> {
         for file in &self.travelling {
             writer.write_part(&format!("{}{}", format::FILE_PREFIX, file.name), &file.bytes)?;
         }
-        let written = writer.finish()?;
-        observer.end();
-        Ok(written)
+        Ok(())
     }
 }
 

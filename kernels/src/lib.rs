@@ -1,6 +1,6 @@
 //! Compute kernels of bkpack: packed matrices, quantization and the operations of a forward pass.
 //!
-//! Every kernel is written once over a small vector trait and runs on every instruction set; [`reference`] holds the
+//! Every kernel is written once over a small vector trait and runs on every instruction set; [`mod@reference`] holds the
 //! scalar oracle that each is tested against. No files, no JSON, no threads of its own: parallel loops run on the
 //! caller's rayon pool.
 

@@ -246,7 +246,8 @@ fn check_matmul_int8(random: &mut Random, encoding: Encoding, rows: usize, cols:
             for (block, (codes, scale)) in blocks.iter().zip(&rounded) {
                 let (_, weight_scale) = reference::level(&w, row, block.start).unwrap();
                 let products = block.clone().zip(codes);
-                let dot: i32 = products.map(|(col, &code)| reference::level(&w, row, col).unwrap().0 * i32::from(code)).sum();
+                let dot: i32 =
+                    products.map(|(col, &code)| reference::level(&w, row, col).unwrap().0 * i32::from(code)).sum();
                 magnitude += f64::from(dot).abs() * f64::from(weight_scale).abs() * f64::from(*scale);
             }
             magnitudes.push(magnitude);

@@ -147,7 +147,7 @@ fn scalar_operations_mean_what_they_say() {
             same(16, lane, f16::from_le_bytes(bytes[2 * lane..][..2].try_into().unwrap()).to_f32());
             same(17, lane, f32::from_bits(u32::from_le_bytes([0, 0, bytes[2 * lane], bytes[2 * lane + 1]])));
             same(18, lane, f32::from(bytes[lane]));
-            let whole = if a < -300.0 { -300.0 } else if a > 300.0 { 300.0 } else { a.round_ties_even() };
+            let whole = a.clamp(-300.0, 300.0).round_ties_even();
             let power = f64::from(whole).clamp(-252.0, 254.0);
             same(13, lane, (f64::from(1.0 + power as f32 * 1e-3) * power.exp2()) as f32);
             let byte = found[found.len() - 16 + lane];

@@ -34,9 +34,9 @@ pub struct HeaderTensor {
 impl Header {
     /// Reads and checks the header of `file`, all of whose bytes are given.
     pub fn read(path: &Path, file: &[u8]) -> Result<Self> {
+        check_unique_keys(path, file)?;
         let (length, metadata) = SafeTensors::read_metadata(file).map_err(|error| broken(path, file, error))?;
         let data_start = length + 8;
-        json::check_unique_keys(path, &file[8..data_start])?;
         let mut tensors: Vec<HeaderTensor> = metadata
             .tensors()
             .into_iter()
@@ -50,6 +50,16 @@ impl Header {
         // Empty tensors share an offset with their neighbour; the name makes their order certain.
         tensors.sort_by(|a, b| (a.range.start, a.range.end, &a.name).cmp(&(b.range.start, b.range.end, &b.name)));
         Ok(Self { data_start, metadata: metadata.metadata().clone().unwrap_or_default(), tensors })
+    }
+}
+
+/// Refuses a key named twice; every other fault is left to the format's own parser.
+fn check_unique_keys(path: &Path, file: &[u8]) -> Result<()> {
+    let Some((length, rest)) = file.split_first_chunk() else { return Ok(()) };
+    let header = usize::try_from(u64::from_le_bytes(*length)).ok().and_then(|length| rest.get(..length));
+    match header.map(|header| json::check_unique_keys(path, header)) {
+        Some(Err(error @ Error::DuplicateKey { .. })) => Err(error),
+        _ => Ok(()),
     }
 }
 
@@ -73,7 +83,7 @@ fn broken(path: &Path, file: &[u8], error: SafeTensorError) -> Error {
         }
         SafeTensorError::InvalidOffset(tensor) => format!("tensor {tensor} overlaps another or leaves a hole before it"),
         SafeTensorError::TensorInvalidInfo => "a tensor's shape and type do not fit its bytes".into(),
-        SafeTensorError::ValidationOverflow => "a tensor's shape overflows".into(),
+        SafeTensorError::ValidationOverflow => "a tensor's shape or offsets overflow".into(),
         other => other.to_string(),
     };
     Error::Safetensors { path: path.to_owned(), why }

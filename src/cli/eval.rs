@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use bkpack::{
-    Error, Result,
+    Result,
     eval::{
         perplexity::{Evaluation, Options, evaluate},
-        text::{Tokenizer, read_tokens},
+        text::{Tokenizer, read_text, read_tokens},
     },
     ops::cpu::Activations,
     tensor::TensorSource,
@@ -35,7 +35,7 @@ pub struct EvalArgs {
     /// Packed file or checkpoint
     model: PathBuf,
 
-    /// Text (UTF-8), tokenized with the model's own tokenizer
+    /// Text (UTF-8, every line end read as LF), tokenized with the model's own tokenizer
     #[arg(long, value_name = "FILE", required_unless_present = "tokens", conflicts_with = "tokens")]
     text: Option<PathBuf>,
 
@@ -69,6 +69,7 @@ pub struct EvalArgs {
 
 /// Runs the subcommand.
 pub fn run(args: &EvalArgs) -> Result<()> {
+    let observer = args.common.observer();
     let source = open_source(&args.model)?;
     let baseline = args.baseline.as_deref().map(open_source).transpose()?;
     let mut tokens = match (&args.text, &args.tokens) {
@@ -79,7 +80,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     tokens.truncate(args.limit_tokens.unwrap_or(usize::MAX));
     let options = Options { ctx: args.ctx, skip: args.skip, activations: args.activations };
     let cpu = Cpu::from_environment()?;
-    let evaluation = evaluate(cpu, &*source, baseline.as_deref(), &tokens, &options, &args.common.observer())?;
+    let evaluation = evaluate(cpu, &*source, baseline.as_deref(), &tokens, &options, &observer)?;
     if args.common.json {
         print(&serde_json::to_string_pretty(&evaluation).expect("plain numbers and strings"))
     } else {
@@ -87,9 +88,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     }
 }
 
+/// Token ids of a text file, by the model's own tokenizer.
 pub fn tokenize(source: &dyn TensorSource, path: &Path) -> Result<Vec<u32>> {
-    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    Tokenizer::load(source)?.encode(&text)
+    Tokenizer::load(source)?.encode(&read_text(path)?)
 }
 
 fn table(evaluation: &Evaluation) -> Table {

@@ -1,7 +1,7 @@
 //! `bkpack generate`: text from a prompt.
 
 use std::{
-    io::{Write, stdout},
+    io::{ErrorKind, Write, stdout},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -66,6 +66,7 @@ pub struct GenerateArgs {
 
 /// Runs the subcommand.
 pub fn run(args: &GenerateArgs) -> Result<()> {
+    let observer = args.common.observer();
     let cpu = Cpu::from_environment()?;
     let seed = args.seed.unwrap_or_else(rand::random);
     let mut sampler = Sampler::new(cpu, args.temperature, args.top_p, seed)?;
@@ -82,8 +83,11 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::io(Path::new("standard output")))
     };
     write(&args.prompt)?;
-    let observer = args.common.observer();
-    let generated = generate((&model, &ops), &tokenizer, &prompt, &mut sampler, limits, &observer, write)?;
+    let generated = match generate((&model, &ops), &tokenizer, &prompt, &mut sampler, limits, &observer, write) {
+        // The reader of the text has gone away: it has enough.
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::BrokenPipe => return Ok(()),
+        generated => generated?,
+    };
     write("\n")?;
     if !args.common.quiet {
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(f64::MIN_POSITIVE);

@@ -49,9 +49,10 @@ pub struct LogitsArgs {
 
 /// Runs the subcommand.
 pub fn run(args: &LogitsArgs) -> Result<()> {
+    let observer = args.common.observer();
     let source = open_source(&args.model)?;
     let tokens = read_tokens(&args.tokens)?;
     let ops = CpuOps::new(Cpu::from_environment()?, args.activations);
     let model = Model::load(&*source, &ops)?;
-    write_logits(&model, &ops, &tokens, &args.output, args.force, &args.common.observer())
+    write_logits(&model, &ops, &tokens, &args.output, args.force, &observer)
 }

@@ -55,7 +55,8 @@ pub fn generate<O: Ops>(
         return refused("it holds no tokens".into());
     }
     if room == 0 {
-        let why = format!("its {} tokens leave no room in the model's context of {}", prompt.len(), model.max_positions());
+        let why =
+            format!("its {} tokens leave no room in the model's context of {}", prompt.len(), model.max_positions());
         return refused(why);
     }
 

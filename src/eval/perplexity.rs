@@ -201,13 +201,7 @@ pub fn evaluate(
 
 /// The scored positions of a batch of `len` tokens from `first` of a window: the row of the batch that each slice of at
 /// most `rows` starts at, and the tokens that its rows are to predict.
-fn slices(
-    window: &[u32],
-    first: usize,
-    len: usize,
-    skip: usize,
-    rows: usize,
-) -> impl Iterator<Item = (usize, &[u32])> {
+fn slices(window: &[u32], first: usize, len: usize, skip: usize, rows: usize) -> impl Iterator<Item = (usize, &[u32])> {
     // The row of a position predicts the token after it.
     let start = (first + 1).max(skip);
     let end = (first + len + 1).min(window.len());
@@ -350,7 +344,9 @@ mod tests {
         assert_eq!(Protocol::new(None, 1, 2048).unwrap(), Protocol { ctx: 512, skip: 1 });
         assert_eq!(Protocol::new(None, 1, 128).unwrap(), Protocol { ctx: 128, skip: 1 });
         assert_eq!(Protocol::new(Some(256), 128, 256).unwrap(), Protocol { ctx: 256, skip: 128 });
-        for (ctx, skip, option) in [(257, 1, "--ctx"), (16, 0, "--skip"), (16, 16, "--skip"), (0, 1, "--skip"), (1, 1, "--skip")] {
+        for (ctx, skip, option) in
+            [(257, 1, "--ctx"), (16, 0, "--skip"), (16, 16, "--skip"), (0, 1, "--skip"), (1, 1, "--skip")]
+        {
             let error = Protocol::new(Some(ctx), skip, 256).unwrap_err();
             assert!(matches!(error, Error::Option { option: found, .. } if found == option), "{ctx} {skip}");
         }

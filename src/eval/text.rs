@@ -106,6 +106,17 @@ impl<'a> Detokenizer<'a> {
     }
 }
 
+/// Reads a text file; every line end (CR LF, CR) becomes LF, as Python reads text.
+///
+/// Line ends are tokens too: without this the same text would have another perplexity than PyTorch scripts find.
+///
+/// # Errors
+/// [`Error::Io`], also where the file is not UTF-8.
+pub fn read_text(path: &Path) -> Result<String> {
+    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+    Ok(if text.contains('\r') { text.replace("\r\n", "\n").replace('\r', "\n") } else { text })
+}
+
 /// Reads token ids from a file that holds a JSON array of them.
 ///
 /// # Errors
@@ -140,4 +151,29 @@ fn add_bos_token(source: &dyn TensorSource) -> Result<Option<bool>> {
     let Some(bytes) = source.file("tokenizer_config.json")? else { return Ok(None) };
     let config: Value = json::parse(&source.path().join("tokenizer_config.json"), &bytes)?;
     Ok(config.get("add_bos_token").and_then(Value::as_bool))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn line_ends_are_read_as_python_reads_them() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "a\r\nb\rc\n\r\r\n").unwrap();
+        assert_eq!(read_text(file.path()).unwrap(), "a\nb\nc\n\n\n");
+        std::fs::write(file.path(), [0xff]).unwrap();
+        assert!(matches!(read_text(file.path()), Err(Error::Io { .. })));
+    }
+
+    #[test]
+    fn token_files_hold_an_array_of_ids() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "[3, 0, 4294967295]").unwrap();
+        assert_eq!(read_tokens(file.path()).unwrap(), [3, 0, u32::MAX]);
+        for text in ["", "{}", "[-1]", "[1.5]", "[4294967296]", "[1] 2", "[\"1\"]"] {
+            std::fs::write(file.path(), text).unwrap();
+            assert!(matches!(read_tokens(file.path()), Err(Error::Json { .. })), "{text}");
+        }
+    }
 }

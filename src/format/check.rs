@@ -50,10 +50,12 @@ impl PackedFile {
         let cols = *tensor.shape.last().unwrap_or(&1);
         let codes = self.part_bytes(packed);
         if bits::invalid_code_row(&layout, cols, codes).is_some() {
+            let above = layout.grid == Grid::Ternary && codes.iter().any(|&byte| byte > 242);
             return Err(refuse(
                 packed,
                 match layout.grid {
-                    Grid::Ternary => "a byte is above 242, or an unused digit after a row's last code is not zero",
+                    Grid::Ternary if above => "a byte is above 242",
+                    Grid::Ternary => "the unused digits after a row's last code are not zero",
                     _ => "the unused bits after a row's last code are not zero",
                 },
             ));

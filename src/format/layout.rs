@@ -168,8 +168,6 @@ pub fn plan(
         tensors: Vec::new(),
         files: Vec::new(),
     };
-    let identity = serde_json::to_vec(&(&base.producer, &base.source, &base.policy)).expect("plain data is JSON");
-    let set = blake3::hash(&identity).to_hex().to_string();
     let count = groups.len();
     groups
         .into_iter()
@@ -191,7 +189,7 @@ pub fn plan(
                 }
             }
             if count > 1 {
-                manifest.shard = Some(ShardInfo { index: index as u64 + 1, count: count as u64, set: set.clone() });
+                manifest.shard = Some(ShardInfo { index: index as u64 + 1, count: count as u64, set: ZERO_HASH.into() });
             }
             let path = if count > 1 { shard_path(output, index + 1, count) } else { output.to_owned() };
             FilePlan::new(path, manifest, stored)
@@ -310,6 +308,6 @@ fn tensor_entry(tensor: &PlannedTensor, stored: &[Stored]) -> TensorEntry {
         shape: tensor.shape.iter().map(|&dimension| dimension as u64).collect(),
         component: tensor.component.clone(),
         encoding: serde_json::to_value(tensor.encoding).expect("an encoding is JSON"),
-        parts,
+        parts: serde_json::to_value(parts).expect("parts are JSON"),
     }
 }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// What a packed file says of itself. Unknown fields are ignored, except inside an encoding.
+/// What a packed file says of itself. Unknown fields are ignored, except inside an encoding and a part.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Format version.
@@ -41,6 +41,13 @@ pub struct SourceFile {
     pub blake3: String,
 }
 
+impl SourceFile {
+    /// A file whose hash is not known yet.
+    pub fn unhashed(name: String, bytes: u64) -> Self {
+        Self { name, bytes, blake3: super::ZERO_HASH.into() }
+    }
+}
+
 /// The place of a file among the shards of a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ShardInfo {
@@ -60,7 +67,8 @@ pub struct TensorEntry {
     pub component: String,
     /// A tagged object; see [`crate::encoding::Encoding`].
     pub encoding: Value,
-    pub parts: Parts,
+    /// An object from roles to parts; see [`Parts`].
+    pub parts: Value,
 }
 
 /// The stored tensors that make up a logical one.
@@ -83,6 +91,7 @@ pub struct Parts {
 
 /// One stored tensor and the BLAKE3 of its bytes, in lowercase hex.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Part {
     pub name: String,
     pub blake3: String,

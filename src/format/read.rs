@@ -14,7 +14,7 @@ use serde_json::Value;
 use super::{
     FILE_PREFIX, MANIFEST_KEY, PAGE, SEAL_KEY, VERSION, ZERO_HASH, index_path,
     layout::{PlannedTensor, Role, render_index, seal_position, stored_parts},
-    manifest::{Manifest, Part, TensorEntry},
+    manifest::{Manifest, Part, Parts, TensorEntry},
 };
 use crate::{
     checkpoint::header::{Header, HeaderTensor},
@@ -109,15 +109,19 @@ impl PackedFile {
             weight_map: BTreeMap<String, String>,
         }
         let bytes = std::fs::read(index).map_err(Error::io(index))?;
-        let parsed: Index = json::parse(index, &bytes)?;
+        let invalid = |why: String| Error::ShardIndex { path: index.to_owned(), why };
         let mismatch = |why: String| Error::ShardSet { path: index.to_owned(), why };
+        let parsed: Index = json::parse(index, &bytes).map_err(|error| match error {
+            Error::Json { why, .. } => invalid(why),
+            other => other,
+        })?;
         let mut names: Vec<&String> = parsed.weight_map.values().collect();
         names.sort();
         names.dedup();
         let mut packed = Self::empty(path);
         for (position, name) in names.iter().enumerate() {
             if Path::new(name).file_name().is_none_or(|plain| plain != name.as_str()) {
-                return Err(mismatch(format!("shard {name:?} is not a plain file name")));
+                return Err(invalid(format!("shard {name:?} is not a plain file name")));
             }
             let shard_path = index.with_file_name(name);
             if !shard_path.exists() {
@@ -139,7 +143,7 @@ impl PackedFile {
         let output = PathBuf::from(index.to_string_lossy().trim_end_matches(".index.json"));
         let canonical = render_index(&output, shards.collect::<Vec<_>>().into_iter());
         if canonical.is_none_or(|(_, canonical)| canonical != bytes) {
-            return Err(mismatch("the index does not match the shards".into()));
+            return Err(invalid("the index is not the one that follows from the shards".into()));
         }
         packed.index_bytes = bytes.len() as u64;
         Ok(packed)
@@ -191,8 +195,10 @@ impl PackedFile {
             if element > 1 && found.range.start % element != 0 {
                 return Err(Error::Misaligned { path, part: name, offset: found.range.start, dtype: found.dtype.to_string() });
             }
-            let hash = blake3::Hash::from_hex(&part.blake3)
-                .map_err(|_| Error::Manifest { path, why: format!("part {name}: its blake3 is not 64 hex digits") })?;
+            let hash = match blake3::Hash::from_hex(&part.blake3) {
+                Ok(hash) if hash.to_hex().as_str() == part.blake3 => hash,
+                _ => return Err(Error::HashText { path, part: name }),
+            };
             Ok((PackedPart { name, hash, shard, range: found.range.clone() }, found.dtype, found.shape.clone()))
         };
         for entry in std::mem::take(&mut manifest.tensors) {
@@ -205,9 +211,10 @@ impl PackedFile {
         }
         for entry in std::mem::take(&mut manifest.files) {
             check_file_name(path, &entry.name)?;
-            if entry.part.name != format!("{FILE_PREFIX}{}", entry.name) {
-                let why = format!("file {}: its part is named {:?}", entry.name, entry.part.name);
-                return Err(Error::Manifest { path: path.to_owned(), why });
+            let expected = format!("{FILE_PREFIX}{}", entry.name);
+            if entry.part.name != expected {
+                let (path, tensor, found) = (path.to_owned(), entry.name, entry.part.name);
+                return Err(Error::PartName { path, tensor, found, expected });
             }
             let (part, dtype, _) = take(&entry.name, &entry.part)?;
             if dtype != Dtype::U8 {
@@ -294,7 +301,6 @@ pub(super) fn read_manifest(path: &Path, file: &[u8], header: &Header) -> Result
     let invalid = |why: String| Error::Manifest { path: path.to_owned(), why };
     json::check_unique_keys(path, text.as_bytes()).map_err(|error| match error {
         Error::Json { why, .. } => invalid(why),
-        Error::DuplicateKey { key, .. } => invalid(format!("names {key:?} twice")),
         other => other,
     })?;
     // The version comes first: a newer manifest may have another structure.
@@ -341,11 +347,12 @@ fn read_tensor(
     let encoding = read_encoding(&path, entry)?;
     let planned = PlannedTensor { name: entry.name.clone(), shape, component: entry.component.clone(), encoding };
     let expected = stored_parts(&planned);
+    let named = read_parts(&path, entry)?;
     let slots = [
-        (Role::Values, &entry.parts.values),
-        (Role::Packed, &entry.parts.packed),
-        (Role::Scale, &entry.parts.scale),
-        (Role::ZeroPoint, &entry.parts.zero_point),
+        (Role::Values, named.values),
+        (Role::Packed, named.packed),
+        (Role::Scale, named.scale),
+        (Role::ZeroPoint, named.zero_point),
     ];
     let mut parts = Vec::new();
     for (role, slot) in slots {
@@ -359,10 +366,10 @@ fn read_tensor(
             }
         };
         if named.name != wanted.name {
-            let why = format!("a part is named {:?} where the rule gives {:?}", named.name, wanted.name);
-            return Err(Error::Parts { path: path(), tensor: tensor(), why });
+            let (found, expected) = (named.name.clone(), wanted.name.clone());
+            return Err(Error::PartName { path: path(), tensor: tensor(), found, expected });
         }
-        let (part, dtype, shape) = take(&entry.name, named)?;
+        let (part, dtype, shape) = take(&entry.name, &named)?;
         if dtype.to_string() != wanted.dtype {
             let (part, found) = (part.name, dtype.to_string());
             return Err(Error::PartDtype { path: path(), tensor: tensor(), part, found, expected: wanted.dtype });
@@ -378,14 +385,39 @@ fn read_tensor(
 
 fn read_encoding(path: &impl Fn() -> PathBuf, entry: &TensorEntry) -> Result<Encoding> {
     let tensor = || entry.name.clone();
-    let kind = entry.encoding.get("kind").and_then(Value::as_str).unwrap_or_default();
+    let manifest = |why| Error::Manifest { path: path(), why: format!("tensor {}: encoding: {why}", entry.name) };
+    let kind = entry.encoding.get("kind").and_then(Value::as_str);
+    let kind = kind.ok_or_else(|| manifest("has no kind".to_owned()))?;
     if !["float", "int", "ternary", "binary"].contains(&kind) {
         return Err(Error::UnknownEncoding { path: path(), tensor: tensor(), kind: kind.to_owned() });
     }
     let range = |why| Error::EncodingRange { path: path(), tensor: tensor(), why };
-    let encoding: Encoding = serde_json::from_value(entry.encoding.clone()).map_err(|error| range(error.to_string()))?;
+    let parsed = serde_json::from_value::<Encoding>(entry.encoding.clone());
+    let encoding = parsed.map_err(|error| match error.to_string() {
+        why if why.starts_with("unknown field") => unknown_field(path, entry, format!("encoding: {why}")),
+        why if why.starts_with("unknown variant") || why.starts_with("invalid value") => range(why),
+        why => manifest(why),
+    })?;
     encoding.check().map_err(range)?;
     Ok(encoding)
+}
+
+fn read_parts(path: &impl Fn() -> PathBuf, entry: &TensorEntry) -> Result<Parts> {
+    // Roles are the fields of `Parts`, so an unknown role and an unknown field of a part read alike: ask for roles first.
+    const ROLES: [&str; 4] = ["values", "packed", "scale", "zero_point"];
+    let roles = entry.parts.as_object().into_iter().flat_map(|roles| roles.keys());
+    if let Some(role) = roles.clone().find(|role| !ROLES.contains(&role.as_str())) {
+        let why = format!("role {role:?} is not known to this version");
+        return Err(Error::Parts { path: path(), tensor: entry.name.clone(), why });
+    }
+    serde_json::from_value(entry.parts.clone()).map_err(|error| match error.to_string() {
+        why if why.starts_with("unknown field") => unknown_field(path, entry, format!("parts: {why}")),
+        why => Error::Manifest { path: path(), why: format!("tensor {}: parts: {why}", entry.name) },
+    })
+}
+
+fn unknown_field(path: &impl Fn() -> PathBuf, entry: &TensorEntry, why: String) -> Error {
+    Error::UnknownField { path: path(), tensor: entry.name.clone(), why }
 }
 
 /// A travelling file is written out under its own name, so the name must not leave the folder.

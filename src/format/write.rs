@@ -12,7 +12,7 @@ use tempfile::NamedTempFile;
 use super::{
     index_path,
     layout::{FilePlan, render_index},
-    manifest::{Manifest, Part},
+    manifest::Manifest,
 };
 use crate::error::{Error, Result};
 
@@ -68,13 +68,14 @@ impl PackedWriter {
         write_at(temporary.as_file_mut(), place.offset, bytes).map_err(Error::io(&plan.path))
     }
 
-    /// Writes the headers and gives the files their final names, the index of a sharded model last.
+    /// Writes the headers and gives the files their final names, the index of a sharded model last. `source` are the
+    /// hashes of the checkpoint's files, in the manifest's order.
     ///
     /// # Panics
-    /// If a planned part was not written: the caller's mistake.
-    pub fn finish(mut self) -> Result<Vec<PathBuf>> {
+    /// If a planned part was not written, or a hash is missing: the caller's mistake.
+    pub fn finish(mut self, source: &[blake3::Hash]) -> Result<Vec<PathBuf>> {
         for (plan, temporary) in &mut self.files {
-            fill_hashes(&mut plan.manifest, &self.places);
+            fill_hashes(&mut plan.manifest, &self.places, source);
             let header = plan.render_header();
             assert_eq!(header.len(), plan.header_bytes, "the header has its planned length");
             let written = write_at(temporary.as_file_mut(), 0, &header).and_then(|()| temporary.as_file().sync_data());
@@ -156,15 +157,24 @@ fn write_at(file: &mut File, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
     file.write_all(bytes)
 }
 
-fn fill_hashes(manifest: &mut Manifest, places: &HashMap<String, Place>) {
-    let fill = |part: &mut Part| {
-        let hash = places[&part.name].hash.expect("every planned part was written");
-        part.blake3 = hash.to_hex().to_string();
-    };
-    for tensor in &mut manifest.tensors {
-        let parts = &mut tensor.parts;
-        let slots = [&mut parts.values, &mut parts.packed, &mut parts.scale, &mut parts.zero_point];
-        slots.into_iter().flatten().for_each(fill);
+fn fill_hashes(manifest: &mut Manifest, places: &HashMap<String, Place>, source: &[blake3::Hash]) {
+    assert_eq!(manifest.source.files.len(), source.len(), "every source file has its hash");
+    for (file, hash) in manifest.source.files.iter_mut().zip(source) {
+        file.blake3 = hash.to_hex().to_string();
     }
-    manifest.files.iter_mut().for_each(|file| fill(&mut file.part));
+    if let Some(shard) = &mut manifest.shard {
+        let identity = (&manifest.producer, &manifest.source, &manifest.policy);
+        let identity = serde_json::to_vec(&identity).expect("plain data is JSON");
+        shard.set = blake3::hash(&identity).to_hex().to_string();
+    }
+    let digits = |name: &str| places[name].hash.expect("every planned part was written").to_hex().to_string();
+    for tensor in &mut manifest.tensors {
+        for part in tensor.parts.as_object_mut().expect("planned as an object").values_mut() {
+            let name = part["name"].as_str().expect("planned with a name");
+            part["blake3"] = digits(name).into();
+        }
+    }
+    for file in &mut manifest.files {
+        file.part.blake3 = digits(&file.part.name);
+    }
 }

@@ -377,8 +377,11 @@ mod tests {
             ("rope_parameters", json!({"rope_parameters": {"rope_theta": "1e4"}})),
             ("rope_scaling", json!({"rope_scaling": {"type": "linear"}})),
             ("rope_scaling", json!({"rope_scaling": {"type": "linear", "factor": 0}})),
-            ("rope_scaling", json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4,
-                "high_freq_factor": 4}})),
+            (
+                "rope_scaling",
+                json!({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4,
+                "high_freq_factor": 4}}),
+            ),
         ] {
             match parse(&with(changes.clone())) {
                 Err(Error::Config { field: found, .. }) => assert_eq!(found, field, "{changes}"),

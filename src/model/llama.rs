@@ -1,10 +1,6 @@
 //! The Llama family: the whole architecture.
 
-use super::{
-    Architecture, ExpectedTensor, State, check_expected, check_tokens,
-    config::LlamaConfig,
-    rope,
-};
+use super::{Architecture, ExpectedTensor, State, check_expected, check_tokens, config::LlamaConfig, rope};
 use crate::{
     error::{Error, Result},
     ops::Ops,
@@ -20,10 +16,10 @@ pub struct Llama<'a, O: Ops> {
     ops: &'a O,
     config: LlamaConfig,
     path: &'a std::path::Path,
-    embedding: O::Weight<'a>,     // [vocab, hidden]
+    embedding: O::Weight<'a>, // [vocab, hidden]
     layers: Vec<Layer<'a, O>>,
-    final_norm: O::Tensor,        // [1, hidden]
-    head: Option<O::Weight<'a>>,  // [vocab, hidden]; the embedding where absent
+    final_norm: O::Tensor,         // [1, hidden]
+    head: Option<O::Weight<'a>>,   // [vocab, hidden]; the embedding where absent
     inverse_frequencies: Vec<f32>, // [head_dim / 2]
 }
 
@@ -129,7 +125,12 @@ impl<'a, O: Ops> Llama<'a, O> {
         let source_name = || self.path.display().to_string();
         check_tokens(&source_name(), tokens, self.config.vocab_size)?;
         if tokens.len() > state.capacity - state.positions {
-            let why = format!("{} tokens more than {} do not fit the context of {}", tokens.len(), state.positions, state.capacity);
+            let why = format!(
+                "{} tokens more than {} do not fit the context of {}",
+                tokens.len(),
+                state.positions,
+                state.capacity
+            );
             return Err(Error::Tokens { source_name: source_name(), why });
         }
         let ops = self.ops;

@@ -180,7 +180,10 @@ pub fn check_tokens(source_name: &str, tokens: &[u32], vocab_size: usize) -> Res
         None => Ok(()),
         Some(index) => Err(Error::Tokens {
             source_name: source_name.to_owned(),
-            why: format!("token {} at position {index} is outside of the model's vocabulary of {vocab_size}", tokens[index]),
+            why: format!(
+                "token {} at position {index} is outside of the model's vocabulary of {vocab_size}",
+                tokens[index]
+            ),
         }),
     }
 }

@@ -113,7 +113,8 @@ mod tests {
     #[test]
     fn the_nucleus_leaves_out_the_tail() {
         // Probabilities 0.644, 0.237, 0.087, 0.032: two reach 0.8, three reach 0.9.
-        let weights = |kept: &[usize]| std::array::from_fn(|i| if kept.contains(&i) { f64::from(LOGITS[i]).exp() } else { 0.0 });
+        let weights =
+            |kept: &[usize]| std::array::from_fn(|i| if kept.contains(&i) { f64::from(LOGITS[i]).exp() } else { 0.0 });
         assert_close(frequencies(1.0, 0.8), expected(weights(&[1, 3])));
         assert_close(frequencies(1.0, 0.9), expected(weights(&[1, 2, 3])));
         assert_close(frequencies(1.0, 1e-6), expected(weights(&[1])));
@@ -121,7 +122,9 @@ mod tests {
 
     #[test]
     fn options_out_of_range_are_refused() {
-        for (temperature, top_p) in [(-1.0, 1.0), (f32::NAN, 1.0), (f32::INFINITY, 1.0), (1.0, 0.0), (1.0, 1.1), (1.0, f32::NAN)] {
+        for (temperature, top_p) in
+            [(-1.0, 1.0), (f32::NAN, 1.0), (f32::INFINITY, 1.0), (1.0, 0.0), (1.0, 1.1), (1.0, f32::NAN)]
+        {
             assert!(matches!(Sampler::new(Cpu::detect(), temperature, top_p, 0), Err(Error::Option { .. })));
         }
     }

@@ -2,10 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bkpack_kernels::{
-    Cpu, Data,
-    cpu::KeyValueCache,
-};
+use bkpack_kernels::{Cpu, Data, cpu::KeyValueCache};
 use serde::Serialize;
 
 use super::Ops;

@@ -339,17 +339,18 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn dot_u8i8(self, u: &[u8; 64], a: [i8; 4], mut acc: [__m256i; 2]) -> [__m256i; 2] {
         let a = i32::from_ne_bytes(a.map(|a| a as u8));
-        for (u, acc) in u.as_chunks::<32>().0.iter().zip(&mut acc) {
+        let u = u.as_chunks::<32>().0;
+        for half in 0..2 {
             // SAFETY: the token exists only on CPUs with AVX2; the array is 32 bytes, and the load may be unaligned.
             unsafe {
-                let u = _mm256_loadu_si256(u.as_ptr().cast());
+                let u = _mm256_loadu_si256(u[half].as_ptr().cast());
                 let a = _mm256_set1_epi32(a);
                 // The 16-bit sums of two products saturate; one product at a time always fits.
                 let even = _mm256_maddubs_epi16(_mm256_and_si256(u, _mm256_set1_epi16(0x00ff)), a);
                 let odd = _mm256_maddubs_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x00ff), u), a);
                 let ones = _mm256_set1_epi16(1);
                 let products = _mm256_add_epi32(_mm256_madd_epi16(even, ones), _mm256_madd_epi16(odd, ones));
-                *acc = _mm256_add_epi32(*acc, products);
+                acc[half] = _mm256_add_epi32(acc[half], products);
             }
         }
         acc
@@ -358,12 +359,13 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn dot_u7i8(self, u: &[u8; 64], a: [i8; 4], mut acc: [__m256i; 2]) -> [__m256i; 2] {
         let a = i32::from_ne_bytes(a.map(|a| a as u8));
-        for (u, acc) in u.as_chunks::<32>().0.iter().zip(&mut acc) {
+        let u = u.as_chunks::<32>().0;
+        for half in 0..2 {
             // SAFETY: the token exists only on CPUs with AVX2; the array is 32 bytes, and the load may be unaligned.
             unsafe {
                 // Two products of at most 127 * 128 fit in 16 bits.
-                let pairs = _mm256_maddubs_epi16(_mm256_loadu_si256(u.as_ptr().cast()), _mm256_set1_epi32(a));
-                *acc = _mm256_add_epi32(*acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+                let pairs = _mm256_maddubs_epi16(_mm256_loadu_si256(u[half].as_ptr().cast()), _mm256_set1_epi32(a));
+                acc[half] = _mm256_add_epi32(acc[half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
             }
         }
         acc
@@ -425,7 +427,8 @@ impl Simd for Avx2 {
             let word = stream[i * bits as usize..].first_chunk().expect("eight codes are at most four bytes");
             // SAFETY: the token exists only on CPUs with AVX2.
             unsafe {
-                let shift = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits as i32));
+                let shift =
+                    _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits as i32));
                 let shifted = _mm256_srlv_epi32(_mm256_set1_epi32(i32::from_le_bytes(*word)), shift);
                 let codes = _mm256_and_si256(shifted, _mm256_set1_epi32((1 << bits) - 1));
                 *out = _mm256_sub_ps(_mm256_cvtepi32_ps(codes), *out);

@@ -364,22 +364,42 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn pack64(self, codes: &[u8; 64], bits: u32, out: &mut [u8]) {
+        assert!((1..=8).contains(&bits));
+        let width = bits as usize;
+        let out = &mut out[..8 * width];
+        let fields = u64::MAX / 255 * ((1 << bits) - 1);
+        let mut packed = [0; 64];
+        for (i, eight) in codes.as_chunks::<8>().0.iter().enumerate() {
+            // SAFETY: the token exists only on CPUs with BMI2.
+            let word = unsafe { _pext_u64(u64::from_le_bytes(*eight), fields) };
+            // What is written past the word's `width` bytes is zero, and is overwritten by the next.
+            packed[i * width..i * width + 8].copy_from_slice(&word.to_le_bytes());
+        }
+        // SAFETY: the token exists only on CPUs with AVX-512 BW; the mask covers exactly the bytes of `out`; `packed` is
+        // 64 bytes, and loads and stores may be unaligned.
+        unsafe {
+            let packed = _mm512_loadu_si512(packed.as_ptr().cast());
+            _mm512_mask_storeu_epi8(out.as_mut_ptr().cast(), u64::MAX >> (64 - 8 * bits), packed);
+        }
+    }
+
+    #[inline(always)]
     fn decode32(self, stream: &[u8; 16], bits: u32, zero: __m512) -> [__m512; 2] {
         assert!((1..=4).contains(&bits));
         let width = bits as usize;
-        let words = [&stream[..8], &stream[2 * width..][..8]];
-        let mut out = [zero; 2];
-        for (out, word) in out.iter_mut().zip(words) {
-            let word = i64::from_le_bytes(word.try_into().expect("eight bytes"));
-            // SAFETY: the token exists only on CPUs with AVX-512 VBMI; the tables are 64 bytes, and loads may be unaligned.
-            unsafe {
-                let shift = _mm512_loadu_si512(WORD_SHIFT[width].as_ptr().cast());
-                // The permutation looks at four bits of each lane; the table makes those after the code irrelevant.
-                let table = _mm512_sub_ps(_mm512_loadu_ps(LOW_BITS[width].as_ptr()), zero);
-                let index = _mm512_multishift_epi64_epi8(shift, _mm512_set1_epi64(word));
-                *out = _mm512_permutexvar_ps(index, table);
-            }
+        // SAFETY: the token exists only on CPUs with AVX-512 VBMI; the tables are 64 bytes, and eight bytes of the 16 in
+        // `stream` are read at 0 and at `2 * width`, which is at most 8; loads may be unaligned.
+        unsafe {
+            let shift = _mm512_loadu_si512(WORD_SHIFT[width].as_ptr().cast());
+            // The permutation looks at four bits of each lane; the table makes those after the code irrelevant.
+            let table = _mm512_sub_ps(_mm512_loadu_ps(LOW_BITS[width].as_ptr()), zero);
+            let first = _mm512_set1_epi64(stream.as_ptr().cast::<i64>().read_unaligned());
+            let last = _mm512_set1_epi64(stream.as_ptr().add(2 * width).cast::<i64>().read_unaligned());
+            [
+                _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shift, first), table),
+                _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shift, last), table),
+            ]
         }
-        out
     }
 }

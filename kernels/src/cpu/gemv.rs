@@ -47,8 +47,8 @@ impl Kernel for Gemv<'_> {
     }
 }
 
-/// Two partial sums for each token: over the columns of even and of odd vectors.
-type Sums<S, const T: usize> = [[<S as Simd>::F32; 2]; T];
+/// Two partial sums for each token, so that additions wait less for one another.
+type Sums<S, const T: usize> = [[<S as Simd>::F32; T]; 2];
 
 impl Gemv<'_> {
     #[inline(always)]
@@ -64,7 +64,7 @@ impl Gemv<'_> {
         let mut groups = Groups::default();
         for index in self.rows.clone() {
             let row = row(self.w, index);
-            let mut sums = [[simd.splat(0.0); 2]; T];
+            let mut sums = [[simd.splat(0.0); T]; 2];
             if let Row::Packed(row) = row
                 && pairs_share_a_group(&row, cols)
             {
@@ -84,10 +84,10 @@ impl Gemv<'_> {
                 decode(simd, row, columns, &mut scratch, decoded);
                 for (i, w) in weights[..whole].as_chunks::<LANES>().0.as_chunks::<2>().0.iter().enumerate() {
                     let w = [simd.load(&w[0]), simd.load(&w[1])];
-                    for (sums, x) in sums.iter_mut().zip(&tokens) {
+                    for (t, x) in tokens.iter().enumerate() {
                         let (x, _) = x[start + 2 * LANES * i..].as_chunks::<LANES>();
-                        sums[0] = simd.mul_add(w[0], simd.load(&x[0]), sums[0]);
-                        sums[1] = simd.mul_add(w[1], simd.load(&x[1]), sums[1]);
+                        sums[0][t] = simd.mul_add(w[0], simd.load(&x[0]), sums[0][t]);
+                        sums[1][t] = simd.mul_add(w[1], simd.load(&x[1]), sums[1][t]);
                     }
                 }
             }
@@ -97,10 +97,11 @@ impl Gemv<'_> {
 
     #[inline(always)]
     fn store<S: Simd, const T: usize>(&self, simd: S, row: usize, first_token: usize, sums: &Sums<S, T>) {
-        for (i, sums) in sums.iter().enumerate() {
-            let sum = simd.sum(simd.add(sums[0], sums[1]));
+        let [even, odd] = sums;
+        for t in 0..T {
+            let sum = simd.sum(simd.add(even[t], odd[t]));
             // SAFETY: every task has rows of its own, and this one makes one reference at a time.
-            let out = unsafe { self.out.segment(first_token + i, row..row + 1) };
+            let out = unsafe { self.out.segment(first_token + t, row..row + 1) };
             out[0] = sum;
         }
     }
@@ -112,6 +113,8 @@ struct Groups {
     cols: usize,
     scales: Vec<f32>,
     zeros: Vec<f32>,
+    /// Zero points before they are widened.
+    codes: Vec<u8>,
 }
 
 impl Groups {
@@ -121,10 +124,19 @@ impl Groups {
         self.cols = cols;
         self.scales.resize(count, 0.0);
         load_floats(simd, row.scale_type, row.scales, &mut self.scales);
-        if row.layout.grid.has_zero_points() || self.zeros.len() != count {
-            self.zeros.clear();
-            for group in 0..count {
-                self.zeros.push(zero_point(row.layout.grid, row.zeros, group));
+        let grid = row.layout.grid;
+        if !grid.has_zero_points() {
+            self.zeros.resize(count, zero_point(grid, row.zeros, 0));
+            return;
+        }
+        self.zeros.resize(count, 0.0);
+        self.codes.resize(count.next_multiple_of(64) + 64, 0);
+        unpack_codes(simd, grid, row.zeros, 0..count, &mut self.codes);
+        for (i, zeros) in self.zeros.chunks_mut(LANES).enumerate() {
+            let v = simd.load_u8(self.codes[LANES * i..].first_chunk().expect("64 codes of room"));
+            match zeros.first_chunk_mut() {
+                Some(zeros) => simd.store(v, zeros),
+                None => simd.store_partial(v, zeros),
             }
         }
     }
@@ -135,32 +147,8 @@ fn pairs_share_a_group(row: &PackedRow, cols: usize) -> bool {
     row.layout.group.is_multiple_of(2 * LANES) || row.layout.group >= cols
 }
 
-/// Steps through the groups of a row by pairs of vectors.
-struct Cursor {
-    group: usize,
-    index: usize,
-    end: usize,
-}
-
-impl Cursor {
-    #[inline(always)]
-    fn new(group: usize) -> Self {
-        Self { group, index: 0, end: group }
-    }
-
-    /// The group of `column`, which is at most one pair past the last one asked for.
-    #[inline(always)]
-    fn group(&mut self, column: usize) -> usize {
-        if column >= self.end {
-            self.index += 1;
-            self.end += self.group;
-        }
-        self.index
-    }
-}
-
-/// Adds the products of one pair of vectors to the sums. The scale is applied to the sum of two products: half a
-/// multiplication a vector, and no weight is rounded.
+/// Adds the products of one pair of vectors to a sum of each token. The scale is applied to the sum of two products: half
+/// a multiplication a vector, and no weight is rounded.
 #[inline(always)]
 fn add_pair<S: Simd, const T: usize>(
     simd: S,
@@ -168,14 +156,14 @@ fn add_pair<S: Simd, const T: usize>(
     scale: S::F32,
     tokens: &[&[f32]; T],
     column: usize,
-    sums: &mut Sums<S, T>,
+    sums: &mut [S::F32; T],
 ) {
-    let half = column / (2 * LANES) % 2;
-    for (sums, x) in sums.iter_mut().zip(tokens) {
-        let (x, _) = x[column..column + 2 * LANES].as_chunks::<LANES>();
+    // Iterator adaptors are not always inlined here, and a call would spill the registers.
+    for t in 0..T {
+        let (x, _) = tokens[t][column..column + 2 * LANES].as_chunks::<LANES>();
         let products = simd.mul(w[0], simd.load(&x[0]));
         let products = simd.mul_add(w[1], simd.load(&x[1]), products);
-        sums[half] = simd.mul_add(products, scale, sums[half]);
+        sums[t] = simd.mul_add(products, scale, sums[t]);
     }
 }
 
@@ -189,29 +177,40 @@ fn narrow_dot<S: Simd, const T: usize>(
     tokens: &[&[f32]; T],
     sums: &mut Sums<S, T>,
 ) {
+    let [even, odd] = sums;
     let binary = row.layout.grid == Grid::Binary;
     let width = 4 * bits as usize;
-    let mut cursor = Cursor::new(row.layout.group);
-    for (i, pair) in row.codes.chunks(width).enumerate() {
-        let column = 2 * LANES * i;
-        let index = cursor.group(column);
-        let mut padded = [0; 16];
-        let stream = match row.codes[width * i..].first_chunk() {
-            Some(stream) => stream,
-            None => {
-                padded[..pair.len()].copy_from_slice(pair);
-                &padded
+    let mut padded = [0; 32];
+    for (group, (&zero, &scale)) in groups.zeros.iter().zip(&groups.scales).enumerate() {
+        let columns = row.layout.group_range(group, groups.cols);
+        let (zero, scale) = (simd.splat(if binary { 0.5 * zero } else { zero }), simd.splat(scale));
+        let mut column = columns.start;
+        while column < columns.end {
+            let rest = &row.codes[width * (column / 32)..];
+            let stream = match rest.first_chunk::<32>() {
+                Some(stream) => stream,
+                None => {
+                    padded.fill(0);
+                    padded[..rest.len()].copy_from_slice(rest);
+                    &padded
+                }
+            };
+            let w = decode_pair(simd, stream, bits, binary, zero);
+            add_pair(simd, w, scale, tokens, column, even);
+            if column + 32 < columns.end {
+                let w = decode_pair(simd, &stream[width..], bits, binary, zero);
+                add_pair(simd, w, scale, tokens, column + 32, odd);
             }
-        };
-        let zero = groups.zeros[index];
-        let w = if binary {
-            let [a, b] = simd.decode32(stream, bits, simd.splat(zero * 0.5));
-            [simd.add(a, a), simd.add(b, b)]
-        } else {
-            simd.decode32(stream, bits, simd.splat(zero))
-        };
-        add_pair(simd, w, simd.splat(groups.scales[index]), tokens, column, sums);
+            column += 64;
+        }
     }
+}
+
+/// Binary codes stand for `2 * (code - zero / 2)`; there `zero` is already halved.
+#[inline(always)]
+fn decode_pair<S: Simd>(simd: S, stream: &[u8], bits: u32, binary: bool, zero: S::F32) -> [S::F32; 2] {
+    let [a, b] = simd.decode32(stream.first_chunk().expect("32 codes are at most 16 bytes"), bits, zero);
+    if binary { [simd.add(a, a), simd.add(b, b)] } else { [a, b] }
 }
 
 /// The dot products of a row on any grid, by way of bytes. Columns past the last meet activations of zero.
@@ -224,17 +223,28 @@ fn wide_dot<S: Simd, const T: usize>(
     codes: &mut [u8; BLOCK + 64],
     sums: &mut Sums<S, T>,
 ) {
-    let mut cursor = Cursor::new(row.layout.group);
+    let [even, odd] = sums;
+    let group = row.layout.group;
     for start in (0..groups.cols).step_by(BLOCK) {
-        let columns = start..groups.cols.min(start + BLOCK);
-        unpack_codes(simd, row.layout.grid, row.codes, columns.clone(), codes);
-        let pairs = &codes.as_chunks::<LANES>().0.as_chunks::<2>().0[..columns.len().div_ceil(2 * LANES)];
-        for (i, codes) in pairs.iter().enumerate() {
-            let column = start + 2 * LANES * i;
-            let index = cursor.group(column);
-            let zero = simd.splat(groups.zeros[index]);
-            let w = [simd.sub(simd.load_u8(&codes[0]), zero), simd.sub(simd.load_u8(&codes[1]), zero)];
-            add_pair(simd, w, simd.splat(groups.scales[index]), tokens, column, sums);
+        let block = start..groups.cols.min(start + BLOCK);
+        unpack_codes(simd, row.layout.grid, row.codes, block.clone(), codes);
+        for index in block.start / group..block.end.div_ceil(group) {
+            let columns = row.layout.group_range(index, groups.cols);
+            let end = columns.end.min(block.end);
+            let (zero, scale) = (simd.splat(groups.zeros[index]), simd.splat(groups.scales[index]));
+            let mut column = columns.start.max(block.start);
+            while column < end {
+                let codes =
+                    codes[column - start..].first_chunk::<64>().expect("the buffer is 64 longer than the block");
+                let codes = codes.as_chunks::<LANES>().0;
+                let w = [simd.sub(simd.load_u8(&codes[0]), zero), simd.sub(simd.load_u8(&codes[1]), zero)];
+                add_pair(simd, w, scale, tokens, column, even);
+                if column + 32 < end {
+                    let w = [simd.sub(simd.load_u8(&codes[2]), zero), simd.sub(simd.load_u8(&codes[3]), zero)];
+                    add_pair(simd, w, scale, tokens, column + 32, odd);
+                }
+                column += 64;
+            }
         }
     }
 }

@@ -146,7 +146,7 @@ fn pack_activations(x: &[f32], cols: usize, height: usize) -> Vec<f32> {
 /// What a task needs to build panels.
 struct Buffers {
     scratch: Scratch,
-    rows: Vec<[f32; BLOCK]>, // [LANES]
+    rows: Vec<[f32; BLOCK]>,  // [LANES]
     panel: Vec<[f32; LANES]>, // [BLOCK, vectors]
 }
 
@@ -186,7 +186,8 @@ impl Gemm<'_> {
             for (i, x) in self.x.chunks(M * cols).enumerate() {
                 let height = x.len() / cols;
                 let x = &x[height * columns.start..height * columns.end];
-                let to = Place { out: self.out, token: self.first_token + i * M, rows: self.rows.clone(), add: start > 0 };
+                let to =
+                    Place { out: self.out, token: self.first_token + i * M, rows: self.rows.clone(), add: start > 0 };
                 match height {
                     1 => tile::<S, 1, N>(simd, x, panel, to),
                     2 => tile::<S, 2, N>(simd, x, panel, to),

@@ -12,7 +12,7 @@ mod loss;
 mod matmul;
 mod matmul_int8;
 pub mod quantize;
-pub mod scalar;
+mod scalar;
 pub mod simd;
 
 use std::fmt;

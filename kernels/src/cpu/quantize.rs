@@ -99,44 +99,86 @@ impl Kernel for ScanRange<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> Range {
         match self.dtype {
-            FloatType::F32 => self.scan::<S, 64>(s, |bytes| s.load_f32(bytes)),
-            FloatType::F16 => self.scan::<S, 32>(s, |bytes| s.load_f16(bytes)),
-            FloatType::BF16 => self.scan::<S, 32>(s, |bytes| s.load_bf16(bytes)),
+            FloatType::F32 => self.scan::<S, WideF32, 64>(s),
+            FloatType::F16 => self.scan::<S, WideF16, 32>(s),
+            FloatType::BF16 => self.scan::<S, WideBF16, 32>(s),
         }
     }
 }
 
-impl ScanRange<'_> {
-    /// `BYTES` is what 16 values take.
+/// Loads 16 stored values, which take `BYTES`. A trait, since a closure would not be compiled with the CPU's features.
+trait Wide<const BYTES: usize> {
+    fn load<S: Simd>(s: S, from: &[u8; BYTES]) -> S::F32;
+}
+
+struct WideF32;
+struct WideF16;
+struct WideBF16;
+
+impl Wide<64> for WideF32 {
     #[inline(always)]
-    fn scan<S: Simd, const BYTES: usize>(&self, s: S, load: impl Fn(&[u8; BYTES]) -> S::F32) -> Range {
+    fn load<S: Simd>(s: S, from: &[u8; 64]) -> S::F32 {
+        s.load_f32(from)
+    }
+}
+
+impl Wide<32> for WideF16 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, from: &[u8; 32]) -> S::F32 {
+        s.load_f16(from)
+    }
+}
+
+impl Wide<32> for WideBF16 {
+    #[inline(always)]
+    fn load<S: Simd>(s: S, from: &[u8; 32]) -> S::F32 {
+        s.load_bf16(from)
+    }
+}
+
+/// Magnitudes seen so far, lane by lane, and how many of them were not finite.
+struct Seen<S: Simd> {
+    largest: S::F32,
+    bad: S::F32,
+}
+
+impl<S: Simd> Seen<S> {
+    #[inline(always)]
+    fn look(&mut self, s: S, values: S::F32) {
+        let magnitude = s.abs(values);
+        self.bad = s.add(self.bad, s.select_ge(s.splat(f32::MAX), magnitude, s.splat(0.0), s.splat(1.0)));
+        self.largest = s.max(magnitude, self.largest);
+    }
+}
+
+impl ScanRange<'_> {
+    #[inline(always)]
+    fn scan<S: Simd, W: Wide<BYTES>, const BYTES: usize>(&self, s: S) -> Range {
         let mut range = Range::EMPTY;
         if self.row_bytes == 0 {
             return range;
         }
-        let (zero, one, limit) = (s.splat(0.0), s.splat(1.0), s.splat(f32::MAX));
         let group_bytes = self.group.saturating_mul(BYTES / LANES);
-        for group in self.rows.chunks_exact(self.row_bytes).flat_map(|row| row.chunks(group_bytes)) {
-            let (mut largest, mut bad) = (zero, zero);
-            let (full, tail) = group.as_chunks::<BYTES>();
-            let mut look = |bytes: &[u8; BYTES]| {
-                let magnitude = s.abs(load(bytes));
-                bad = s.add(bad, s.select_ge(limit, magnitude, zero, one));
-                largest = s.max(magnitude, largest);
-            };
-            full.iter().for_each(&mut look);
-            if !tail.is_empty() {
-                let mut padded = [0; BYTES];
-                padded[..tail.len()].copy_from_slice(tail);
-                look(&padded);
+        for row in self.rows.chunks_exact(self.row_bytes) {
+            for group in row.chunks(group_bytes) {
+                let mut seen = Seen::<S> { largest: s.splat(0.0), bad: s.splat(0.0) };
+                let (full, tail) = group.as_chunks::<BYTES>();
+                for bytes in full {
+                    seen.look(s, W::load(s, bytes));
+                }
+                if !tail.is_empty() {
+                    let mut padded = [0; BYTES];
+                    padded[..tail.len()].copy_from_slice(tail);
+                    seen.look(s, W::load(s, &padded));
+                }
+                let largest = s.max_lane(seen.largest);
+                range.largest = range.largest.max(largest);
+                if largest > 0.0 {
+                    range.smallest = range.smallest.min(largest);
+                }
+                // A lane counts exactly up to 2^24, so rows up to 2^28 columns are counted exactly.
+                range.non_finite += s.sum(seen.bad) as usize;
             }
-            let largest = s.max_lane(largest);
-            range.largest = range.largest.max(largest);
-            if largest > 0.0 {
-                range.smallest = range.smallest.min(largest);
-            }
-            // Lanes count in f32, exact far beyond any group that fits in memory rows of 2^28 columns.
-            range.non_finite += s.sum(bad) as usize;
         }
         range
     }
