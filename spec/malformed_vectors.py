@@ -410,6 +410,12 @@ def manifest_cases(add):
         "a field offset in a part",
         manifest=edit_part("norm", "values", offset=0),
     )
+    add(
+        "part-field-unknown-file",
+        "unknown-field",
+        "a field offset in the part of a travelling file",
+        manifest=lambda manifest: manifest["files"][0]["part"].update(offset=0),
+    )
     for bits in (1, 9):
         tensors = [quantized("w", [2, 40], integer(bits, True, 32))]
         add(f"bits-{bits}", "encoding-range", f"codes of {bits} bits", tensors=tensors)

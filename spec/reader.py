@@ -414,6 +414,9 @@ class PackedFile(Container):
 
     def _claim(self, reference: dict, name: str, what: str) -> tuple[str, str]:
         """The name and hash that a part reference gives, checked against the name that the rules give."""
+        for key in reference:
+            if key not in ("name", "blake3"):
+                raise FormatError("unknown-field", f"{what} has no field {key!r}")
         found = get(reference, "name", is_text, what)
         digest = get(reference, "blake3", is_text, what)
         if not HASH.fullmatch(digest):
@@ -451,9 +454,6 @@ class PackedFile(Container):
             raise FormatError("parts", f"{what} has the roles {sorted(references)}, not {sorted(layout)}")
         for role, (dtype, part_shape) in layout.items():
             reference = get(references, role, is_object, what)
-            for key in reference:
-                if key not in ("name", "blake3"):
-                    raise FormatError("unknown-field", f"{what}: part {role} has no field {key!r}")
             tensor.parts[role] = self._claim(reference, name + SUFFIX[role], f"{what}: part {role}")
             part = self.parts[name + SUFFIX[role]]
             if part.dtype != dtype:

@@ -221,7 +221,8 @@ impl FromStr for Request {
             "ternary" => Grid::Ternary,
             "binary" => Grid::Binary,
             _ => {
-                let bits = name.strip_prefix("int").and_then(|bits| bits.parse().ok()).ok_or_else(|| error("unknown name"))?;
+                let bits =
+                    name.strip_prefix("int").and_then(|bits| bits.parse().ok()).ok_or_else(|| error("unknown name"))?;
                 if !(2..=8).contains(&bits) {
                     return Err(error("integers have 2 to 8 bits"));
                 }
@@ -264,7 +265,9 @@ mod tests {
 
     #[test]
     fn text_form_round_trips() {
-        for text in ["int4:g128", "int3:g64:asym", "int8:row", "ternary:g32", "binary:row", "fp16", "bf16", "fp32", "keep"] {
+        for text in
+            ["int4:g128", "int3:g64:asym", "int8:row", "ternary:g32", "binary:row", "fp16", "bf16", "fp32", "keep"]
+        {
             assert_eq!(text.parse::<Request>().unwrap().to_string(), text);
         }
         assert_eq!("INT5".parse::<Request>().unwrap().to_string(), "int5:g128");
@@ -272,7 +275,19 @@ mod tests {
 
     #[test]
     fn nonsense_is_refused() {
-        for text in ["", "int", "int1", "int9", "int4:g0", "int4:g100", "fp16:g32", "ternary:asym", "int4:", "int-4", "keep:row"] {
+        for text in [
+            "",
+            "int",
+            "int1",
+            "int9",
+            "int4:g0",
+            "int4:g100",
+            "fp16:g32",
+            "ternary:asym",
+            "int4:",
+            "int-4",
+            "keep:row",
+        ] {
             assert!(text.parse::<Request>().is_err(), "{text}");
         }
     }

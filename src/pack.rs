@@ -1,6 +1,9 @@
 //! From a checkpoint to a packed file: what each tensor becomes, how large it will be, and the doing of it.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::HashSet,
+    path::{Path, PathBuf},
+};
 
 use bkpack_kernels::{
     Cpu, Data, FloatType,
@@ -104,7 +107,21 @@ impl<'a> Packing<'a> {
         let output = output.to_owned();
         let mut packing = Self { checkpoint, options, output, tensors, travelling, files: Vec::new(), notices };
         packing.files = packing.plan_files();
+        packing.check_unique_names()?;
         Ok(packing)
+    }
+
+    /// A tensor may be named like a part of another one, or like a travelling file; one file cannot hold both.
+    fn check_unique_names(&self) -> Result<()> {
+        let mut names = HashSet::new();
+        match self.files.iter().flat_map(|file| &file.parts).find(|part| !names.insert(part.name.as_str())) {
+            None => Ok(()),
+            Some(part) => {
+                let why = "a part of another tensor or a travelling file needs this name; rename it, or keep the other"
+                    .into();
+                Err(Error::Parts { path: self.checkpoint.path().to_owned(), tensor: part.name.clone(), why })
+            }
+        }
     }
 
     fn plan_files(&self) -> Vec<FilePlan> {

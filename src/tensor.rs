@@ -22,7 +22,13 @@ pub enum TensorData<'a> {
     /// Plain values, row-major, little-endian.
     Float { dtype: FloatType, values: Cow<'a, [u8]> },
     /// Codes with group-wise scales; see [`Data::Quantized`].
-    Quantized { layout: Layout, codes: Cow<'a, [u8]>, scale_type: FloatType, scales: Cow<'a, [u8]>, zeros: Cow<'a, [u8]> },
+    Quantized {
+        layout: Layout,
+        codes: Cow<'a, [u8]>,
+        scale_type: FloatType,
+        scales: Cow<'a, [u8]>,
+        zeros: Cow<'a, [u8]>,
+    },
 }
 
 impl<'a> Tensor<'a> {

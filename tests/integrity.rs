@@ -51,7 +51,8 @@ fn pack(cpu: Cpu, source: &Path, options: &PackOptions, output: &Path) -> u64 {
 /// A checkpoint of ragged shapes and all float types, small enough to be changed thousands of times.
 fn ragged() -> TempDir {
     let mut random = Random(7);
-    let mut tensor = |name: &str, dtype, shape: &[usize], factor| Stored::random(name, dtype, shape, factor, &mut random);
+    let mut tensor =
+        |name: &str, dtype, shape: &[usize], factor| Stored::random(name, dtype, shape, factor, &mut random);
     let tensors = [
         tensor("embed_tokens.weight", "BF16", &[37, 129], 0.02),
         tensor("layers.0.a.weight", "F16", &[33, 64], 0.02),
@@ -305,7 +306,9 @@ fn threads_instruction_sets_and_runs_give_the_same_bytes() {
 fn predicted_sizes_are_the_sizes_on_disk() {
     let source = ragged();
     let mut shard_counts = Vec::new();
-    for default in ["int2", "int4:g32:asym", "int3:row:asym", "int6:g64", "ternary:g32", "binary:row", "fp16", "fp32", "keep"] {
+    for default in
+        ["int2", "int4:g32:asym", "int3:row:asym", "int6:g64", "ternary:g32", "binary:row", "fp16", "fp32", "keep"]
+    {
         for overrides in [&[][..], &MIXED, &["norm=fp32", "tiny=fp32"]] {
             for shard_bytes in [None, Some(1), Some(5000), Some(20_000), Some(1_000_000)] {
                 let folder = TempDir::new().unwrap();
@@ -315,7 +318,11 @@ fn predicted_sizes_are_the_sizes_on_disk() {
                 let files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap()).collect();
                 let on_disk: u64 = files.iter().map(|file| file.metadata().unwrap().len()).sum();
                 let packed = PackedFile::open(&output).unwrap();
-                assert_eq!((predicted, predicted), (on_disk, packed.file_bytes()), "{default} {overrides:?} {shard_bytes:?}");
+                assert_eq!(
+                    (predicted, predicted),
+                    (on_disk, packed.file_bytes()),
+                    "{default} {overrides:?} {shard_bytes:?}"
+                );
                 packed.check_contents(&Silent).unwrap();
                 assert_eq!(packed.names(), checkpoint::open(source.path()).unwrap().names());
                 shard_counts.push(files.len());
@@ -377,7 +384,9 @@ fn kept_tensors_and_travelling_files_are_the_sources_own_bytes() {
 #[test]
 fn an_archive_restores_the_packed_file_bit_for_bit() {
     let source = ragged();
-    for (source, options) in [(source.path(), mixed()), (&fixture(), options("fp16", &[])), (&fixture(), options("int4", &[]))] {
+    for (source, options) in
+        [(source.path(), mixed()), (&fixture(), options("fp16", &[])), (&fixture(), options("int4", &[]))]
+    {
         let folder = TempDir::new().unwrap();
         let path = |name: &str| folder.path().join(name);
         pack(Cpu::detect(), source, &options, &path("model.bkpack"));

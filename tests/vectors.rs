@@ -63,7 +63,9 @@ fn valid_files_decode_to_their_values_on_every_instruction_set() {
 fn rule(error: &Error) -> &'static str {
     match error {
         Error::Safetensors { why, .. } if why.contains("header claims") || why.contains("too short") => "header-length",
-        Error::Safetensors { why, .. } if why.contains("overlaps") || why.contains("end where the file ends") => "offsets",
+        Error::Safetensors { why, .. } if why.contains("overlaps") || why.contains("end where the file ends") => {
+            "offsets"
+        }
         Error::Safetensors { why, .. } if why.contains("do not fit its bytes") => "part-size",
         Error::Safetensors { why, .. } if why.contains("overflow") => "part-size or offsets",
         Error::Safetensors { .. } => "header-json or header-entry",
@@ -119,7 +121,10 @@ fn malformed_files_are_refused_for_their_own_reason() {
             }
             Err(error) => {
                 let message = error.to_string();
-                assert!(message.contains(path.file_name().unwrap().to_str().unwrap()) || message.contains(".bkpack"), "{message}");
+                assert!(
+                    message.contains(path.file_name().unwrap().to_str().unwrap()) || message.contains(".bkpack"),
+                    "{message}"
+                );
             }
         }
     }

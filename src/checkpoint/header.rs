@@ -4,6 +4,7 @@
 use std::{collections::HashMap, ops::Range, path::Path};
 
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
+use serde_json::{Map, Value};
 
 use crate::{
     error::{Error, Result},
@@ -81,10 +82,31 @@ fn broken(path: &Path, file: &[u8], error: SafeTensorError) -> Error {
         SafeTensorError::MetadataIncompleteBuffer => {
             format!("the tensors do not end where the file ends ({} bytes): truncated, or trailing bytes", file.len())
         }
-        SafeTensorError::InvalidOffset(tensor) => format!("tensor {tensor} overlaps another or leaves a hole before it"),
-        SafeTensorError::TensorInvalidInfo => "a tensor's shape and type do not fit its bytes".into(),
-        SafeTensorError::ValidationOverflow => "a tensor's shape or offsets overflow".into(),
+        SafeTensorError::InvalidOffset(tensor) => {
+            format!("tensor {tensor} overlaps another or leaves a hole before it")
+        }
+        SafeTensorError::TensorInvalidInfo => format!("the shape and type of {} do not fit its bytes", misfit(file)),
+        SafeTensorError::ValidationOverflow => format!("the shape or offsets of {} overflow", misfit(file)),
         other => other.to_string(),
     };
     Error::Safetensors { path: path.to_owned(), why }
+}
+
+/// The first tensor whose bytes are not as many as its shape and type ask for: the parser does not name it.
+fn misfit(file: &[u8]) -> String {
+    let length = file.first_chunk().map_or(0, |length| u64::from_le_bytes(*length) as usize);
+    let header = file.get(8..).and_then(|rest| rest.get(..length)).unwrap_or_default();
+    let entries: Map<String, Value> = serde_json::from_slice(header).unwrap_or_default();
+    let mut tensors = entries.iter().filter(|(name, _)| *name != "__metadata__");
+    tensors.find(|(_, info)| fits(info) != Some(true)).map_or("a tensor".into(), |(name, _)| format!("tensor {name}"))
+}
+
+/// Whether a tensor's bytes are as many as its shape and type ask for; `None` where a number overflows.
+fn fits(info: &Value) -> Option<bool> {
+    let dtype: Dtype = serde_json::from_value(info["dtype"].clone()).ok()?;
+    let mut shape = info["shape"].as_array()?.iter();
+    let elements = shape.try_fold(1u64, |product, dimension| product.checked_mul(dimension.as_u64()?))?;
+    let offsets = &info["data_offsets"];
+    let bytes = offsets[1].as_u64()?.checked_sub(offsets[0].as_u64()?)?;
+    Some(elements.checked_mul(dtype.bitsize() as u64)? == bytes.checked_mul(8)?)
 }

@@ -48,14 +48,21 @@ pub(super) fn open(folder: &Path) -> Result<Checkpoint> {
     Checkpoint::new(folder, CheckpointKind::HuggingFace, config, files)
 }
 
-fn open_shards(folder: &Path, index_path: &Path, bytes: &[u8]) -> Result<Vec<(super::WeightFile, super::header::Header)>> {
+fn open_shards(
+    folder: &Path,
+    index_path: &Path,
+    bytes: &[u8],
+) -> Result<Vec<(super::WeightFile, super::header::Header)>> {
     let index: Index = json::parse(index_path, bytes)?;
     let shards: BTreeSet<&String> = index.weight_map.values().collect();
     let mut files = Vec::with_capacity(shards.len());
     for shard in shards {
         // A name with a folder in it could reach outside the checkpoint.
         if Path::new(shard).file_name().is_none_or(|name| name != shard.as_str()) {
-            return Err(Error::Json { path: index_path.to_owned(), why: format!("shard {shard:?} is not a plain file name") });
+            return Err(Error::Json {
+                path: index_path.to_owned(),
+                why: format!("shard {shard:?} is not a plain file name"),
+            });
         }
         let path = folder.join(shard);
         if !path.exists() {

@@ -90,15 +90,14 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
 
 impl Checkpoint {
     /// Gathers the tensors of all files under their names.
-    fn new(path: &Path, kind: CheckpointKind, config: Option<Value>, files: Vec<(WeightFile, header::Header)>) -> Result<Self> {
-        let mut checkpoint = Self {
-            path: path.to_owned(),
-            kind,
-            config,
-            files: Vec::new(),
-            names: Vec::new(),
-            tensors: HashMap::new(),
-        };
+    fn new(
+        path: &Path,
+        kind: CheckpointKind,
+        config: Option<Value>,
+        files: Vec<(WeightFile, header::Header)>,
+    ) -> Result<Self> {
+        let mut checkpoint =
+            Self { path: path.to_owned(), kind, config, files: Vec::new(), names: Vec::new(), tensors: HashMap::new() };
         for (index, (file, header)) in files.into_iter().enumerate() {
             for tensor in header.tensors {
                 let dtype = match tensor.dtype {
@@ -165,8 +164,9 @@ impl TensorSource for Checkpoint {
         let missing = || Error::MissingTensor { path: self.path.clone(), tensor: name.to_owned() };
         let location = self.tensors.get(name).ok_or_else(missing)?;
         let values = Cow::Borrowed(&self.files[location.file].map[location.range.clone()]);
-        Tensor::new(location.shape.clone(), TensorData::Float { dtype: location.dtype, values })
-            .map_err(|error| Error::Safetensors { path: self.files[location.file].path.clone(), why: format!("tensor {name}: {error}") })
+        Tensor::new(location.shape.clone(), TensorData::Float { dtype: location.dtype, values }).map_err(|error| {
+            Error::Safetensors { path: self.files[location.file].path.clone(), why: format!("tensor {name}: {error}") }
+        })
     }
 
     fn file(&self, name: &str) -> Result<Option<Cow<'_, [u8]>>> {

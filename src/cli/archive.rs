@@ -33,6 +33,10 @@ pub struct ArchiveArgs {
     #[arg(long)]
     force: bool,
 
+    /// Print one JSON object for machines
+    #[arg(long)]
+    json: bool,
+
     #[command(flatten)]
     common: Common,
 }
@@ -43,15 +47,12 @@ pub fn run(args: &ArchiveArgs) -> Result<()> {
     let archived = archive(&args.packed, &args.output, args.force, &args.common.observer())?;
     let packed = std::fs::metadata(&args.packed).map_err(bkpack::Error::io(&args.packed))?.len();
     let ratio = packed as f64 / archived as f64;
-    match (args.common.json, args.common.quiet) {
+    match (args.json, args.common.quiet) {
         (true, _) => print(&json!({ "file_bytes": archived, "packed_bytes": packed, "ratio": ratio }).to_string()),
         (false, true) => Ok(()),
         (false, false) => {
-            let rows = [
-                ("archive bytes", count(archived)),
-                ("packed bytes", count(packed)),
-                ("ratio", format!("{ratio:.3}")),
-            ];
+            let rows =
+                [("archive bytes", count(archived)), ("packed bytes", count(packed)), ("ratio", format!("{ratio:.3}"))];
             print(&facts(rows).trim_fmt())
         }
     }

@@ -1,11 +1,14 @@
 //! `bkpack convert`: from a checkpoint to a packed file.
 
-use std::{path::PathBuf, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use bkpack::{
     Error, Result, checkpoint,
     encoding::{GroupSize, Request},
-    model,
+    format, model,
     pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
     policy::Uniform,
     report::convert::Summary,
@@ -86,6 +89,10 @@ pub struct ConvertArgs {
     #[arg(long)]
     force: bool,
 
+    /// Print one JSON object for machines
+    #[arg(long)]
+    json: bool,
+
     #[command(flatten)]
     common: Common,
 }
@@ -161,6 +168,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     };
     let checkpoint = checkpoint::open(&args.source)?;
     refuse_same_file(&args.source, &args.output)?;
+    refuse_file_of_checkpoint(&args.source, &args.output)?;
     note_architecture(args, &checkpoint)?;
     let cpu = Cpu::from_environment()?;
     let packing = Packing::plan(&checkpoint, &options, &args.output, cpu, &observer)?;
@@ -169,18 +177,39 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let tensors: Vec<_> = packing
         .tensors()
         .iter()
-        .map(|tensor| (tensor.component.clone(), tensor.encoding.to_string(), tensor.elements() as u64, tensor.stored_bytes() as u64))
+        .map(|tensor| {
+            (
+                tensor.component.clone(),
+                tensor.encoding.to_string(),
+                tensor.elements() as u64,
+                tensor.stored_bytes() as u64,
+            )
+        })
         .collect();
     if !args.dry_run {
         packing.write(cpu, args.force, &observer)?;
     }
     let source_bytes = checkpoint.file_bytes();
-    let summary = Summary::new(tensors.into_iter(), file_bytes, source_bytes, start.elapsed().as_secs_f64(), args.dry_run);
-    match (args.common.json, args.common.quiet) {
+    let summary =
+        Summary::new(tensors.into_iter(), file_bytes, source_bytes, start.elapsed().as_secs_f64(), args.dry_run);
+    match (args.json, args.common.quiet) {
         (true, _) => print(&serde_json::to_string_pretty(&summary).expect("plain numbers and strings")),
         (false, true) => Ok(()),
         (false, false) => print(&summary.render()),
     }
+}
+
+/// In the checkpoint's own folder only a packed file may be replaced: every other name could be a file of the model.
+fn refuse_file_of_checkpoint(source: &Path, output: &Path) -> Result<()> {
+    let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let beside = source.canonicalize().is_ok_and(|source| folder.canonicalize().is_ok_and(|folder| folder == source));
+    let weights = output.extension().is_some_and(|extension| extension == "safetensors");
+    if beside && (weights || output.exists() && !format::is_packed(output).unwrap_or(false)) {
+        let why =
+            format!("{} could be a file of the checkpoint itself; choose another name or folder", output.display());
+        return Err(Error::Option { option: "--output", why });
+    }
+    Ok(())
 }
 
 fn default_request(args: &ConvertArgs) -> Result<Request> {
@@ -189,7 +218,10 @@ fn default_request(args: &ConvertArgs) -> Result<Request> {
         Bits::Float(dtype) => return Ok(Request::Float(dtype)),
         Bits::Int(bits) => Grid::Int { bits, symmetric },
         _ if args.asymmetric => {
-            return Err(Error::Option { option: "--asymmetric", why: "only integers of 2 to 8 bits have zero points".into() });
+            return Err(Error::Option {
+                option: "--asymmetric",
+                why: "only integers of 2 to 8 bits have zero points".into(),
+            });
         }
         Bits::Ternary => Grid::Ternary,
         Bits::Binary => Grid::Binary,
@@ -203,7 +235,8 @@ fn note_architecture(args: &ConvertArgs, checkpoint: &checkpoint::Checkpoint) ->
         None => args.common.notice("no config.json: packed by generic rules; eval will not be able to run it"),
         Some(config) if model::Architecture::from_config(config).is_none() => {
             let name = config["architectures"][0].as_str().unwrap_or("(none)");
-            args.common.notice(&format!("architecture {name} is not known: packed by generic rules; eval cannot run it"));
+            args.common
+                .notice(&format!("architecture {name} is not known: packed by generic rules; eval cannot run it"));
         }
         Some(_) => model::check_shapes(checkpoint)?,
     }

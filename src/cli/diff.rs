@@ -33,6 +33,10 @@ pub struct DiffArgs {
     #[arg(long, value_name = "N", default_value_t = 20)]
     top: usize,
 
+    /// Print one JSON object for machines
+    #[arg(long)]
+    json: bool,
+
     #[command(flatten)]
     common: Common,
 }
@@ -46,7 +50,7 @@ pub fn run(args: &DiffArgs) -> Result<()> {
     if args.top > 0 {
         differences.tensors.truncate(args.top);
     }
-    if args.common.json {
+    if args.json {
         return print(&serde_json::to_string_pretty(&differences).expect("plain numbers and strings"));
     }
     print(&render(&differences, compared))

@@ -15,7 +15,7 @@ use bkpack_kernels::Cpu;
 use clap::Args;
 use comfy_table::{CellAlignment, Table, presets};
 
-use super::{Common, open_source, print};
+use super::{Common, open_model, open_source, print};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -63,6 +63,14 @@ pub struct EvalArgs {
     #[arg(long, value_enum, default_value_t)]
     activations: Activations,
 
+    /// Check every hash of the packed file before it is used
+    #[arg(long)]
+    verify_hashes: bool,
+
+    /// Print one JSON object for machines
+    #[arg(long)]
+    json: bool,
+
     #[command(flatten)]
     common: Common,
 }
@@ -70,7 +78,7 @@ pub struct EvalArgs {
 /// Runs the subcommand.
 pub fn run(args: &EvalArgs) -> Result<()> {
     let observer = args.common.observer();
-    let source = open_source(&args.model)?;
+    let source = open_model(&args.model, args.verify_hashes, &observer)?;
     let baseline = args.baseline.as_deref().map(open_source).transpose()?;
     let mut tokens = match (&args.text, &args.tokens) {
         (Some(path), _) => tokenize(&*source, path)?,
@@ -81,7 +89,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let options = Options { ctx: args.ctx, skip: args.skip, activations: args.activations };
     let cpu = Cpu::from_environment()?;
     let evaluation = evaluate(cpu, &*source, baseline.as_deref(), &tokens, &options, &observer)?;
-    if args.common.json {
+    if args.json {
         print(&serde_json::to_string_pretty(&evaluation).expect("plain numbers and strings"))
     } else {
         print(&table(&evaluation).to_string())

@@ -18,7 +18,7 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, open_source};
+use super::{Common, open_model};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -60,6 +60,10 @@ pub struct GenerateArgs {
     #[arg(long, value_enum, default_value_t)]
     activations: Activations,
 
+    /// Check every hash of the packed file before it is used
+    #[arg(long)]
+    verify_hashes: bool,
+
     #[command(flatten)]
     common: Common,
 }
@@ -70,7 +74,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let cpu = Cpu::from_environment()?;
     let seed = args.seed.unwrap_or_else(rand::random);
     let mut sampler = Sampler::new(cpu, args.temperature, args.top_p, seed)?;
-    let source = open_source(&args.model)?;
+    let source = open_model(&args.model, args.verify_hashes, &observer)?;
     let tokenizer = Tokenizer::load(&*source)?;
     let ops = CpuOps::new(cpu, args.activations);
     let model = Model::load(&*source, &ops)?;

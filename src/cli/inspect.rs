@@ -71,8 +71,11 @@ fn machine(packed: &PackedFile, tensors: &[&PackedTensor], parameters: u64) -> S
     let tensors: Vec<_> = tensors
         .iter()
         .map(|tensor| {
-            let parts: Vec<_> =
-                tensor.parts.iter().map(|part| json!({ "name": part.name, "blake3": part.hash.to_hex().as_str() })).collect();
+            let parts: Vec<_> = tensor
+                .parts
+                .iter()
+                .map(|part| json!({ "name": part.name, "blake3": part.hash.to_hex().as_str() }))
+                .collect();
             json!({
                 "name": tensor.name,
                 "shape": tensor.shape,

@@ -11,7 +11,7 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, open_source};
+use super::{Common, open_model};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -43,6 +43,10 @@ pub struct LogitsArgs {
     #[arg(long)]
     force: bool,
 
+    /// Check every hash of the packed file before it is used
+    #[arg(long)]
+    verify_hashes: bool,
+
     #[command(flatten)]
     common: Common,
 }
@@ -50,7 +54,7 @@ pub struct LogitsArgs {
 /// Runs the subcommand.
 pub fn run(args: &LogitsArgs) -> Result<()> {
     let observer = args.common.observer();
-    let source = open_source(&args.model)?;
+    let source = open_model(&args.model, args.verify_hashes, &observer)?;
     let tokens = read_tokens(&args.tokens)?;
     let ops = CpuOps::new(Cpu::from_environment()?, args.activations);
     let model = Model::load(&*source, &ops)?;

@@ -28,6 +28,11 @@ const BAD_INPUT: u8 = 2;
 /// Exit status after Ctrl-C, as shells have it.
 const INTERRUPTED: u8 = 130;
 
+const COMPLETION_EXAMPLES: &str = "\
+Examples:
+  bkpack completions bash > ~/.local/share/bash-completion/completions/bkpack
+  bkpack completions zsh > ~/.zfunc/_bkpack";
+
 /// Pack language-model checkpoints into one verified file, run them, and measure what the packing cost.
 #[derive(Parser)]
 #[command(version, about, long_about = None, propagate_version = true)]
@@ -48,6 +53,7 @@ enum Command {
     Archive(archive::ArchiveArgs),
     Unpack(unpack::UnpackArgs),
     /// Print a completion script for a shell
+    #[command(after_help = COMPLETION_EXAMPLES)]
     Completions {
         #[arg(value_enum)]
         shell: clap_complete::Shell,
@@ -60,9 +66,6 @@ pub struct Common {
     /// Threads to use [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
-    /// Print one JSON object for machines
-    #[arg(long)]
-    json: bool,
     /// Print no progress and no notices
     #[arg(short, long)]
     quiet: bool,
@@ -73,7 +76,7 @@ impl Common {
     fn observer(&self) -> ProgressObserver {
         // The pool of the process can be set up once, and a subcommand asks for its observer once or more.
         let _ = rayon::ThreadPoolBuilder::new().num_threads(self.threads.unwrap_or(0).into()).build_global();
-        ProgressObserver::new(!self.quiet && !self.json && std::io::stderr().is_terminal())
+        ProgressObserver::new(!self.quiet && std::io::stderr().is_terminal())
     }
 
     /// Tells the user something on standard error.
@@ -99,8 +102,10 @@ pub fn run() -> ExitCode {
         Command::Archive(args) => archive::run(args).map(|()| ExitCode::SUCCESS),
         Command::Unpack(args) => unpack::run(args).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {
-            clap_complete::generate(*shell, &mut Cli::command(), "bkpack", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
+            // Into memory first: the generator panics where it cannot write.
+            let mut script = Vec::new();
+            clap_complete::generate(*shell, &mut Cli::command(), "bkpack", &mut script);
+            print(String::from_utf8_lossy(&script).trim_end()).map(|()| ExitCode::SUCCESS)
         }
     };
     outcome.unwrap_or_else(|error| {
@@ -114,11 +119,11 @@ pub fn open_source(path: &Path) -> Result<Box<dyn TensorSource>> {
     format::open_any(path)
 }
 
-/// Opens a packed file or a checkpoint; with `verify_hashes` every byte of a packed file is checked first.
-pub fn open_verified(path: &Path, verify_hashes: bool, common: &Common) -> Result<Box<dyn TensorSource>> {
+/// Opens a packed file or a checkpoint to run it; with `verify_hashes` every byte of a packed file is checked first.
+fn open_model(path: &Path, verify_hashes: bool, observer: &ProgressObserver) -> Result<Box<dyn TensorSource>> {
     if verify_hashes && format::is_packed(path)? {
         let packed = format::PackedFile::open(path)?;
-        packed.check_contents(&common.observer())?;
+        packed.check_contents(observer)?;
         return Ok(Box::new(packed));
     }
     open_source(path)

@@ -27,6 +27,10 @@ pub struct UnpackArgs {
     #[arg(long)]
     force: bool,
 
+    /// Print one JSON object for machines
+    #[arg(long)]
+    json: bool,
+
     #[command(flatten)]
     common: Common,
 }
@@ -35,7 +39,7 @@ pub struct UnpackArgs {
 pub fn run(args: &UnpackArgs) -> Result<()> {
     refuse_same_file(&args.archive, &args.output)?;
     unpack(&args.archive, &args.output, args.force, &args.common.observer())?;
-    match (args.common.json, args.common.quiet) {
+    match (args.json, args.common.quiet) {
         (true, _) => print("{\"verified\": true}"),
         (false, true) => Ok(()),
         (false, false) => print("unpacked; every hash matches"),

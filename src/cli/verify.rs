@@ -78,6 +78,10 @@ pub struct VerifyArgs {
     #[arg(long, value_enum, default_value_t)]
     activations: Activations,
 
+    /// Print one JSON object for machines
+    #[arg(long)]
+    json: bool,
+
     #[command(flatten)]
     common: Common,
 }
@@ -110,15 +114,20 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     });
     let packed = match checked {
         Ok(packed) => packed,
-        Err(error @ (Error::Io { .. } | Error::Cancelled)) => return Err(error),
+        Err(error @ (Error::Io { .. } | Error::NotAModel { .. } | Error::Cancelled)) => return Err(error),
         Err(error) => {
-            let check = Check { name: "hashes", target: "all match".into(), measured: error.to_string(), passed: false };
+            let check =
+                Check { name: "hashes", target: "all match".into(), measured: error.to_string(), passed: false };
             return report(args, &[check]);
         }
     };
     let parts: usize = packed.tensors().iter().map(|tensor| tensor.parts.len()).sum::<usize>() + packed.files().count();
-    let mut checks =
-        vec![Check { name: "hashes", target: "all match".into(), measured: format!("{parts} parts and the header match"), passed: true }];
+    let mut checks = vec![Check {
+        name: "hashes",
+        target: "all match".into(),
+        measured: format!("{parts} parts and the header match"),
+        passed: true,
+    }];
     if let Some(target) = args.min_ratio {
         let parameters: usize = packed.tensors().iter().map(|tensor| tensor.elements()).sum();
         let ratio = 4.0 * parameters as f64 / packed.file_bytes() as f64;
@@ -135,7 +144,12 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     report(args, &checks)
 }
 
-fn quality(args: &VerifyArgs, packed: &PackedFile, observer: &super::ProgressObserver, checks: &mut Vec<Check>) -> Result<()> {
+fn quality(
+    args: &VerifyArgs,
+    packed: &PackedFile,
+    observer: &super::ProgressObserver,
+    checks: &mut Vec<Check>,
+) -> Result<()> {
     let baseline = args.baseline.as_deref().map(open_source).transpose()?;
     let mut tokens = match (&args.text, &args.tokens) {
         (Some(path), _) => tokenize(packed, path)?,
@@ -144,7 +158,8 @@ fn quality(args: &VerifyArgs, packed: &PackedFile, observer: &super::ProgressObs
     };
     tokens.truncate(args.limit_tokens.unwrap_or(usize::MAX));
     let options = Options { ctx: args.ctx, skip: args.skip, activations: args.activations };
-    let evaluation: Evaluation = evaluate(Cpu::from_environment()?, packed, baseline.as_deref(), &tokens, &options, observer)?;
+    let evaluation: Evaluation =
+        evaluate(Cpu::from_environment()?, packed, baseline.as_deref(), &tokens, &options, observer)?;
     let Some(measured) = &evaluation.baseline else { return Ok(()) };
     if let Some(target) = args.max_ppl_increase {
         let increase = measured.ppl_increase_percent;
@@ -169,7 +184,7 @@ fn quality(args: &VerifyArgs, packed: &PackedFile, observer: &super::ProgressObs
 
 fn report(args: &VerifyArgs, checks: &[Check]) -> Result<ExitCode> {
     let passed = checks.iter().all(|check| check.passed);
-    if args.common.json {
+    if args.json {
         let object = json!({ "passed": passed, "checks": checks });
         print(&serde_json::to_string_pretty(&object).expect("plain data is JSON"))?;
     } else if !args.common.quiet || !passed {

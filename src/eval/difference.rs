@@ -63,13 +63,19 @@ impl Sums {
 ///
 /// # Errors
 /// A tensor whose shapes differ, cancellation.
-pub fn compare(cpu: Cpu, first: &dyn TensorSource, second: &dyn TensorSource, observer: &dyn Observer) -> Result<Differences> {
+pub fn compare(
+    cpu: Cpu,
+    first: &dyn TensorSource,
+    second: &dyn TensorSource,
+    observer: &dyn Observer,
+) -> Result<Differences> {
     let only = |one: &dyn TensorSource, other: &dyn TensorSource| -> Vec<String> {
         one.names().iter().filter(|name| other.shape(name).is_none()).cloned().collect()
     };
     let (only_first, only_second) = (only(first, second), only(second, first));
     let common: Vec<&String> = first.names().iter().filter(|name| second.shape(name).is_some()).collect();
-    let weights = common.iter().filter_map(|name| first.shape(name)).map(|shape| shape.iter().product::<usize>() as u64);
+    let weights =
+        common.iter().filter_map(|name| first.shape(name)).map(|shape| shape.iter().product::<usize>() as u64);
     observer.begin("Comparing", 4 * weights.sum::<u64>(), Unit::Bytes);
     let mut tensors = Vec::with_capacity(common.len());
     let mut total = Sums::default();

@@ -1,7 +1,7 @@
 //! Archives: a packed file with each part in seekable zstd frames, and the way back, bit for bit.
 
 use std::{
-    io::{BufWriter, Cursor, Seek, SeekFrom, Write},
+    io::{BufWriter, Cursor, ErrorKind, Read, Seek, SeekFrom, Write},
     path::Path,
 };
 
@@ -9,7 +9,7 @@ use serde_json::json;
 use zeekstd::{DecodeOptions, EncodeOptions, FrameSizePolicy};
 
 use super::{
-    MANIFEST_KEY, PackedFile, PAGE,
+    MANIFEST_KEY, PAGE, PackedFile,
     read::read_manifest,
     write::{persist, temporary_beside},
 };
@@ -59,11 +59,13 @@ pub fn archive(packed: &Path, output: &Path, force: bool, observer: &dyn Observe
     observer.begin("Archiving", file.len() as u64, Unit::Bytes);
     let mut sizes = Vec::with_capacity(parts.len());
     for (_, bytes) in &parts {
-        sizes.push(compress(bytes, BufWriter::new(temporary.as_file_mut()), observer).map_err(|error| match error {
-            Failure::Stopped(error) => error,
-            Failure::Zstd(error) if error.is_io() => failed()(std::io::Error::other(error.to_string())),
-            Failure::Zstd(error) => Error::Archive { path: output.to_owned(), why: error.to_string() },
-        })?);
+        sizes.push(compress(bytes, BufWriter::new(temporary.as_file_mut()), observer).map_err(
+            |error| match error {
+                Failure::Stopped(error) => error,
+                Failure::Zstd(error) if error.is_io() => failed()(std::io::Error::other(error.to_string())),
+                Failure::Zstd(error) => Error::Archive { path: output.to_owned(), why: error.to_string() },
+            },
+        )?);
     }
     observer.end();
     let mut end = 0;
@@ -73,7 +75,10 @@ pub fn archive(packed: &Path, output: &Path, force: bool, observer: &dyn Observe
     });
     let header = render_header(ends, reserved);
     let file = temporary.as_file_mut();
-    file.seek(SeekFrom::Start(0)).and_then(|_| file.write_all(&header)).and_then(|()| file.sync_data()).map_err(failed())?;
+    file.seek(SeekFrom::Start(0))
+        .and_then(|_| file.write_all(&header))
+        .and_then(|()| file.sync_data())
+        .map_err(failed())?;
     persist(temporary, output, force)?;
     Ok(reserved as u64 + sizes.iter().sum::<u64>())
 }
@@ -155,7 +160,10 @@ fn render_header<'a>(ends: impl Iterator<Item = (&'a str, u64)>, length: usize) 
     let mut begin = 0;
     for (name, end) in ends {
         let size = if length == 0 { end } else { end - begin };
-        object.insert(name.into(), json!({ "dtype": "U8", "shape": [size], "data_offsets": [if length == 0 { end } else { begin }, end] }));
+        object.insert(
+            name.into(),
+            json!({ "dtype": "U8", "shape": [size], "data_offsets": [if length == 0 { end } else { begin }, end] }),
+        );
         begin = end;
     }
     let mut header = vec![0; 8];
@@ -208,9 +216,28 @@ impl Broken {
     }
 }
 
+/// The stored bytes of a part. Reading past their end is an error: the decoder would ask for more forever where the seek
+/// table promises more content than the frames hold.
+struct StoredPart<'a>(Cursor<&'a [u8]>);
+
+impl Read for StoredPart<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        match self.0.read(buffer)? {
+            0 if !buffer.is_empty() => Err(ErrorKind::UnexpectedEof.into()),
+            count => Ok(count),
+        }
+    }
+}
+
+impl Seek for StoredPart<'_> {
+    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+        self.0.seek(to)
+    }
+}
+
 /// Hands out the content piece by piece; stops as soon as it is longer than `limit`, whatever the frames claim.
 fn decompress(stored: &[u8], limit: usize, mut sink: impl FnMut(&[u8]) -> Result<()>) -> Result<(), Broken> {
-    let mut decoder = DecodeOptions::new(Cursor::new(stored)).into_decoder().map_err(Broken::Zstd)?;
+    let mut decoder = DecodeOptions::new(StoredPart(Cursor::new(stored))).into_decoder().map_err(Broken::Zstd)?;
     let mut buffer = vec![0; FRAME_BYTES as usize];
     let mut total = 0;
     loop {
@@ -229,7 +256,8 @@ fn decompress(stored: &[u8], limit: usize, mut sink: impl FnMut(&[u8]) -> Result
 /// Where the file that a header describes ends; `None` if the header does not parse.
 fn data_end(header: &[u8]) -> Option<u64> {
     let object: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(header.get(8..)?).ok()?;
-    let ends = object.iter().filter(|(name, _)| *name != "__metadata__").map(|(_, part)| part["data_offsets"][1].as_u64());
+    let ends =
+        object.iter().filter(|(name, _)| *name != "__metadata__").map(|(_, part)| part["data_offsets"][1].as_u64());
     let end = ends.collect::<Option<Vec<u64>>>()?.into_iter().max().unwrap_or(0);
     end.checked_add(header.len() as u64)
 }

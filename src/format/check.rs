@@ -37,7 +37,8 @@ impl PackedFile {
     }
 
     fn check_codes(&self, tensor: &PackedTensor) -> Result<()> {
-        let (Some((layout, scale_type)), [packed, scale, rest @ ..]) = (tensor.encoding.layout(), tensor.parts.as_slice())
+        let (Some((layout, scale_type)), [packed, scale, rest @ ..]) =
+            (tensor.encoding.layout(), tensor.parts.as_slice())
         else {
             return Ok(());
         };

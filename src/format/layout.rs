@@ -189,7 +189,8 @@ pub fn plan(
                 }
             }
             if count > 1 {
-                manifest.shard = Some(ShardInfo { index: index as u64 + 1, count: count as u64, set: ZERO_HASH.into() });
+                manifest.shard =
+                    Some(ShardInfo { index: index as u64 + 1, count: count as u64, set: ZERO_HASH.into() });
             }
             let path = if count > 1 { shard_path(output, index + 1, count) } else { output.to_owned() };
             FilePlan::new(path, manifest, stored)
@@ -272,7 +273,8 @@ fn element_bytes(dtype: &str) -> usize {
 
 /// The parts that a tensor of this encoding has: the format's one rule for names, types and shapes.
 pub(super) fn stored_parts(tensor: &PlannedTensor) -> Vec<Stored> {
-    let part = |role: Role, dtype, shape| Stored { role, name: format!("{}{}", tensor.name, role.suffix()), dtype, shape };
+    let part =
+        |role: Role, dtype, shape| Stored { role, name: format!("{}{}", tensor.name, role.suffix()), dtype, shape };
     let (rows, cols) = matrix_shape(&tensor.shape);
     match (tensor.encoding, tensor.encoding.layout()) {
         (Encoding::Float { dtype }, _) => vec![part(Role::Values, dtype.name(), tensor.shape.clone())],

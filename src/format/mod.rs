@@ -19,8 +19,8 @@ mod write;
 pub use layout::{FilePlan, PlannedFile, PlannedTensor, plan};
 pub use manifest::{Manifest, Part, ShardInfo, Source, SourceFile};
 pub use read::{PackedFile, PackedPart, PackedTensor};
-pub use write::{PackedWriter, persist, planned_bytes, temporary_beside};
 pub(crate) use write::hash;
+pub use write::{PackedWriter, persist, planned_bytes, temporary_beside};
 
 /// The format version that this code writes and reads.
 pub const VERSION: u64 = 1;

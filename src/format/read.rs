@@ -53,7 +53,7 @@ pub struct PackedTensor {
     pub shape: Vec<usize>,
     pub component: String,
     pub encoding: Encoding,
-    /// In the order of [`Role`]: values, or codes, scales and zero points.
+    /// The values, or codes, scales and (where there are any) zero points.
     pub parts: Vec<PackedPart>,
 }
 
@@ -133,7 +133,11 @@ impl PackedFile {
                 found.index == position as u64 + 1 && found.count == names.len() as u64 && found.set == first.set
             });
             if !fits {
-                return Err(mismatch(format!("{name} is not shard {} of {} of one conversion", position + 1, names.len())));
+                return Err(mismatch(format!(
+                    "{name} is not shard {} of {} of one conversion",
+                    position + 1,
+                    names.len()
+                )));
             }
         }
         let shards = packed.shards.iter().enumerate().map(|(position, shard)| {
@@ -179,7 +183,8 @@ impl PackedFile {
         let header = Header::read(path, &map)?;
         let mut manifest = read_manifest(path, &map, &header)?;
         let shard = self.shards.len();
-        let mut parts: HashMap<&str, &HeaderTensor> = header.tensors.iter().map(|part| (part.name.as_str(), part)).collect();
+        let mut parts: HashMap<&str, &HeaderTensor> =
+            header.tensors.iter().map(|part| (part.name.as_str(), part)).collect();
         let mut claimed: HashSet<String> = HashSet::new();
         let mut take = |tensor: &str, part: &Part| -> Result<(PackedPart, Dtype, Vec<usize>)> {
             let (path, name) = (path.to_owned(), part.name.clone());
@@ -192,8 +197,13 @@ impl PackedFile {
             };
             claimed.insert(name.clone());
             let element = found.dtype.bitsize() / 8;
-            if element > 1 && found.range.start % element != 0 {
-                return Err(Error::Misaligned { path, part: name, offset: found.range.start, dtype: found.dtype.to_string() });
+            if element > 1 && !found.range.start.is_multiple_of(element) {
+                return Err(Error::Misaligned {
+                    path,
+                    part: name,
+                    offset: found.range.start,
+                    dtype: found.dtype.to_string(),
+                });
             }
             let hash = match blake3::Hash::from_hex(&part.blake3) {
                 Ok(hash) if hash.to_hex().as_str() == part.blake3 => hash,
@@ -219,7 +229,13 @@ impl PackedFile {
             let (part, dtype, _) = take(&entry.name, &entry.part)?;
             if dtype != Dtype::U8 {
                 let (part, found) = (part.name, dtype.to_string());
-                return Err(Error::PartDtype { path: path.to_owned(), tensor: entry.name, part, found, expected: "U8" });
+                return Err(Error::PartDtype {
+                    path: path.to_owned(),
+                    tensor: entry.name,
+                    part,
+                    found,
+                    expected: "U8",
+                });
             }
             self.files.push((entry.name, part));
         }
@@ -258,7 +274,8 @@ impl PackedFile {
 
     /// Every part with the name of the tensor or file that it belongs to.
     pub(super) fn all_parts(&self) -> impl Iterator<Item = (&str, &PackedPart)> {
-        let tensors = self.tensors.iter().flat_map(|tensor| tensor.parts.iter().map(|part| (tensor.name.as_str(), part)));
+        let tensors =
+            self.tensors.iter().flat_map(|tensor| tensor.parts.iter().map(|part| (tensor.name.as_str(), part)));
         tensors.chain(self.files.iter().map(|(name, part)| (name.as_str(), part)))
     }
 
@@ -282,8 +299,9 @@ impl PackedFile {
 
     /// The names of a shard's parts, in the order of their bytes.
     fn part_names(&self, shard: usize) -> Vec<&str> {
-        let mut parts: Vec<&PackedPart> = self.all_parts().map(|(_, part)| part).filter(|part| part.shard == shard).collect();
-        parts.sort_by_key(|part| (part.range.start, part.range.end));
+        let mut parts: Vec<&PackedPart> =
+            self.all_parts().map(|(_, part)| part).filter(|part| part.shard == shard).collect();
+        parts.sort_by(|a, b| (a.range.start, a.range.end, &a.name).cmp(&(b.range.start, b.range.end, &b.name)));
         parts.into_iter().map(|part| part.name.as_str()).collect()
     }
 }
@@ -295,7 +313,7 @@ pub(super) fn read_manifest(path: &Path, file: &[u8], header: &Header) -> Result
     header.metadata.get("format").filter(|format| *format == "pt").ok_or_else(|| missing("format"))?;
     let claimed = header.metadata.get(SEAL_KEY).ok_or_else(|| missing(SEAL_KEY))?;
     check_seal(path, &file[..header.data_start], claimed)?;
-    if header.data_start % PAGE != 0 {
+    if !header.data_start.is_multiple_of(PAGE) {
         return Err(Error::DataStart { path: path.to_owned(), start: header.data_start });
     }
     let invalid = |why: String| Error::Manifest { path: path.to_owned(), why };
@@ -312,7 +330,13 @@ pub(super) fn read_manifest(path: &Path, file: &[u8], header: &Header) -> Result
     if version != VERSION {
         return Err(Error::FormatVersion { path: path.to_owned(), found: version });
     }
-    serde_json::from_str(text).map_err(|error| invalid(error.to_string()))
+    serde_json::from_str(text).map_err(|error| match error.to_string() {
+        // Of what is parsed here, only the part of a travelling file refuses unknown fields.
+        why if why.starts_with("unknown field") => {
+            Error::UnknownField { path: path.to_owned(), tensor: "a travelling file".into(), why }
+        }
+        why => invalid(why),
+    })
 }
 
 /// The seal covers every byte of the header: names, types, shapes, offsets, manifest, and the padding.
@@ -362,7 +386,11 @@ fn read_tensor(
             (Some(wanted), Some(named)) => (wanted, named),
             (wanted, _) => {
                 let verb = if wanted.is_some() { "lacks" } else { "has, against its encoding," };
-                return Err(Error::Parts { path: path(), tensor: tensor(), why: format!("{verb} a part of role {role:?}") });
+                return Err(Error::Parts {
+                    path: path(),
+                    tensor: tensor(),
+                    why: format!("{verb} a part of role {role:?}"),
+                });
             }
         };
         if named.name != wanted.name {

@@ -81,15 +81,21 @@ impl PackedWriter {
             let written = write_at(temporary.as_file_mut(), 0, &header).and_then(|()| temporary.as_file().sync_data());
             written.map_err(Error::io(&plan.path))?;
         }
-        let index = index_of(&self.output, self.files.iter().map(|(plan, _)| plan));
+        // The index is written before any shard gets its name, so that a full disk leaves no shards behind.
+        let index = match index_of(&self.output, self.files.iter().map(|(plan, _)| plan)) {
+            None => None,
+            Some((path, bytes)) => {
+                let mut temporary = temporary_beside(&path)?;
+                temporary.write_all(&bytes).and_then(|()| temporary.as_file().sync_data()).map_err(Error::io(&path))?;
+                Some((path, temporary))
+            }
+        };
         let mut finished = Vec::new();
         for (plan, temporary) in self.files {
             persist(temporary, &plan.path, self.force)?;
             finished.push(plan.path);
         }
-        if let Some((path, bytes)) = index {
-            let mut temporary = temporary_beside(&path)?;
-            temporary.write_all(&bytes).map_err(Error::io(&path))?;
+        if let Some((path, temporary)) = index {
             persist(temporary, &path, self.force)?;
             finished.push(path);
         }
@@ -107,7 +113,10 @@ fn index_of<'a>(output: &Path, plans: impl Iterator<Item = &'a FilePlan>) -> Opt
     let shards: Vec<_> = plans
         .map(|plan| {
             let file = plan.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            (file, plan.data_bytes(), plan.parts.iter().map(|part| part.name.as_str()).collect())
+            let mut parts: Vec<_> =
+                plan.parts.iter().map(|part| (part.offset, part.bytes, part.name.as_str())).collect();
+            parts.sort_unstable();
+            (file, plan.data_bytes(), parts.into_iter().map(|(_, _, name)| name).collect())
         })
         .collect();
     render_index(output, shards.into_iter())
@@ -126,7 +135,11 @@ fn targets(output: &Path, plans: &[FilePlan]) -> Vec<PathBuf> {
 pub(crate) fn hash(bytes: &[u8]) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
     // Below about 128 KiB handing work to other threads costs more than it saves.
-    if bytes.len() < 128 << 10 { hasher.update(bytes) } else { hasher.update_rayon(bytes) };
+    if bytes.len() < 128 << 10 {
+        hasher.update(bytes)
+    } else {
+        hasher.update_rayon(bytes)
+    };
     hasher.finalize()
 }
 

@@ -51,11 +51,13 @@ impl ComponentRules {
     }
 
     fn parse(text: &str, architecture: Option<&str>) -> Result<Self> {
-        let file: File =
-            toml::from_str(text).map_err(|error| Error::Option { option: "component rules", why: error.to_string() })?;
+        let file: File = toml::from_str(text)
+            .map_err(|error| Error::Option { option: "component rules", why: error.to_string() })?;
         let applies = |rule: &FileRule| {
             let only = rule.architectures.as_deref();
-            only.is_none_or(|only| architecture.is_some_and(|architecture| only.iter().any(|name| name == architecture)))
+            only.is_none_or(|only| {
+                architecture.is_some_and(|architecture| only.iter().any(|name| name == architecture))
+            })
         };
         let rules = file.rule.into_iter().filter(applies);
         let rules = rules.map(|rule| Ok(Rule { component: rule.component, pattern: pattern(&rule.pattern)? }));

@@ -41,7 +41,8 @@ impl Uniform {
     /// What a tensor is to become. Quantizing applies to matrices alone: a plain tensor is kept unless an override
     /// asks for another float type.
     pub fn request(&self, name: &str, component: &str) -> Request {
-        let named = self.overrides.iter().rev().find(|(pattern, _)| pattern.is_match(name)).map(|(_, request)| *request);
+        let named =
+            self.overrides.iter().rev().find(|(pattern, _)| pattern.is_match(name)).map(|(_, request)| *request);
         match (named, component) {
             (Some(request @ (Request::Keep | Request::Float(_))), _) => request,
             (_, PLAIN) => Request::Keep,
@@ -59,7 +60,10 @@ impl Uniform {
         let patterns = self.keep.iter().chain(self.overrides.iter().map(|(pattern, _)| pattern));
         for pattern in patterns {
             if !names.iter().any(|name| pattern.is_match(name)) {
-                return Err(Error::Pattern { pattern: pattern.to_string(), why: "matches no tensor of the checkpoint".into() });
+                return Err(Error::Pattern {
+                    pattern: pattern.to_string(),
+                    why: "matches no tensor of the checkpoint".into(),
+                });
             }
         }
         Ok(())
@@ -68,7 +72,8 @@ impl Uniform {
     /// The record for the manifest.
     pub fn record(&self) -> Value {
         let keep: Vec<String> = self.keep.iter().map(Regex::to_string).collect();
-        let overrides: Vec<String> = self.overrides.iter().map(|(pattern, request)| format!("{pattern}={request}")).collect();
+        let overrides: Vec<String> =
+            self.overrides.iter().map(|(pattern, request)| format!("{pattern}={request}")).collect();
         json!({ "name": "uniform", "encoding": self.default.to_string(), "keep": keep, "tensor": overrides })
     }
 }

@@ -41,7 +41,7 @@ pub fn scale_type(layout: Layout, range: Range) -> FloatType {
     let levels = match layout.grid {
         Grid::Int { bits, .. } => f32::from((1u16 << bits) - 1),
         // The mean of a group is at least its largest magnitude over its length.
-        Grid::Ternary | Grid::Binary => 1.0,
+        Grid::Ternary | Grid::Binary => layout.group as f32,
     };
     let overflows = range.largest > f16::MAX.to_f32();
     let vanishes = range.smallest / levels < f16::MIN_POSITIVE_SUBNORMAL.to_f32();

@@ -61,7 +61,9 @@ impl Summary {
             line.parameters += parameters;
             line.bytes += bytes;
         }
-        components.sort_by(|a, b| b.bytes.cmp(&a.bytes).then_with(|| (&a.component, &a.encoding).cmp(&(&b.component, &b.encoding))));
+        components.sort_by(|a, b| {
+            b.bytes.cmp(&a.bytes).then_with(|| (&a.component, &a.encoding).cmp(&(&b.component, &b.encoding)))
+        });
         let parameters: u64 = components.iter().map(|line| line.parameters).sum();
         let (size, weights) = (file_bytes as f64, parameters as f64);
         Self {
@@ -83,7 +85,8 @@ impl Summary {
     pub fn render(&self) -> String {
         let mut lines = table(&["component", "encoding", "tensors", "parameters", "bytes", "bits/weight"], 2);
         let mut add = |component: &str, encoding: &str, tensors: String, parameters: u64, bytes: u64| {
-            let bits = if parameters == 0 { String::new() } else { format!("{:.3}", 8.0 * bytes as f64 / parameters as f64) };
+            let bits =
+                if parameters == 0 { String::new() } else { format!("{:.3}", 8.0 * bytes as f64 / parameters as f64) };
             let parameters = if parameters == 0 { String::new() } else { count(parameters) };
             lines.add_row([component.into(), encoding.into(), tensors, parameters, count(bytes), bits]);
         };

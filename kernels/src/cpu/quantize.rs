@@ -1,4 +1,4 @@
-//! From weights to codes and scales: round-to-nearest, and a search for the scale of least squared error.
+//! From weights to codes and scales: round-to-nearest, and a search for the scale of least weighted squared error.
 
 use half::f16;
 
@@ -14,7 +14,9 @@ pub enum Rounding {
     /// The scale is the largest magnitude over the largest code (ternary, binary: the mean magnitude); codes are the
     /// nearest.
     Nearest,
-    /// The scale is searched for the least squared error of the group.
+    /// The scale of integers is searched for the least squared error of the group, each error weighted by the
+    /// magnitude of its weight: large weights tend to meet large activations, and clipping them costs the most. The
+    /// scale of ternary weights is searched for the least squared error.
     Search,
 }
 
@@ -210,14 +212,17 @@ impl Kernel for QuantizeRows<'_> {
         let scale_bytes = groups * options.scale_type.bytes();
         let rows = x.len() / cols;
         assert_eq!(x.len(), rows * cols);
-        assert_eq!((codes.len(), scales.len(), zeros.len()), (rows * code_bytes, rows * scale_bytes, rows * zero_bytes));
+        assert_eq!(
+            (codes.len(), scales.len(), zeros.len()),
+            (rows * code_bytes, rows * scale_bytes, rows * zero_bytes)
+        );
 
         // One row of unpacked codes, with room for the whole vectors that the last group is written in.
         let mut row_codes = vec![0u8; cols.next_multiple_of(64) + LANES];
         let mut row_zeros = vec![0u8; groups.next_multiple_of(64)];
         let mut padded: Vec<[f32; LANES]> = vec![[0.0; LANES]; layout.group.min(cols).div_ceil(LANES)];
         for row in 0..rows {
-            for group in 0..groups {
+            for (group, row_zero) in row_zeros[..groups].iter_mut().enumerate() {
                 let columns = layout.group_range(group, cols);
                 let weights = &x[row * cols..][columns.clone()];
                 let (full, tail) = weights.as_chunks::<LANES>();
@@ -235,7 +240,7 @@ impl Kernel for QuantizeRows<'_> {
                 // Whole vectors: what runs into the next group is overwritten by it.
                 let target = &mut row_codes[columns.start..columns.start + weights.len() * LANES];
                 write_codes(s, options, weights, &chosen, target);
-                row_zeros[group] = chosen.zero;
+                *row_zero = chosen.zero;
                 let place = (row * groups + group) * options.scale_type.bytes();
                 match options.scale_type {
                     FloatType::F32 => scales[place..place + 4].copy_from_slice(&chosen.scale.to_le_bytes()),
@@ -313,7 +318,13 @@ fn choose_scale<S: Simd>(s: S, options: &QuantizeOptions, weights: &[[f32; LANES
 }
 
 #[inline(always)]
-fn write_codes<S: Simd>(s: S, options: &QuantizeOptions, weights: &[[f32; LANES]], chosen: &GroupScale, codes: &mut [u8]) {
+fn write_codes<S: Simd>(
+    s: S,
+    options: &QuantizeOptions,
+    weights: &[[f32; LANES]],
+    chosen: &GroupScale,
+    codes: &mut [u8],
+) {
     let (zero, one) = (s.splat(0.0), s.splat(1.0));
     let codes = codes.as_chunks_mut::<LANES>().0;
     match options.layout.grid {
@@ -330,7 +341,8 @@ fn write_codes<S: Simd>(s: S, options: &QuantizeOptions, weights: &[[f32; LANES]
             }
         }
         Grid::Ternary => {
-            let threshold = s.splat(if chosen.scale == 0.0 { f32::INFINITY } else { options.ternary_threshold * chosen.scale });
+            let threshold =
+                s.splat(if chosen.scale == 0.0 { f32::INFINITY } else { options.ternary_threshold * chosen.scale });
             for (weight, code) in weights.iter().zip(codes) {
                 let weight = s.load(weight);
                 let above = s.select_ge(weight, threshold, one, zero);
@@ -363,9 +375,10 @@ fn magnitude_sum<S: Simd>(s: S, weights: &[[f32; LANES]]) -> f32 {
     s.sum(weights.iter().fold(s.splat(0.0), |sum, weight| s.add(sum, s.abs(s.load(weight)))))
 }
 
-/// With codes `q = clamp(round(w * inverse), low, high)`: the sums of `w q` and of `q q`.
+/// With codes `q = clamp(round(w * inverse), low, high)`: the sums of `|w| w q` and of `|w| q q`.
 ///
-/// The best scale for these codes is their quotient, and `(sum w q)^2 / sum q q` is what it takes off the squared error.
+/// The best scale for these codes is their quotient, and `(sum |w| w q)^2 / sum |w| q q` is what it takes off the
+/// squared error weighted by `|w|`.
 #[inline(always)]
 fn fit<S: Simd>(s: S, weights: &[[f32; LANES]], inverse: f32, low: f32, high: f32) -> (f32, f32) {
     let (inverse, low, high) = (s.splat(inverse), s.splat(low), s.splat(high));
@@ -373,8 +386,9 @@ fn fit<S: Simd>(s: S, weights: &[[f32; LANES]], inverse: f32, low: f32, high: f3
     for weight in weights {
         let weight = s.load(weight);
         let level = s.min(s.max(s.round_even(s.mul(weight, inverse)), low), high);
-        products = s.mul_add(weight, level, products);
-        squares = s.mul_add(level, level, squares);
+        let weighted = s.mul(s.abs(weight), level);
+        products = s.mul_add(weight, weighted, products);
+        squares = s.mul_add(level, weighted, squares);
     }
     (s.sum(products), s.sum(squares))
 }
