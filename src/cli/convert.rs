@@ -169,6 +169,9 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let checkpoint = checkpoint::open(&args.source)?;
     refuse_same_file(&args.source, &args.output)?;
     refuse_file_of_checkpoint(&args.source, &args.output)?;
+    if !args.force && !args.dry_run && args.output.exists() {
+        return Err(Error::Exists { path: args.output.clone() });
+    }
     note_architecture(args, &checkpoint)?;
     let cpu = Cpu::from_environment()?;
     let packing = Packing::plan(&checkpoint, &options, &args.output, cpu, &observer)?;

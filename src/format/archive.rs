@@ -140,7 +140,10 @@ pub fn unpack(path: &Path, output: &Path, force: bool, observer: &dyn Observer) 
     observer.end();
     let in_archive = |error: Error| match error {
         Error::Cancelled => error,
-        broken => invalid(format!("what it holds breaks the packed format: {broken}")),
+        broken => {
+            let inner = broken.to_string().replace(&temporary.path().display().to_string(), "the packed file");
+            invalid(format!("what it holds breaks the packed format: {inner}"))
+        }
     };
     let restored = PackedFile::open(temporary.path()).map_err(in_archive)?;
     restored.check_contents(observer).map_err(in_archive)?;

@@ -98,6 +98,10 @@ impl PackedWriter {
         if let Some((path, temporary)) = index {
             persist(temporary, &path, self.force)?;
             finished.push(path);
+            // An older model of one file would be found first under the name that the index stands for.
+            if self.output.is_file() {
+                std::fs::remove_file(&self.output).map_err(Error::io(&self.output))?;
+            }
         }
         Ok(finished)
     }
@@ -122,11 +126,11 @@ fn index_of<'a>(output: &Path, plans: impl Iterator<Item = &'a FilePlan>) -> Opt
     render_index(output, shards.into_iter())
 }
 
-/// Every name that writing this plan will take.
+/// Every name that writing this plan will take. A sharded model takes the plain name too: it is opened by it.
 fn targets(output: &Path, plans: &[FilePlan]) -> Vec<PathBuf> {
     let mut targets: Vec<PathBuf> = plans.iter().map(|plan| plan.path.clone()).collect();
     if plans.len() > 1 {
-        targets.push(index_path(output));
+        targets.extend([index_path(output), output.to_owned()]);
     }
     targets
 }

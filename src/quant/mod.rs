@@ -39,7 +39,8 @@ pub fn range(cpu: Cpu, matrix: &Matrix, group: usize) -> Range {
 /// The type of a matrix's scales: F16, or F32 where a scale could overflow it or vanish in it.
 pub fn scale_type(layout: Layout, range: Range) -> FloatType {
     let levels = match layout.grid {
-        Grid::Int { bits, .. } => f32::from((1u16 << bits) - 1),
+        // A subnormal F16 keeps few digits: below 16 of its steps a scale counts as vanished.
+        Grid::Int { bits, .. } => 16.0 * f32::from((1u16 << bits) - 1),
         // The mean of a group is at least its largest magnitude over its length.
         Grid::Ternary | Grid::Binary => layout.group as f32,
     };

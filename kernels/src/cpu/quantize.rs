@@ -236,7 +236,15 @@ impl Kernel for QuantizeRows<'_> {
                     padded
                 };
                 let count = columns.len();
-                let chosen = choose_scale(s, options, weights, count);
+                let (low, high) = extremes(s, weights);
+                let unit = unit(high.max(-low));
+                let ends = (low * unit, high * unit);
+                let chosen = if unit == 1.0 {
+                    choose_scale(s, options, weights, ends, count, unit)
+                } else {
+                    let scaled: Vec<_> = weights.iter().map(|lanes| lanes.map(|weight| weight * unit)).collect();
+                    choose_scale(s, options, &scaled, ends, count, unit)
+                };
                 // Whole vectors: what runs into the next group is overwritten by it.
                 let target = &mut row_codes[columns.start..columns.start + weights.len() * LANES];
                 write_codes(s, options, weights, &chosen, target);
@@ -279,18 +287,37 @@ fn pack_row<S: Simd>(s: S, codes: &[u8], bits: u32, packed: &mut [u8]) {
     }
 }
 
+/// The power of two that a group with this largest magnitude is multiplied by, so that neither its sums nor their
+/// squares overflow or vanish: 1 unless it is extreme.
+fn unit(largest: f32) -> f32 {
+    const MODERATE: i32 = 40;
+    let exponent = (largest.to_bits() >> 23) as i32 - 127;
+    if largest == 0.0 || exponent.abs() <= MODERATE {
+        return 1.0;
+    }
+    // The power of two with the opposite exponent, kept among the normal numbers.
+    f32::from_bits(((127 - exponent).clamp(1, 253) as u32) << 23)
+}
+
 /// Rounds a scale to the type that it is stored in; one that is not zero stays so.
 fn stored_scale(scale: f32, scale_type: FloatType) -> f32 {
     if scale_type == FloatType::F32 || scale == 0.0 {
-        return scale;
+        return scale.clamp(-f32::MAX, f32::MAX);
     }
     let rounded = f16::from_f32(scale).to_f32().clamp(-f16::MAX.to_f32(), f16::MAX.to_f32());
     if rounded == 0.0 { f16::from_bits(1).to_f32().copysign(scale) } else { rounded }
 }
 
+/// The scale of weights that were multiplied by `unit`, and their zero point. `low` and `high` are their extremes.
 #[inline(always)]
-fn choose_scale<S: Simd>(s: S, options: &QuantizeOptions, weights: &[[f32; LANES]], count: usize) -> GroupScale {
-    let (low, high) = extremes(s, weights);
+fn choose_scale<S: Simd>(
+    s: S,
+    options: &QuantizeOptions,
+    weights: &[[f32; LANES]],
+    (low, high): (f32, f32),
+    count: usize,
+    unit: f32,
+) -> GroupScale {
     let largest = high.max(-low);
     let search = options.rounding == Rounding::Search;
     let (scale, zero) = match options.layout.grid {
@@ -302,7 +329,7 @@ fn choose_scale<S: Simd>(s: S, options: &QuantizeOptions, weights: &[[f32; LANES
         }
         Grid::Int { bits, symmetric: false } => {
             let top = ((1u32 << bits) - 1) as f32;
-            let scale = stored_scale((high - low) / top, options.scale_type);
+            let scale = stored_scale((high - low) / top / unit, options.scale_type) * unit;
             if scale == 0.0 {
                 (0.0, 0)
             } else if search {
@@ -314,7 +341,7 @@ fn choose_scale<S: Simd>(s: S, options: &QuantizeOptions, weights: &[[f32; LANES
         Grid::Ternary if search => (search_ternary(s, weights, count, options.ternary_threshold), 0),
         Grid::Ternary | Grid::Binary => (magnitude_sum(s, weights) / count as f32, 0),
     };
-    GroupScale { scale: stored_scale(scale, options.scale_type), zero }
+    GroupScale { scale: stored_scale(scale / unit, options.scale_type), zero }
 }
 
 #[inline(always)]
@@ -446,6 +473,8 @@ fn clip(step: usize, bits: u32) -> f32 {
 fn search_symmetric<S: Simd>(s: S, weights: &[[f32; LANES]], bits: u32, low: f32, high: f32) -> f32 {
     let half = (1u32 << (bits - 1)) as f32;
     let mut best = Best { gain: 0.0, scale: 0.0, zero: half as u8 };
+    // Round-to-nearest comes first, so the search is never worse.
+    best.consider(s, weights, high.max(-low) / (half - 1.0), half as u8, bits);
     for step in 0..CLIP_STEPS {
         let clip = clip(step, bits);
         for (below, above) in [(low, high), (-high, -low)] {
@@ -463,6 +492,9 @@ fn search_symmetric<S: Simd>(s: S, weights: &[[f32; LANES]], bits: u32, low: f32
 fn search_asymmetric<S: Simd>(s: S, weights: &[[f32; LANES]], bits: u32, low: f32, high: f32) -> (f32, u8) {
     let top = ((1u32 << bits) - 1) as f32;
     let mut best = Best { gain: 0.0, scale: 0.0, zero: 0 };
+    // Round-to-nearest comes first, so the search is never worse; its zero point also serves a range far from zero.
+    let nearest = (high - low) / top;
+    best.consider(s, weights, nearest, (-low / nearest).round_ties_even().clamp(0.0, top) as u8, bits);
     for step in 0..CLIP_STEPS {
         let scale = clip(step, bits) * (high - low) / top;
         // The clipped range keeps its middle in the middle.
@@ -474,11 +506,6 @@ fn search_asymmetric<S: Simd>(s: S, weights: &[[f32; LANES]], bits: u32, low: f3
             }
         }
     }
-    // A range far from zero may leave no candidate above: zero then sits at an end of the grid.
-    if best.gain == 0.0 {
-        let zero = if low < 0.0 { top as u8 } else { 0 };
-        best.consider(s, weights, (high - low) / top, zero, bits);
-    }
     best.refine(s, weights, bits, 4);
     (best.scale, best.zero)
 }
@@ -489,8 +516,10 @@ fn search_ternary<S: Simd>(s: S, weights: &[[f32; LANES]], count: usize, thresho
     const STEPS: usize = 48;
     let mean = magnitude_sum(s, weights) / count as f32;
     let (mut best_gain, mut best) = (0.0, mean);
-    for step in 0..STEPS {
-        let scale = mean * (0.5 + 3.0 * step as f32 / (STEPS - 1) as f32);
+    for step in 0..=STEPS {
+        // Round-to-nearest comes first, so the search is never worse.
+        let share = if step == 0 { 1.0 } else { 0.5 + 3.0 * (step - 1) as f32 / (STEPS - 1) as f32 };
+        let scale = mean * share;
         let (limit, zero, one) = (s.splat(threshold * scale), s.splat(0.0), s.splat(1.0));
         let (mut kept, mut number) = (zero, zero);
         for weight in weights {
