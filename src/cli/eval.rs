@@ -9,11 +9,11 @@ use bkpack::{
         text::{Tokenizer, read_text, read_tokens},
     },
     ops::cpu::Activations,
+    report::table::{count, facts},
     tensor::TensorSource,
 };
 use bkpack_kernels::Cpu;
 use clap::Args;
-use comfy_table::{CellAlignment, Table, presets};
 
 use super::{Common, open_model, open_source, print};
 
@@ -92,7 +92,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     if args.json {
         print(&serde_json::to_string_pretty(&evaluation).expect("plain numbers and strings"))
     } else {
-        print(&table(&evaluation).to_string())
+        print(&render(&evaluation))
     }
 }
 
@@ -101,28 +101,26 @@ pub fn tokenize(source: &dyn TensorSource, path: &Path) -> Result<Vec<u32>> {
     Tokenizer::load(source)?.encode(&read_text(path)?)
 }
 
-fn table(evaluation: &Evaluation) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    let mut row = |name: &str, value: String| {
-        table.add_row([name.to_owned(), value]);
-    };
-    row("perplexity", format!("{:.4}", evaluation.ppl));
+fn render(evaluation: &Evaluation) -> String {
+    let mut rows = vec![("perplexity", format!("{:.4}", evaluation.ppl))];
     if let Some(baseline) = &evaluation.baseline {
-        row("baseline perplexity", format!("{:.4}", baseline.baseline_ppl));
-        row("increase", format!("{:+.3} %", baseline.ppl_increase_percent));
-        row("KL divergence, mean", format!("{:.6}", baseline.kld_mean));
-        row("KL divergence, median", format!("{:.6}", baseline.kld_median));
-        row("KL divergence, 99.9 %", format!("{:.6}", baseline.kld_p999));
-        row("same top token", format!("{:.2} %", 100.0 * baseline.top1_agreement));
+        rows.extend([
+            ("baseline perplexity", format!("{:.4}", baseline.baseline_ppl)),
+            ("increase", format!("{:+.3} %", baseline.ppl_increase_percent)),
+            ("KL divergence, mean", format!("{:.6}", baseline.kld_mean)),
+            ("KL divergence, median", format!("{:.6}", baseline.kld_median)),
+            ("KL divergence, 99.9 %", format!("{:.6}", baseline.kld_p999)),
+            ("same top token", format!("{:.2} %", 100.0 * baseline.top1_agreement)),
+        ]);
     }
-    row("bits per weight", format!("{:.3}", evaluation.bits_per_weight));
-    row("ratio to FP32", format!("{:.3}", evaluation.ratio_fp32));
-    row("file bytes", evaluation.file_bytes.to_string());
-    row("tokens/s", format!("{:.1}", evaluation.tokens_per_second));
-    row("scored tokens", format!("{} ({} windows of {})", evaluation.scored, evaluation.windows, evaluation.ctx));
-    if let Some(column) = table.column_mut(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table
+    let scored = count(evaluation.scored);
+    rows.extend([
+        ("bits per weight", format!("{:.3}", evaluation.bits_per_weight)),
+        ("ratio to FP32", format!("{:.3}", evaluation.ratio_fp32)),
+        ("file bytes", count(evaluation.file_bytes)),
+        ("tokens/s", format!("{:.1}", evaluation.tokens_per_second)),
+        ("scored tokens", format!("{scored} ({} windows of {})", evaluation.windows, evaluation.ctx)),
+        ("activations", evaluation.activations.name().to_owned()),
+    ]);
+    facts(rows).trim_fmt()
 }

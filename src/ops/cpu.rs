@@ -22,6 +22,16 @@ pub enum Activations {
     Int8,
 }
 
+impl Activations {
+    /// The name on the command line and in JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Activations::Exact => "exact",
+            Activations::Int8 => "int8",
+        }
+    }
+}
+
 /// The CPU back end.
 #[derive(Debug)]
 pub struct CpuOps {

@@ -13,6 +13,7 @@ mod matmul;
 mod matmul_int8;
 pub mod quantize;
 mod scalar;
+mod scale_search;
 pub mod simd;
 
 use std::fmt;
