@@ -12,11 +12,15 @@ pub enum Error {
     #[error("{}: {source}", path.display())]
     Io { path: PathBuf, source: std::io::Error },
     /// The caller asked to stop.
-    #[error("cancelled; nothing was written")]
+    #[error("cancelled")]
     Cancelled,
     /// Nothing is overwritten unless asked for.
     #[error("{} exists; pass --force to replace it", path.display())]
     Exists { path: PathBuf },
+
+    /// The output is something that a file must not take the place of.
+    #[error("{}: {why}", path.display())]
+    BadOutput { path: PathBuf, why: String },
 
     /// A path is no checkpoint and no packed file.
     #[error("{}: {why}", path.display())]

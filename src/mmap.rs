@@ -11,13 +11,16 @@ pub struct FileMap(memmap2::Mmap);
 impl FileMap {
     /// Maps a file. An empty file gives an empty map.
     pub fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path).map_err(Error::io(path))?;
-        if !file.metadata().map_err(Error::io(path))?.is_file() {
-            return Err(Error::NotAModel { path: path.to_owned(), why: "not a regular file".into() });
+        // Asked before opening: opening a pipe would wait for a writer.
+        let kind = std::fs::metadata(path).map_err(Error::io(path))?;
+        if !kind.is_file() {
+            let why = if kind.is_dir() { "is a folder where a file is needed" } else { "is not a regular file" };
+            return Err(Error::NotAModel { path: path.to_owned(), why: why.into() });
         }
-        // SAFETY: the map is read-only and private to this value. If another process truncates the file while it is
-        // mapped, reading stops the program with SIGBUS; packed files are replaced by rename, which leaves the mapped
-        // file whole.
+        let file = File::open(path).map_err(Error::io(path))?;
+        // SAFETY: the map is read-only. The file must not be changed in place while it is mapped; nothing here does so
+        // (packed files are replaced by rename, which leaves the mapped file whole), and every use of the bytes stays in
+        // bounds whatever they are. If another process truncates the file, reading stops the program with SIGBUS.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io(path))?;
         Ok(Self(map))
     }

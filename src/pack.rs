@@ -159,10 +159,11 @@ impl<'a> Packing<'a> {
         observer.begin("Packing", self.checkpoint.tensor_bytes(), Unit::Bytes);
         // Hashing the source keeps the pool busy while this thread writes.
         let files = self.checkpoint.weight_files();
-        let hash_source = || files.iter().map(|file| format::hash(file.bytes())).collect::<Vec<_>>();
+        let hash_source =
+            || files.iter().map(|file| hash_in_pieces(file.bytes(), observer)).collect::<Result<Vec<_>>>();
         let (written, source) = rayon::join(|| self.write_parts(&mut writer, cpu, observer), hash_source);
         written?;
-        let written = writer.finish(&source)?;
+        let written = writer.finish(&source?)?;
         observer.end();
         Ok(written)
     }
@@ -200,6 +201,16 @@ impl<'a> Packing<'a> {
         }
         Ok(())
     }
+}
+
+/// BLAKE3 of a source file, asking between pieces whether to go on.
+fn hash_in_pieces(bytes: &[u8], observer: &dyn Observer) -> Result<blake3::Hash> {
+    let mut hasher = blake3::Hasher::new();
+    for piece in bytes.chunks(64 << 20) {
+        observer.check()?;
+        hasher.update_rayon(piece);
+    }
+    Ok(hasher.finalize())
 }
 
 /// The encoding of one tensor, now that its values can be seen.

@@ -1,9 +1,6 @@
 //! `bkpack convert`: from a checkpoint to a packed file.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{path::PathBuf, time::Instant};
 
 use bkpack::{
     Error, Result, checkpoint,
@@ -17,7 +14,7 @@ use bkpack::{
 use bkpack_kernels::{Cpu, FloatType, Grid, cpu::quantize::Rounding};
 use clap::{Args, ValueEnum};
 
-use super::{Common, print, refuse_same_file};
+use super::{Common, print, refuse_file_of_checkpoint, refuse_same_file};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -77,7 +74,7 @@ pub struct ConvertArgs {
     #[arg(long)]
     allow_nonfinite: bool,
 
-    /// Split the model into files with at most this much data each, e.g. 2GB or 500MB
+    /// Split the model into files with at most this much data each (more where one tensor alone is larger), e.g. 2GB
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     shard_size: Option<u64>,
 
@@ -166,12 +163,14 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         allow_nonfinite: args.allow_nonfinite,
         shard_bytes: args.shard_size,
     };
+    if args.source.is_file() && format::is_packed(&args.source)? {
+        let why = "is packed already; convert the checkpoint that it came from".into();
+        return Err(Error::NotAModel { path: args.source.clone(), why });
+    }
     let checkpoint = checkpoint::open(&args.source)?;
     refuse_same_file(&args.source, &args.output)?;
     refuse_file_of_checkpoint(&args.source, &args.output)?;
-    if !args.force && !args.dry_run && args.output.exists() {
-        return Err(Error::Exists { path: args.output.clone() });
-    }
+    format::check_output(&args.output, args.force || args.dry_run)?;
     note_architecture(args, &checkpoint)?;
     let cpu = Cpu::from_environment()?;
     let packing = Packing::plan(&checkpoint, &options, &args.output, cpu, &observer)?;
@@ -200,19 +199,6 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         (false, true) => Ok(()),
         (false, false) => print(&summary.render()),
     }
-}
-
-/// In the checkpoint's own folder only a packed file may be replaced: every other name could be a file of the model.
-fn refuse_file_of_checkpoint(source: &Path, output: &Path) -> Result<()> {
-    let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let beside = source.canonicalize().is_ok_and(|source| folder.canonicalize().is_ok_and(|folder| folder == source));
-    let weights = output.extension().is_some_and(|extension| extension == "safetensors");
-    if beside && (weights || output.exists() && !format::is_packed(output).unwrap_or(false)) {
-        let why =
-            format!("{} could be a file of the checkpoint itself; choose another name or folder", output.display());
-        return Err(Error::Option { option: "--output", why });
-    }
-    Ok(())
 }
 
 fn default_request(args: &ConvertArgs) -> Result<Request> {

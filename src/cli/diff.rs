@@ -63,7 +63,11 @@ fn render(differences: &Differences, compared: usize) -> String {
             tensor.name.clone(),
             format!("{:?}", tensor.shape),
             tensor.relative_error.map_or("-".into(), |error| format!("{error:.6}")),
-            tensor.snr_db.map_or("equal".into(), |snr| format!("{snr:.2}")),
+            match tensor.snr_db {
+                Some(snr) => format!("{snr:.2}"),
+                None if tensor.max_error == 0.0 => "equal".into(),
+                None => "-".into(),
+            },
             format!("{:.6}", tensor.max_error),
         ]);
     }

@@ -14,6 +14,7 @@ use bkpack::{
     },
     model::{Model, config::eos_tokens, sample::Sampler},
     ops::cpu::{Activations, CpuOps},
+    progress::Observer,
 };
 use bkpack_kernels::Cpu;
 use clap::Args;
@@ -86,13 +87,17 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         let mut stdout = stdout().lock();
         stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::io(Path::new("standard output")))
     };
-    write(&args.prompt)?;
-    let generated = match generate((&model, &ops), &tokenizer, &prompt, &mut sampler, limits, &observer, write) {
+    let written = write(&args.prompt).and_then(|()| {
+        let generated = generate((&model, &ops), &tokenizer, &prompt, &mut sampler, limits, &observer, write)?;
+        write("\n")?;
+        Observer::check(&observer)?;
+        Ok(generated)
+    });
+    let generated = match written {
         // The reader of the text has gone away: it has enough.
         Err(Error::Io { source, .. }) if source.kind() == ErrorKind::BrokenPipe => return Ok(()),
-        generated => generated?,
+        written => written?,
     };
-    write("\n")?;
     if !args.common.quiet {
         let rate = |tokens: usize, time: Duration| tokens as f64 / time.as_secs_f64().max(f64::MIN_POSITIVE);
         eprintln!(

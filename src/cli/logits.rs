@@ -11,7 +11,7 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, open_model};
+use super::{Common, open_model, refuse_same_file};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -54,6 +54,8 @@ pub struct LogitsArgs {
 /// Runs the subcommand.
 pub fn run(args: &LogitsArgs) -> Result<()> {
     let observer = args.common.observer();
+    refuse_same_file(&args.model, &args.output)?;
+    refuse_same_file(&args.tokens, &args.output)?;
     let source = open_model(&args.model, args.verify_hashes, &observer)?;
     let tokens = read_tokens(&args.tokens)?;
     let ops = CpuOps::new(Cpu::from_environment()?, args.activations);

@@ -66,7 +66,7 @@ pub struct Common {
     /// Threads to use [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     threads: Option<u16>,
-    /// Print no progress and no notices
+    /// Print no progress and no notices, and no summary of what was written
     #[arg(short, long)]
     quiet: bool,
 }
@@ -136,6 +136,23 @@ pub fn print(text: &str) -> Result<()> {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::io("standard output")(error)),
         _ => Ok(()),
     }
+}
+
+/// In the checkpoint's own folder only a packed file may be replaced: every other name could be a file of the model.
+fn refuse_file_of_checkpoint(source: &Path, output: &Path) -> Result<()> {
+    let parent = |path: &Path| match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.canonicalize().ok(),
+        _ => Path::new(".").canonicalize().ok(),
+    };
+    let home = if source.is_dir() { source.canonicalize().ok() } else { parent(source) };
+    let beside = home.is_some() && parent(output) == home;
+    let weights = source.is_dir() && output.extension().is_some_and(|extension| extension == "safetensors");
+    if beside && (weights || output.exists() && !format::is_packed(output).unwrap_or(false)) {
+        let why =
+            format!("{} could be a file of the checkpoint itself; choose another name or folder", output.display());
+        return Err(Error::Option { option: "--output", why });
+    }
+    Ok(())
 }
 
 /// Refuses to write a file over the one that is read.

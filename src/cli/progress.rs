@@ -44,8 +44,10 @@ impl Observer for ProgressObserver {
             return;
         }
         let template = match unit {
-            Unit::Bytes => "{prefix:>10} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta} left",
-            Unit::Tokens => "{prefix:>10} [{bar:30}] {human_pos}/{human_len} tokens {per_sec} {eta} left",
+            Unit::Bytes => {
+                "{prefix:>10} [{bar:20}] {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta} left"
+            }
+            Unit::Tokens => "{prefix:>10} [{bar:20}] {human_pos}/{human_len} tokens {per_sec} {eta} left",
         };
         let style = ProgressStyle::with_template(template).expect("the template is valid").progress_chars("=> ");
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(10));

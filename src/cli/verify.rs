@@ -29,7 +29,8 @@ Examples:
   bkpack verify model.bkpack --max-ppl-increase 8% --max-kld 0.1 --text test.txt --baseline ./model
       ... and what packing may cost on a text
 
-The exit status is 0 if all checks pass, 1 if one fails, 2 if they could not be made.";
+The exit status is 0 if all checks pass, 1 if one fails (a file that is no packed file fails the first), 2 if they could
+not be made.";
 
 /// Check every hash of a packed file, and targets of size and quality
 #[derive(Args, Debug)]
@@ -39,15 +40,15 @@ pub struct VerifyArgs {
     packed: PathBuf,
 
     /// The least ratio of the size in FP32 to the file's bytes
-    #[arg(long, value_name = "X")]
+    #[arg(long, value_name = "X", value_parser = parse_finite)]
     min_ratio: Option<f64>,
 
     /// The most that perplexity may increase over the baseline, in percent
-    #[arg(long, value_name = "PERCENT", value_parser = parse_percent, requires = "baseline")]
+    #[arg(long, value_name = "PERCENT", value_parser = parse_percent, allow_hyphen_values = true, requires = "baseline")]
     max_ppl_increase: Option<f64>,
 
     /// The largest mean KL divergence from the baseline, in nats
-    #[arg(long, value_name = "X", requires = "baseline")]
+    #[arg(long, value_name = "X", value_parser = parse_finite, requires = "baseline")]
     max_kld: Option<f64>,
 
     /// Packed file or checkpoint to compare with
@@ -97,16 +98,26 @@ struct Check {
 
 fn parse_percent(text: &str) -> Result<f64, String> {
     let number = text.strip_suffix('%').unwrap_or(text).trim();
-    number.parse().map_err(|_| format!("{number:?} is not a number"))
+    parse_finite(number)
+}
+
+fn parse_finite(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|number: &f64| number.is_finite()).ok_or_else(|| format!("{text:?} is not a number"))
 }
 
 /// Runs the subcommand; the exit status says whether all checks passed.
 pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     let observer = args.common.observer();
     let measures_quality = args.max_ppl_increase.is_some() || args.max_kld.is_some();
-    if measures_quality && args.text.is_none() && args.tokens.is_none() {
-        let why = "a target of quality needs a text to measure it on".into();
-        return Err(Error::Option { option: "--text", why });
+    let (has_text, wrong) = (args.text.is_some() || args.tokens.is_some(), |why: &str| Error::Option {
+        option: "--max-ppl-increase, --max-kld",
+        why: why.into(),
+    });
+    if measures_quality && !has_text {
+        return Err(wrong("need --text or --tokens to measure on"));
+    }
+    if !measures_quality && (has_text || args.baseline.is_some()) {
+        return Err(wrong("one of them must say what the measurement on the text is checked against"));
     }
     let checked = PackedFile::open(&args.packed).and_then(|packed| {
         packed.check_contents(&observer)?;

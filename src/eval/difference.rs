@@ -62,7 +62,7 @@ impl Sums {
 /// Compares every tensor that both models have.
 ///
 /// # Errors
-/// A tensor whose shapes differ, cancellation.
+/// A tensor whose shapes differ or that holds NaN or infinite values, cancellation.
 pub fn compare(
     cpu: Cpu,
     first: &dyn TensorSource,
@@ -87,6 +87,9 @@ pub fn compare(
             return Err(Error::Incomparable { why });
         }
         let sums = tensor_sums(cpu, &a, &b);
+        if !(sums.signal + sums.noise).is_finite() {
+            return Err(Error::Incomparable { why: format!("tensor {name} holds NaN or infinite values") });
+        }
         let relative_error = sums.relative_error();
         tensors.push(Difference {
             name: name.clone(),
@@ -101,7 +104,8 @@ pub fn compare(
     observer.end();
     let badness = |difference: &Difference| match difference.relative_error {
         Some(error) => error,
-        None => f64::from(difference.max_error) * f64::INFINITY,
+        None if difference.max_error == 0.0 => 0.0,
+        None => f64::INFINITY,
     };
     tensors.sort_by(|a, b| badness(b).total_cmp(&badness(a)));
     Ok(Differences { tensors, only_first, only_second, relative_error: total.relative_error() })

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::perplexity::{BATCH, slice_rows};
 use crate::{
     error::{Error, Result},
-    format::{persist, temporary_beside},
+    format::{check_output, persist, temporary_beside},
     model::{Model, check_tokens},
     ops::Ops,
     progress::{Observer, Unit},
@@ -29,9 +29,7 @@ pub fn write_logits<O: Ops>(
     force: bool,
     observer: &dyn Observer,
 ) -> Result<()> {
-    if !force && output.exists() {
-        return Err(Error::Exists { path: output.to_owned() });
-    }
+    check_output(output, force)?;
     let (vocab_size, longest) = (model.vocab_size(), model.max_positions());
     if tokens.is_empty() || tokens.len() > longest {
         let why = format!("{} tokens are not from 1 to {longest}, the model's context", tokens.len());
@@ -45,7 +43,7 @@ pub fn write_logits<O: Ops>(
     let mut state = model.state(tokens.len())?;
     let mut values = Vec::new();
     let rows = slice_rows(vocab_size, 1);
-    observer.begin("computing logits", tokens.len() as u64, Unit::Tokens);
+    observer.begin("Computing", tokens.len() as u64, Unit::Tokens);
     for batch in tokens.chunks(BATCH) {
         let hidden = model.forward(batch, &mut state)?;
         for first in (0..batch.len()).step_by(rows) {

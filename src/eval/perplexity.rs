@@ -148,7 +148,7 @@ pub fn evaluate(
         None => None,
     };
     let mut compared = Vec::new();
-    observer.begin("evaluating", (windows * protocol.ctx) as u64, Unit::Tokens);
+    observer.begin("Evaluating", (windows * protocol.ctx) as u64, Unit::Tokens);
     for window in tokens.chunks_exact(protocol.ctx) {
         let mut window = window.to_vec();
         if let Some(bos) = bos {

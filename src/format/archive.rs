@@ -9,9 +9,9 @@ use serde_json::json;
 use zeekstd::{DecodeOptions, EncodeOptions, FrameSizePolicy};
 
 use super::{
-    MANIFEST_KEY, PAGE, PackedFile,
+    ARCHIVE_KEY, MANIFEST_KEY, PAGE, PackedFile,
     read::read_manifest,
-    write::{persist, temporary_beside},
+    write::{check_output, persist, temporary_beside},
 };
 use crate::{
     checkpoint::header::{Header, HeaderTensor},
@@ -20,8 +20,7 @@ use crate::{
     progress::{Observer, Unit},
 };
 
-/// The metadata key of an archive; its value is the version.
-const ARCHIVE_KEY: &str = "bkpack_archive";
+/// The value of the archive's metadata key.
 const ARCHIVE_VERSION: &str = "1";
 
 /// The archive's tensor that holds the packed file's header.
@@ -46,7 +45,7 @@ pub fn archive(packed: &Path, output: &Path, force: bool, observer: &dyn Observe
         let why = "is sharded; an archive holds a model of one file".into();
         return Err(Error::ShardSet { path: packed.to_owned(), why });
     };
-    refuse_existing(output, force)?;
+    check_output(output, force)?;
     let header = Header::read(packed, file)?;
     let mut parts: Vec<(&str, &[u8])> = vec![(HEADER_PART, &file[..data_start])];
     parts.extend(header.tensors.iter().map(|part| (part.name.as_str(), &file[part.range.clone()])));
@@ -98,7 +97,7 @@ pub fn unpack(path: &Path, output: &Path, force: bool, observer: &dyn Observer) 
             format!("the header's metadata has no \"{ARCHIVE_KEY}\" of version {ARCHIVE_VERSION}")
         }));
     }
-    refuse_existing(output, force)?;
+    check_output(output, force)?;
     let stored = |name: &str| {
         let found = archive.tensors.iter().find(|part| part.name == name);
         found.map(|part| &map[part.range.clone()]).ok_or_else(|| invalid(format!("{name} is missing")))
@@ -112,7 +111,7 @@ pub fn unpack(path: &Path, output: &Path, force: bool, observer: &dyn Observer) 
 
     let mut temporary = temporary_beside(output)?;
     let failed = || Error::io(output);
-    temporary.write_all(&header_bytes).map_err(failed())?;
+    temporary.as_file_mut().write_all(&header_bytes).map_err(failed())?;
     let end = data_end(&header_bytes).ok_or_else(|| invalid("the packed file's header does not parse".into()))?;
     // A sparse file of the final size lets the same parser check the header that will check the result.
     temporary.as_file().set_len(end).map_err(failed())?;
@@ -122,6 +121,9 @@ pub fn unpack(path: &Path, output: &Path, force: bool, observer: &dyn Observer) 
         read_manifest(path, &sparse, &header)?;
         header.tensors
     };
+    if archive.tensors.len() != parts.len() + 1 {
+        return Err(invalid("it holds parts that the packed file does not have".into()));
+    }
     observer.begin("Unpacking", end, Unit::Bytes);
     for part in &parts {
         let mut left = part.range.len();
@@ -130,7 +132,7 @@ pub fn unpack(path: &Path, output: &Path, force: bool, observer: &dyn Observer) 
             left -= bytes.len();
             observer.advance(bytes.len() as u64);
             observer.check()?;
-            temporary.write_all(bytes).map_err(failed())
+            temporary.as_file_mut().write_all(bytes).map_err(failed())
         })
         .map_err(|why| why.named(&part.name, path))?;
         if left > 0 {
@@ -150,10 +152,6 @@ pub fn unpack(path: &Path, output: &Path, force: bool, observer: &dyn Observer) 
     drop(restored);
     temporary.as_file().sync_data().map_err(failed())?;
     persist(temporary, output, force)
-}
-
-fn refuse_existing(output: &Path, force: bool) -> Result<()> {
-    if !force && output.exists() { Err(Error::Exists { path: output.to_owned() }) } else { Ok(()) }
 }
 
 /// The archive's header for parts that end at these offsets, padded with spaces to `length` or, if that is 0, to a page.

@@ -169,6 +169,10 @@ pub fn plan(
         files: Vec::new(),
     };
     let count = groups.len();
+    // Where the model was cut is part of a set's identity: shards cut elsewhere do not fit these.
+    let cuts: Vec<&str> =
+        groups.iter().filter_map(|tensors| tensors.first()).map(|tensor| tensor.name.as_str()).collect();
+    let cuts = blake3::hash(&serde_json::to_vec(&cuts).expect("names are JSON")).to_hex().to_string();
     groups
         .into_iter()
         .enumerate()
@@ -189,8 +193,7 @@ pub fn plan(
                 }
             }
             if count > 1 {
-                manifest.shard =
-                    Some(ShardInfo { index: index as u64 + 1, count: count as u64, set: ZERO_HASH.into() });
+                manifest.shard = Some(ShardInfo { index: index as u64 + 1, count: count as u64, set: cuts.clone() });
             }
             let path = if count > 1 { shard_path(output, index + 1, count) } else { output.to_owned() };
             FilePlan::new(path, manifest, stored)

@@ -15,6 +15,7 @@ pub struct Manifest {
     /// How encodings were chosen, as the producer records it.
     pub policy: Value,
     /// The model's config.json; null where the checkpoint had none.
+    #[serde(deserialize_with = "Option::deserialize")]
     pub config: Option<Value>,
     /// Which shard this is; absent in a model of one file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -54,7 +55,7 @@ pub struct ShardInfo {
     /// From 1.
     pub index: u64,
     pub count: u64,
-    /// The same in all shards of one conversion: a hash of producer, source and policy.
+    /// The same in all shards of one conversion: a hash of producer, source, policy and where the model was cut.
     pub set: String,
 }
 

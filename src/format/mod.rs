@@ -19,8 +19,7 @@ mod write;
 pub use layout::{FilePlan, PlannedFile, PlannedTensor, plan};
 pub use manifest::{Manifest, Part, ShardInfo, Source, SourceFile};
 pub use read::{PackedFile, PackedPart, PackedTensor};
-pub(crate) use write::hash;
-pub use write::{PackedWriter, persist, planned_bytes, temporary_beside};
+pub use write::{PackedWriter, check_output, persist, planned_bytes, temporary_beside};
 
 /// The format version that this code writes and reads.
 pub const VERSION: u64 = 1;
@@ -36,6 +35,9 @@ const MANIFEST_KEY: &str = "bkpack";
 
 /// The metadata key of the seal: the BLAKE3 of the whole header with the seal itself set to zeros.
 const SEAL_KEY: &str = "bkpack_seal";
+
+/// The metadata key of an archive.
+const ARCHIVE_KEY: &str = "bkpack_archive";
 
 /// The seal and every hash before it is known: as long as the real one, so sizes are exact beforehand.
 const ZERO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
@@ -53,7 +55,8 @@ pub fn is_packed(path: &Path) -> Result<bool> {
     if path.is_dir() {
         return Ok(false);
     }
-    Ok(Header::read(path, &FileMap::open(path)?)?.metadata.contains_key(MANIFEST_KEY))
+    let metadata = Header::read(path, &FileMap::open(path)?)?.metadata;
+    Ok(metadata.contains_key(MANIFEST_KEY) || metadata.contains_key(ARCHIVE_KEY))
 }
 
 /// The name of the index beside the shards of a sharded model.

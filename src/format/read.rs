@@ -12,7 +12,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use super::{
-    FILE_PREFIX, MANIFEST_KEY, PAGE, SEAL_KEY, VERSION, ZERO_HASH, index_path,
+    ARCHIVE_KEY, FILE_PREFIX, MANIFEST_KEY, PAGE, SEAL_KEY, VERSION, ZERO_HASH, index_path,
     layout::{PlannedTensor, Role, render_index, seal_position, stored_parts},
     manifest::{Manifest, Part, Parts, TensorEntry},
 };
@@ -226,7 +226,11 @@ impl PackedFile {
                 let (path, tensor, found) = (path.to_owned(), entry.name, entry.part.name);
                 return Err(Error::PartName { path, tensor, found, expected });
             }
-            let (part, dtype, _) = take(&entry.name, &entry.part)?;
+            let (part, dtype, shape) = take(&entry.name, &entry.part)?;
+            if shape.len() != 1 {
+                let (path, tensor, expected) = (path.to_owned(), entry.name, vec![part.range.len()]);
+                return Err(Error::PartShape { path, tensor, part: part.name, found: shape, expected });
+            }
             if dtype != Dtype::U8 {
                 let (part, found) = (part.name, dtype.to_string());
                 return Err(Error::PartDtype {
@@ -309,6 +313,10 @@ impl PackedFile {
 /// Checks seal, version and page, and parses the manifest.
 pub(super) fn read_manifest(path: &Path, file: &[u8], header: &Header) -> Result<Manifest> {
     let missing = |key| Error::MissingMetadata { path: path.to_owned(), key };
+    if header.metadata.contains_key(ARCHIVE_KEY) {
+        let why = "is an archive; restore the packed file with `bkpack unpack`".into();
+        return Err(Error::NotAModel { path: path.to_owned(), why });
+    }
     let text = header.metadata.get(MANIFEST_KEY).ok_or_else(|| missing(MANIFEST_KEY))?;
     header.metadata.get("format").filter(|format| *format == "pt").ok_or_else(|| missing("format"))?;
     let claimed = header.metadata.get(SEAL_KEY).ok_or_else(|| missing(SEAL_KEY))?;
@@ -434,6 +442,10 @@ fn read_parts(path: &impl Fn() -> PathBuf, entry: &TensorEntry) -> Result<Parts>
     // Roles are the fields of `Parts`, so an unknown role and an unknown field of a part read alike: ask for roles first.
     const ROLES: [&str; 4] = ["values", "packed", "scale", "zero_point"];
     let roles = entry.parts.as_object().into_iter().flat_map(|roles| roles.keys());
+    if let Some(role) = roles.clone().find(|role| entry.parts[role.as_str()].is_null()) {
+        let why = format!("role {role:?} is null");
+        return Err(Error::Parts { path: path(), tensor: entry.name.clone(), why });
+    }
     if let Some(role) = roles.clone().find(|role| !ROLES.contains(&role.as_str())) {
         let why = format!("role {role:?} is not known to this version");
         return Err(Error::Parts { path: path(), tensor: entry.name.clone(), why });

@@ -41,9 +41,7 @@ impl PackedWriter {
     pub fn create(output: &Path, plans: Vec<FilePlan>, force: bool) -> Result<Self> {
         let mut writer = Self { output: output.to_owned(), force, files: Vec::new(), places: HashMap::new() };
         for target in targets(output, &plans) {
-            if !force && target.exists() {
-                return Err(Error::Exists { path: target });
-            }
+            check_output(&target, force)?;
         }
         for (file, plan) in plans.into_iter().enumerate() {
             for part in &plan.parts {
@@ -86,10 +84,13 @@ impl PackedWriter {
             None => None,
             Some((path, bytes)) => {
                 let mut temporary = temporary_beside(&path)?;
-                temporary.write_all(&bytes).and_then(|()| temporary.as_file().sync_data()).map_err(Error::io(&path))?;
+                let file = temporary.as_file_mut();
+                file.write_all(&bytes).and_then(|()| file.sync_data()).map_err(Error::io(&path))?;
                 Some((path, temporary))
             }
         };
+        // An older model of the same name must not be found in place of this one.
+        let stale = if index.is_some() { self.output.clone() } else { index_path(&self.output) };
         let mut finished = Vec::new();
         for (plan, temporary) in self.files {
             persist(temporary, &plan.path, self.force)?;
@@ -98,10 +99,9 @@ impl PackedWriter {
         if let Some((path, temporary)) = index {
             persist(temporary, &path, self.force)?;
             finished.push(path);
-            // An older model of one file would be found first under the name that the index stands for.
-            if self.output.is_file() {
-                std::fs::remove_file(&self.output).map_err(Error::io(&self.output))?;
-            }
+        }
+        if stale.is_file() {
+            std::fs::remove_file(&stale).map_err(Error::io(&stale))?;
         }
         Ok(finished)
     }
@@ -126,13 +126,11 @@ fn index_of<'a>(output: &Path, plans: impl Iterator<Item = &'a FilePlan>) -> Opt
     render_index(output, shards.into_iter())
 }
 
-/// Every name that writing this plan will take. A sharded model takes the plain name too: it is opened by it.
+/// Every name that stands for the model once this plan is written: the plain name opens shards too, and the index of an
+/// older model must not outlive it.
 fn targets(output: &Path, plans: &[FilePlan]) -> Vec<PathBuf> {
-    let mut targets: Vec<PathBuf> = plans.iter().map(|plan| plan.path.clone()).collect();
-    if plans.len() > 1 {
-        targets.extend([index_path(output), output.to_owned()]);
-    }
-    targets
+    let shards = plans.iter().map(|plan| plan.path.clone());
+    shards.chain([index_path(output), output.to_owned()]).collect()
 }
 
 /// BLAKE3, on all threads of the pool where the bytes are many.
@@ -157,7 +155,36 @@ pub fn temporary_beside(path: &Path) -> Result<NamedTempFile> {
         use std::os::unix::fs::PermissionsExt;
         builder.permissions(std::fs::Permissions::from_mode(0o666));
     }
-    builder.tempfile_in(folder).map_err(Error::io(path))
+    builder.tempfile_in(folder).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => {
+            let why = format!("the folder {} does not exist; create it first", folder.display());
+            Error::BadOutput { path: path.to_owned(), why }
+        }
+        _ => Error::io(path)(plain(error)),
+    })
+}
+
+/// An error without the temporary file's name, which tells the user nothing.
+fn plain(error: std::io::Error) -> std::io::Error {
+    match error.get_ref().and_then(|inner| inner.source()).and_then(|inner| inner.downcast_ref::<std::io::Error>()) {
+        Some(inner) => inner.raw_os_error().map_or_else(|| inner.kind().into(), std::io::Error::from_raw_os_error),
+        None => error,
+    }
+}
+
+/// Refuses an output that exists (unless `force`), or that is no regular file, or whose folder is missing.
+pub fn check_output(path: &Path, force: bool) -> Result<()> {
+    let refuse = |why: String| Err(Error::BadOutput { path: path.to_owned(), why });
+    match std::fs::metadata(path) {
+        Ok(found) if found.is_dir() => refuse("is a folder; name a file in it".into()),
+        Ok(found) if !found.is_file() => refuse("is not a regular file".into()),
+        Ok(_) if !force => Err(Error::Exists { path: path.to_owned() }),
+        Ok(_) => Ok(()),
+        Err(_) => match path.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir()) {
+            Some(folder) => refuse(format!("the folder {} does not exist; create it first", folder.display())),
+            None => Ok(()),
+        },
+    }
 }
 
 /// Gives a temporary file its final name in one step.
@@ -180,7 +207,7 @@ fn fill_hashes(manifest: &mut Manifest, places: &HashMap<String, Place>, source:
         file.blake3 = hash.to_hex().to_string();
     }
     if let Some(shard) = &mut manifest.shard {
-        let identity = (&manifest.producer, &manifest.source, &manifest.policy);
+        let identity = (&manifest.producer, &manifest.source, &manifest.policy, &shard.set);
         let identity = serde_json::to_vec(&identity).expect("plain data is JSON");
         shard.set = blake3::hash(&identity).to_hex().to_string();
     }

@@ -179,7 +179,7 @@ impl ScanRange<'_> {
                 if largest > 0.0 {
                     range.smallest = range.smallest.min(largest);
                 }
-                // A lane counts exactly up to 2^24, so rows up to 2^28 columns are counted exactly.
+                // Counted in f32: exact up to 2^24 in a group, and never zero where there is one.
                 range.non_finite += s.sum(seen.bad) as usize;
             }
         }

@@ -83,15 +83,14 @@ fn clip(step: usize, bits: u32) -> f32 {
 pub(super) fn search_symmetric<S: Simd>(s: S, weights: &[[f32; LANES]], bits: u32, low: f32, high: f32) -> f32 {
     let half = (1u32 << (bits - 1)) as f32;
     let mut best = Best { gain: 0.0, scale: 0.0, zero: half as u8 };
-    // Round-to-nearest comes first, so the search is never worse.
+    // Round-to-nearest is tried first: what is chosen is no worse, up to the rounding of the stored scale.
     best.consider(s, weights, high.max(-low) / (half - 1.0), half as u8, bits);
     for step in 0..CLIP_STEPS {
         let clip = clip(step, bits);
-        for (below, above) in [(low, high), (-high, -low)] {
+        for (below, above, sign) in [(low, high, 1.0), (-high, -low, -1.0)] {
             // The scale at which both ends just fit, sign apart.
             let scale = clip * (-below / half).max(above / (half - 1.0));
-            let signed = if below == low { scale } else { -scale };
-            best.consider(s, weights, signed, half as u8, bits);
+            best.consider(s, weights, sign * scale, half as u8, bits);
         }
     }
     best.refine(s, weights, bits, 4);
@@ -103,7 +102,8 @@ pub(super) fn search_symmetric<S: Simd>(s: S, weights: &[[f32; LANES]], bits: u3
 pub(super) fn search_asymmetric<S: Simd>(s: S, weights: &[[f32; LANES]], bits: u32, low: f32, high: f32) -> (f32, u8) {
     let top = ((1u32 << bits) - 1) as f32;
     let mut best = Best { gain: 0.0, scale: 0.0, zero: 0 };
-    // Round-to-nearest comes first, so the search is never worse; its zero point also serves a range far from zero.
+    // Round-to-nearest is tried first: what is chosen is no worse, up to the rounding of the stored scale. Its zero point
+    // also serves a range far from zero.
     let nearest = (high - low) / top;
     best.consider(s, weights, nearest, (-low / nearest).round_ties_even().clamp(0.0, top) as u8, bits);
     for step in 0..CLIP_STEPS {
@@ -128,7 +128,7 @@ pub(super) fn search_ternary<S: Simd>(s: S, weights: &[[f32; LANES]], count: usi
     let mean = magnitude_sum(s, weights) / count as f32;
     let (mut best_gain, mut best) = (0.0, mean);
     for step in 0..=STEPS {
-        // Round-to-nearest comes first, so the search is never worse.
+        // Round-to-nearest is tried first: what is chosen is no worse, up to the rounding of the stored scale.
         let share = if step == 0 { 1.0 } else { 0.5 + 3.0 * (step - 1) as f32 / (STEPS - 1) as f32 };
         let scale = mean * share;
         let (limit, zero, one) = (s.splat(threshold * scale), s.splat(0.0), s.splat(1.0));
