@@ -333,6 +333,8 @@ def manifest_cases(add):
         manifest=lambda manifest: manifest.update(tensors={}),
     )
     add("manifest-no-files", "manifest", "no files", manifest=without("files"))
+    for field in ("producer", "source", "policy", "config"):
+        add(f"manifest-no-{field}", "manifest", f"no {field}", manifest=without(field))
     add("manifest-no-name", "manifest", "a tensor without a name", manifest=without("tensors", 4, "name"))
     add("manifest-no-shape", "manifest", "a tensor without a shape", manifest=without("tensors", 4, "shape"))
     add("manifest-shape-text", "manifest", "a shape of strings", manifest=edit("norm", shape=["2", "3"]))
@@ -470,6 +472,12 @@ def part_cases(add):
         parts=set_part("int4_bias", "U32", [4, 1]),
     )
     add(
+        "role-null",
+        "parts",
+        "a role packed that is null",
+        manifest=lambda manifest: tensor_of(manifest, "norm")["parts"].update(packed=None),
+    )
+    add(
         "role-float-packed",
         "parts",
         "a plain tensor with the role packed",
@@ -549,6 +557,7 @@ def part_cases(add):
 
     for name, part, shape in (
         ("values", "norm", [3, 2]),
+        ("file", "bkpack.file/a.json", [3, 3]),
         ("values-flat", "norm", [6]),
         ("packed", "int4_packed", [5, 4]),
         ("scale", "int4_scale", [2, 4]),

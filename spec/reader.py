@@ -390,6 +390,9 @@ class PackedFile(Container):
         self.unclaimed = set(self.parts)
         for tensor in get(self.manifest, "tensors", is_list, "the manifest"):
             self._add_tensor(tensor)
+        for field in ("producer", "source", "policy", "config"):
+            if field not in self.manifest:
+                raise FormatError("manifest", f"the manifest has no field {field!r}")
         for file in get(self.manifest, "files", is_list, "the manifest"):
             self._add_file(file)
         for name in sorted(self.unclaimed):
@@ -473,6 +476,8 @@ class PackedFile(Container):
         self.files[name] = self._claim(reference, f"bkpack.file/{name}", what)
         if self.parts[f"bkpack.file/{name}"].dtype != "U8":
             raise FormatError("part-dtype", f"{what} is {self.parts[f'bkpack.file/{name}'].dtype}, not U8")
+        if len(self.parts[f"bkpack.file/{name}"].shape) != 1:
+            raise FormatError("part-shape", f"{what} does not have one dimension")
 
     def check_contents(self):
         for tensor in self.tensors.values():
