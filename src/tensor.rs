@@ -40,10 +40,12 @@ impl<'a> Tensor<'a> {
         Ok(tensor)
     }
 
+    /// Its dimensions, outermost first.
     pub fn shape(&self) -> &[usize] {
         &self.shape
     }
 
+    /// Its stored bytes.
     pub fn data(&self) -> &TensorData<'a> {
         &self.data
     }

@@ -171,14 +171,17 @@ impl<'a> Matrix<'a> {
         Ok(Self { rows, cols, data })
     }
 
+    /// Rows: the outputs of a linear layer.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
+    /// Columns: the inputs of a linear layer.
     pub fn cols(&self) -> usize {
         self.cols
     }
 
+    /// The bytes behind it.
     pub fn data(&self) -> Data<'a> {
         self.data
     }
