@@ -212,7 +212,7 @@ impl Scene {
 
     fn attention(&self, cpu: Cpu, cache: &KeyValueCache) -> Vec<f32> {
         let mut out = vec![f32::NAN; self.q.len()];
-        cpu.attention(&self.q, self.shape.heads, cache, self.scale(), &mut out);
+        cpu.attention(&self.q, self.shape.heads, cache, self.scale(), usize::MAX, &mut out);
         out
     }
 
@@ -282,7 +282,8 @@ fn decode_repeats_prefill_bit_for_bit() {
             cache.append(&scene.k[row.clone()], &scene.v[row]);
             let row = token * q_width..(token + 1) * q_width;
             let mut out = vec![f32::NAN; q_width];
-            many_threads.install(|| cpu.attention(&scene.q[row.clone()], 6, &cache, scene.scale(), &mut out));
+            many_threads
+                .install(|| cpu.attention(&scene.q[row.clone()], 6, &cache, scene.scale(), usize::MAX, &mut out));
             assert_eq!(out, prefill[row], "{context} {:?} token {token}", cpu.isa());
         }
     }

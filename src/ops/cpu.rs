@@ -178,7 +178,7 @@ impl Ops for CpuOps {
     ) -> Result<Values> {
         cache.append(&key.buffer, &value.buffer);
         let mut out = self.scratch(query.rows(), query.cols);
-        self.cpu.attention(&query.buffer, heads, cache, scale, &mut out.buffer);
+        self.cpu.attention(&query.buffer, heads, cache, scale, usize::MAX, &mut out.buffer);
         Ok(out)
     }
 
