@@ -73,7 +73,7 @@ pub enum Error {
     Config { path: PathBuf, field: &'static str, why: String },
     /// The architecture is not one that this program runs.
     #[error("{}: architecture {architecture} cannot be run (supported: {supported})", path.display())]
-    UnknownArchitecture { path: PathBuf, architecture: String, supported: &'static str },
+    UnknownArchitecture { path: PathBuf, architecture: String, supported: String },
     /// The model carries no tokenizer, or one that does not load.
     #[error("{}: {why}", path.display())]
     Tokenizer { path: PathBuf, why: String },
@@ -172,6 +172,15 @@ pub enum Error {
     /// A model computes what cannot be measured.
     #[error("{}: {why}", path.display())]
     Output { path: PathBuf, why: String },
+    /// Changing a token changes logits before it.
+    #[error(
+        "{}: looks ahead: changing a token changes the logits of earlier positions, so its perplexity is not that of a \
+         language model; pass --allow-lookahead to measure it all the same", path.display()
+    )]
+    LooksAhead { path: PathBuf },
+    /// A model that looks ahead is to continue a text.
+    #[error("{}: its positions see those after them, so it cannot continue a text token by token", path.display())]
+    NotSequential { path: PathBuf },
     /// Two models cannot be compared.
     #[error("{why}")]
     Incomparable { why: String },

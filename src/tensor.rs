@@ -60,6 +60,33 @@ impl<'a> Tensor<'a> {
         self.view().expect("lengths were checked when the tensor was made")
     }
 
+    /// Cuts the tensor's matrix into `parts` of equally many rows, first rows first.
+    ///
+    /// # Panics
+    /// If the rows are no multiple of `parts`.
+    pub fn split(self, parts: usize) -> Vec<Tensor<'a>> {
+        let (rows, cols) = matrix_shape(&self.shape);
+        assert!(parts > 0 && rows.is_multiple_of(parts), "{rows} rows cannot be cut into {parts} parts");
+        let piece = |bytes: &Cow<'a, [u8]>, part: usize| {
+            let length = bytes.len() / parts;
+            match bytes {
+                Cow::Borrowed(bytes) => Cow::Borrowed(&bytes[part * length..][..length]),
+                Cow::Owned(bytes) => Cow::Owned(bytes[part * length..][..length].to_vec()),
+            }
+        };
+        let data = |part: usize| match &self.data {
+            TensorData::Float { dtype, values } => TensorData::Float { dtype: *dtype, values: piece(values, part) },
+            TensorData::Quantized { layout, codes, scale_type, scales, zeros } => TensorData::Quantized {
+                layout: *layout,
+                codes: piece(codes, part),
+                scale_type: *scale_type,
+                scales: piece(scales, part),
+                zeros: piece(zeros, part),
+            },
+        };
+        (0..parts).map(|part| Tensor { shape: vec![rows / parts, cols], data: data(part) }).collect()
+    }
+
     fn view(&self) -> Result<Matrix<'_>, MatrixError> {
         let (rows, cols) = matrix_shape(&self.shape);
         let data = match &self.data {

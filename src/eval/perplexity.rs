@@ -8,7 +8,10 @@ use std::{
 use bkpack_kernels::{Cpu, cpu::Comparison};
 use serde::Serialize;
 
-use super::text::{Tokenizer, window_bos};
+use super::{
+    causality::looks_ahead,
+    text::{Tokenizer, window_bos},
+};
 use crate::{
     error::{Error, Result},
     model::{Model, State, check_tokens},
@@ -63,6 +66,8 @@ pub struct Evaluation {
     pub nll: f64,
     /// Scored positions.
     pub scored: u64,
+    /// Whether the model, or the baseline, sees later tokens: then no figure here is that of a language model.
+    pub looks_ahead: bool,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<BaselineComparison>,
     /// Bits on disk for each weight, every byte of the file counted.
@@ -106,6 +111,8 @@ pub struct Options {
     pub skip: usize,
     /// Of the model; a baseline always runs with exact ones.
     pub activations: Activations,
+    /// Measure a model that sees later tokens all the same.
+    pub allow_lookahead: bool,
 }
 
 /// Measures a model's perplexity on `tokens`, and its distance to `baseline`, which runs side by side.
@@ -113,7 +120,7 @@ pub struct Options {
 /// # Errors
 /// As [`Model::load`] and [`Protocol::new`]; [`Error::Tokens`] for ids outside of the vocabulary or too few for one
 /// window; [`Error::Incomparable`] for a baseline of another vocabulary; [`Error::Output`] where a model computes what is
-/// not finite; [`Error::Cancelled`].
+/// not finite; [`Error::LooksAhead`] for a model or baseline that sees later tokens, unless allowed; [`Error::Cancelled`].
 pub fn evaluate(
     cpu: Cpu,
     source: &dyn TensorSource,
@@ -140,6 +147,16 @@ pub fn evaluate(
         return Err(Error::Tokens { source_name: "the text".into(), why });
     }
 
+    let probe = |path: &Path, looks_ahead: bool| match looks_ahead && !options.allow_lookahead {
+        true => Err(Error::LooksAhead { path: path.to_owned() }),
+        false => Ok(looks_ahead),
+    };
+    let probed = &tokens[..protocol.ctx];
+    let mut sees_later = probe(source.path(), looks_ahead(&model, &ops, probed)?)?;
+    if let Some((baseline, model)) = &baseline {
+        sees_later |= probe(baseline.path(), looks_ahead(model, &exact, probed)?)?;
+    }
+
     let bos = window_bos(source)?;
     let rows = slice_rows(vocab_size, 1 + usize::from(baseline.is_some()));
     let mut model = Runner::new(source, &ops, cpu, model, protocol.ctx)?;
@@ -147,6 +164,8 @@ pub fn evaluate(
         Some((source, model)) => Some(Runner::new(source, &exact, cpu, model, protocol.ctx)?),
         None => None,
     };
+    let whole = model.model.runs_whole() || baseline.as_ref().is_some_and(|baseline| baseline.model.runs_whole());
+    let batch_tokens = if whole { protocol.ctx } else { BATCH };
     let mut compared = Vec::new();
     observer.begin("Evaluating", (windows * protocol.ctx) as u64, Unit::Tokens);
     for window in tokens.chunks_exact(protocol.ctx) {
@@ -154,16 +173,16 @@ pub fn evaluate(
         if let Some(bos) = bos {
             window[0] = bos;
         }
-        model.restart();
-        baseline.iter_mut().for_each(Runner::restart);
-        for (index, batch) in window.chunks(BATCH).enumerate() {
+        model.restart()?;
+        baseline.iter_mut().try_for_each(Runner::restart)?;
+        for (index, batch) in window.chunks(batch_tokens).enumerate() {
             observer.check()?;
             let hidden = model.forward(batch)?;
             let mut baseline = match &mut baseline {
                 Some(baseline) => Some((baseline.forward(batch)?, baseline)),
                 None => None,
             };
-            for (row, targets) in slices(&window, index * BATCH, batch.len(), protocol.skip, rows) {
+            for (row, targets) in slices(&window, index * batch_tokens, batch.len(), protocol.skip, rows) {
                 model.score(&hidden, row, targets)?;
                 if let Some((hidden, baseline)) = &mut baseline {
                     baseline.score(hidden, row, targets)?;
@@ -184,6 +203,7 @@ pub fn evaluate(
         ppl: nll.exp(),
         nll,
         scored,
+        looks_ahead: sees_later,
         baseline: baseline.map(|baseline| BaselineComparison::new(nll, baseline.nll / scored as f64, &compared)),
         bits_per_weight: 8.0 * file_bytes as f64 / parameters as f64,
         ratio_fp32: 4.0 * parameters as f64 / file_bytes as f64,
@@ -265,8 +285,8 @@ impl<'a, O: Ops> Runner<'a, O> {
         Ok(Self { path: source.path(), ops, cpu, model, state, logits: Vec::new(), nll: 0.0, time: Duration::ZERO })
     }
 
-    fn restart(&mut self) {
-        self.state.clear(self.ops);
+    fn restart(&mut self) -> Result<()> {
+        self.state.clear(self.ops)
     }
 
     fn forward(&mut self, batch: &[u32]) -> Result<O::Tensor> {
