@@ -144,8 +144,7 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
         passed: true,
     }];
     if let Some(target) = args.min_ratio {
-        let parameters: usize = packed.tensors().iter().map(|tensor| tensor.elements()).sum();
-        let ratio = 4.0 * parameters as f64 / packed.file_bytes() as f64;
+        let ratio = 4.0 * packed.parameters() as f64 / packed.file_bytes() as f64;
         checks.push(Check {
             name: "ratio to FP32".into(),
             target: format!(">= {target}"),

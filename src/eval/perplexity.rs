@@ -198,7 +198,7 @@ pub fn evaluate(
 
     let scored = (windows * (protocol.ctx - protocol.skip)) as u64;
     let nll = model.nll / scored as f64;
-    let (parameters, file_bytes) = (parameters(source), source.file_bytes());
+    let (parameters, file_bytes) = (source.parameters(), source.file_bytes());
     Ok(Evaluation {
         ppl: nll.exp(),
         nll,
@@ -226,12 +226,6 @@ fn slices(window: &[u32], first: usize, len: usize, skip: usize, rows: usize) ->
     let start = (first + 1).max(skip);
     let end = (first + len + 1).min(window.len());
     (start..end).step_by(rows).map(move |target| (target - 1 - first, &window[target..end.min(target + rows)]))
-}
-
-/// The number of weights of a model; one that is tied is stored, and counted, once.
-pub fn parameters(source: &dyn TensorSource) -> u64 {
-    let elements = |name: &String| source.shape(name).unwrap_or_default().iter().product::<usize>() as u64;
-    source.names().iter().map(elements).sum()
 }
 
 /// Positions whose logits fit the memory set aside for them, shared by so many models.

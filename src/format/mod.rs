@@ -9,8 +9,11 @@ use crate::{
     tensor::TensorSource,
 };
 
+mod activations;
+pub mod amend;
 pub mod archive;
 mod check;
+mod complex;
 mod layout;
 mod manifest;
 mod read;
