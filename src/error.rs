@@ -205,6 +205,9 @@ pub enum Error {
          language model; pass --allow-lookahead to measure it all the same", path.display()
     )]
     LooksAhead { path: PathBuf },
+    /// The activations of a component are to be quantized that the architecture does not have.
+    #[error("{}: the architecture has no Birman-Schwinger core (bk_core) whose activations could be quantized", path.display())]
+    NoCore { path: PathBuf },
     /// A model that looks ahead is to continue a text.
     #[error("{}: its positions see those after them, so it cannot continue a text token by token", path.display())]
     NotSequential { path: PathBuf },

@@ -133,5 +133,13 @@ fn render(evaluation: &Evaluation) -> String {
         ("scored tokens".into(), format!("{scored} ({} windows of {})", evaluation.windows, evaluation.ctx)),
         ("activations".into(), evaluation.activations.name().to_owned()),
     ]);
+    if let Some(error) = &evaluation.core_error {
+        let percent = |error: f64| format!("{:.3} %", 100.0 * error);
+        rows.extend([
+            (format!("error of v at INT{}", error.bits), percent(error.v)),
+            (format!("error of Re G at INT{}", error.bits), percent(error.re_g)),
+            (format!("error of Im G at INT{}", error.bits), percent(error.im_g)),
+        ]);
+    }
     facts(rows.iter().map(|(name, value)| (name.as_str(), value.clone()))).trim_fmt()
 }

@@ -14,7 +14,10 @@ use super::{
 };
 use crate::{
     error::{Error, Result},
-    model::{Model, State, check_tokens},
+    model::{
+        Model, State, check_tokens,
+        core_activations::{self, CoreTrace},
+    },
     ops::{
         Ops,
         cpu::{Activations, CpuOps},
@@ -79,6 +82,9 @@ pub struct Evaluation {
     /// Of the model alone: the baseline's time is not counted.
     pub tokens_per_second: f64,
     pub activations: Activations,
+    /// Where the model quantizes the activations of its Birman-Schwinger core.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub core_error: Option<CoreError>,
     pub ctx: usize,
     pub skip: usize,
     pub windows: usize,
@@ -100,6 +106,17 @@ pub struct BaselineComparison {
     pub kld_p999: f64,
     /// The fraction of positions where both find the same token the most likely.
     pub top1_agreement: f64,
+}
+
+/// The relative error of quantized activations over all layers and positions: the mean absolute difference to what the
+/// same inputs give without rounding, over the mean absolute value of the latter.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct CoreError {
+    pub bits: u32,
+    pub v: f64,
+    /// Of the resolvent's real part, with the error that comes from v.
+    pub re_g: f64,
+    pub im_g: f64,
 }
 
 /// How to measure.
@@ -164,7 +181,10 @@ pub fn evaluate(
         Some((source, model)) => Some(Runner::new(source, &exact, cpu, model, protocol.ctx)?),
         None => None,
     };
-    let whole = model.model.runs_whole() || baseline.as_ref().is_some_and(|baseline| baseline.model.runs_whole());
+    // Errors of the core's activations are seen where a text begins, so that one is run in one call, too.
+    let whole = model.model.runs_whole()
+        || model.model.quantizes_core()
+        || baseline.as_ref().is_some_and(|baseline| baseline.model.runs_whole());
     let batch_tokens = if whole { protocol.ctx } else { BATCH };
     let mut compared = Vec::new();
     observer.begin("Evaluating", (windows * protocol.ctx) as u64, Unit::Tokens);
@@ -209,6 +229,7 @@ pub fn evaluate(
         ratio_fp32: 4.0 * parameters as f64 / file_bytes as f64,
         file_bytes,
         parameters,
+        core_error: model.core_errors.relative(source),
         tokens_per_second: (windows * protocol.ctx) as f64 / model.time.as_secs_f64(),
         activations: options.activations,
         ctx: protocol.ctx,
@@ -270,13 +291,27 @@ struct Runner<'a, O: Ops> {
     /// Of the slice that was scored last.
     logits: Vec<f32>, // [rows, vocab_size]
     nll: f64,
+    core_errors: CoreErrors,
     time: Duration,
 }
 
 impl<'a, O: Ops> Runner<'a, O> {
     fn new(source: &'a dyn TensorSource, ops: &'a O, cpu: Cpu, model: Model<'a, O>, ctx: usize) -> Result<Self> {
-        let state = model.state(ctx)?;
-        Ok(Self { path: source.path(), ops, cpu, model, state, logits: Vec::new(), nll: 0.0, time: Duration::ZERO })
+        let mut state = model.state(ctx)?;
+        if model.quantizes_core() {
+            state.record_core();
+        }
+        Ok(Self {
+            path: source.path(),
+            ops,
+            cpu,
+            model,
+            state,
+            logits: Vec::new(),
+            nll: 0.0,
+            core_errors: CoreErrors::default(),
+            time: Duration::ZERO,
+        })
     }
 
     fn restart(&mut self) -> Result<()> {
@@ -287,6 +322,7 @@ impl<'a, O: Ops> Runner<'a, O> {
         let start = Instant::now();
         let hidden = self.model.forward(batch, &mut self.state)?;
         self.time += start.elapsed();
+        self.state.core().iter().for_each(|trace| self.core_errors.add(trace));
         Ok(hidden)
     }
 
@@ -305,6 +341,31 @@ impl<'a, O: Ops> Runner<'a, O> {
         }
         self.nll += sum;
         Ok(())
+    }
+}
+
+/// Sums over all layers and positions; rows v, Re G, Im G.
+#[derive(Default)]
+struct CoreErrors {
+    difference: [f64; 3],
+    magnitude: [f64; 3],
+}
+
+impl CoreErrors {
+    fn add(&mut self, trace: &CoreTrace) {
+        for (row, (exact, used)) in trace.exact.rows().into_iter().zip(trace.used.rows()).enumerate() {
+            let pairs = exact.iter().zip(used);
+            self.difference[row] += pairs.map(|(exact, used)| f64::from((exact - used).abs())).sum::<f64>();
+            self.magnitude[row] += exact.iter().map(|exact| f64::from(exact.abs())).sum::<f64>();
+        }
+    }
+
+    /// `None` where the model's activations are not quantized.
+    fn relative(&self, source: &dyn TensorSource) -> Option<CoreError> {
+        let record = source.activations().iter().find(|record| record.component == core_activations::COMPONENT)?;
+        // No error in what is zero throughout.
+        let relative = |row: usize| self.difference[row] / self.magnitude[row].max(f64::MIN_POSITIVE);
+        Some(CoreError { bits: record.bits, v: relative(0), re_g: relative(1), im_g: relative(2) })
     }
 }
 

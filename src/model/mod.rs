@@ -1,6 +1,7 @@
 //! Models: each architecture written once over [`Ops`], found by the name in config.json.
 
 pub mod config;
+pub mod core_activations;
 mod linear;
 pub mod llama;
 pub mod mamba;
@@ -15,6 +16,7 @@ use serde_json::Value;
 
 use self::{
     config::{LlamaConfig, MambaConfig, ResNetBkConfig},
+    core_activations::CoreTrace,
     llama::Llama,
     mamba::Mamba,
     resnet_bk::ResNetBk,
@@ -141,6 +143,8 @@ pub struct State<O: Ops> {
     positions: usize,
     /// Tokens that fit.
     capacity: usize,
+    /// What each layer's core computed in the last call, if that is recorded.
+    core: Option<Vec<CoreTrace>>, // [layers]
 }
 
 /// What one layer remembers.
@@ -157,6 +161,16 @@ impl<O: Ops> State<O> {
     /// Tokens seen so far.
     pub fn positions(&self) -> usize {
         self.positions
+    }
+
+    /// Records what the Birman-Schwinger core of each layer computes in a call that begins a text.
+    pub fn record_core(&mut self) {
+        self.core = Some(Vec::new());
+    }
+
+    /// What was recorded in the last call, a layer each; empty for architectures without such a core.
+    pub fn core(&self) -> &[CoreTrace] {
+        self.core.as_deref().unwrap_or_default()
     }
 
     /// Forgets the text.
@@ -222,6 +236,23 @@ impl<'a, O: Ops> Model<'a, O> {
         if self.runs_whole() { Err(Error::NotSequential { path: self.path.to_owned() }) } else { Ok(()) }
     }
 
+    /// How many layers have a Birman-Schwinger core.
+    pub fn core_layers(&self) -> usize {
+        if let Network::ResNetBk(model) = &self.network { model.config().layers } else { 0 }
+    }
+
+    /// Whether activations are rounded to a calibrated grid.
+    pub fn quantizes_core(&self) -> bool {
+        matches!(&self.network, Network::ResNetBk(model) if model.quantizes_core())
+    }
+
+    /// Leaves activations as they are computed, whatever the model records.
+    pub fn keep_core_exact(&mut self) {
+        if let Network::ResNetBk(model) = &mut self.network {
+            model.keep_core_exact();
+        }
+    }
+
     /// The state before a text of at most `capacity` tokens.
     pub fn state(&self, capacity: usize) -> Result<State<O>> {
         let layers = match &self.network {
@@ -231,7 +262,7 @@ impl<'a, O: Ops> Model<'a, O> {
             Network::Mamba(model) => (0..model.config().layers).map(|_| model.layer_state()).collect(),
             Network::ResNetBk(model) => (0..model.config().layers).map(|_| model.layer_state()).collect(),
         };
-        Ok(State { layers: layers?, positions: 0, capacity })
+        Ok(State { layers: layers?, positions: 0, capacity, core: None })
     }
 
     /// Runs the next tokens of a text: the final hidden states, `[tokens, hidden_size]`, for [`logits`](Self::logits).

@@ -1,7 +1,10 @@
 //! ResNet-BK: the whole architecture.
 
 use super::{
-    Architecture, ExpectedTensor, LayerState, State, check_expected, config::ResNetBkConfig, linear::Linear,
+    Architecture, ExpectedTensor, LayerState, State, check_expected,
+    config::ResNetBkConfig,
+    core_activations::{CoreGrid, CoreTrace, CoreValues},
+    linear::Linear,
     mixture::mixture,
 };
 use crate::{error::Result, ops::Ops, tensor::TensorSource};
@@ -30,6 +33,8 @@ struct Layer<'a, O: Ops> {
     potential: Linear<'a, O>, // [1, hidden]
     output: Linear<'a, O>,    // [hidden, 2]
     scale: O::Tensor,         // [1, 1]
+    /// Where the activations of the core are quantized.
+    grid: Option<CoreGrid>,
 }
 
 struct Norm<O: Ops> {
@@ -98,6 +103,15 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
         &self.config
     }
 
+    /// Whether the activations of the core are rounded.
+    pub(super) fn quantizes_core(&self) -> bool {
+        self.layers.iter().any(|layer| layer.grid.is_some())
+    }
+
+    pub(super) fn keep_core_exact(&mut self) {
+        self.layers.iter_mut().for_each(|layer| layer.grid = None);
+    }
+
     /// What one layer remembers before a text.
     pub(super) fn layer_state(&self) -> Result<LayerState<O>> {
         Ok(LayerState::Resolvent { last: self.ops.constant(vec![0.0; 2], 2)? })
@@ -109,30 +123,68 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
         let positions: Vec<u32> = (state.positions as u32..).take(tokens.len()).collect();
         let embedded = ops.embed(&self.token_embedding, tokens)?;
         let mut x = ops.add(embedded, ops.embed(&self.position_embedding, &positions)?)?; // [tokens, hidden]
-        for (layer, state) in self.layers.iter().zip(&mut state.layers) {
-            let LayerState::Resolvent { last } = state else { unreachable!("a state belongs to its model") };
-            let mixed = self.bk_layer(layer, &x, tokens.len(), last)?;
-            x = ops.add(x, mixed)?;
+        let first = state.positions;
+        if let Some(core) = &mut state.core {
+            core.clear();
+        }
+        for (layer, layer_state) in self.layers.iter().zip(&mut state.layers) {
+            let LayerState::Resolvent { last } = layer_state else { unreachable!("a state belongs to its model") };
+            let normed = layer.norm.apply(ops, &x, self.config.norm_eps)?;
+            let features = self.experts(layer, &normed, tokens.len())?; // [tokens, hidden]
+            let potential = layer.potential.apply(ops, &features)?;
+            let potential = ops.clamp(potential, self.config.v_max)?; // [tokens, 1]
+            let exact = match &state.core {
+                Some(_) if first == 0 => Some(self.exact_core(&potential)?),
+                _ => None,
+            };
+            let (potential, resolvent) = self.core(layer, potential, last, (first, tokens.len()))?;
+            if let (Some(core), Some(exact)) = (&mut state.core, exact) {
+                core.push(CoreTrace { exact, used: CoreValues::read(ops, &potential, &resolvent)? });
+            }
+            let mixed = layer.output.apply(ops, &resolvent)?; // [tokens, hidden]
+            x = ops.add(x, ops.add_scaled(features, &mixed, &layer.scale)?)?;
         }
         self.final_norm.apply(ops, &x, self.config.norm_eps)
     }
 
-    /// One block: `[tokens, hidden]` to `[tokens, hidden]`.
-    fn bk_layer(&self, layer: &Layer<'a, O>, x: &O::Tensor, tokens: usize, last: &mut O::Tensor) -> Result<O::Tensor> {
-        let (ops, config) = (self.ops, &self.config);
-        let x = layer.norm.apply(ops, x, config.norm_eps)?;
-        let logits = layer.router.apply(ops, &x)?; // [tokens, experts]
-        let shape = (tokens, config.hidden_size);
-        let features =
-            mixture(ops, &x, &logits, config.experts.chosen, shape, |index, x| layer.experts[index].apply(ops, x))?;
-        let potential = ops.clamp(layer.potential.apply(ops, &features)?, config.v_max)?; // [tokens, 1]
-        let resolvent = match config.causal {
-            true => ops.causal_resolvent(&potential, config.z, last)?,
-            false => ops.resolvent(&potential, config.z)?,
+    /// The mixture of experts of one block: `[tokens, hidden]` to `[tokens, hidden]`.
+    fn experts(&self, layer: &Layer<'a, O>, x: &O::Tensor, tokens: usize) -> Result<O::Tensor> {
+        let logits = layer.router.apply(self.ops, x)?; // [tokens, experts]
+        let shape = (tokens, self.config.hidden_size);
+        let expert = |index: usize, x: &O::Tensor| layer.experts[index].apply(self.ops, x);
+        mixture(self.ops, x, &logits, self.config.experts.chosen, shape, expert)
+    }
+
+    /// The potential `[tokens, 1]` and its resolvent `[tokens, 2]`, rounded where the layer's activations are quantized.
+    fn core(
+        &self,
+        layer: &Layer<'a, O>,
+        potential: O::Tensor,
+        last: &mut O::Tensor,
+        (first, tokens): (usize, usize),
+    ) -> Result<(O::Tensor, O::Tensor)> {
+        let Some(grid) = &layer.grid else {
+            let resolvent = self.resolvent(&potential, last)?;
+            return Ok((potential, resolvent));
         };
-        let resolvent = ops.clamp(resolvent, config.feature_clamp)?; // [tokens, 2]
-        let mixed = layer.output.apply(ops, &resolvent)?; // [tokens, hidden]
-        ops.add_scaled(features, &mixed, &layer.scale)
+        let potential = grid.round_potential(self.ops, potential, first, tokens)?;
+        let resolvent = self.resolvent(&potential, last)?;
+        Ok((potential, grid.round_resolvent(self.ops, resolvent, first, tokens)?))
+    }
+
+    /// What the core computes without rounding, at the start of a text.
+    fn exact_core(&self, potential: &O::Tensor) -> Result<CoreValues> {
+        let mut last = self.ops.constant(vec![0.0; 2], 2)?;
+        CoreValues::read(self.ops, potential, &self.resolvent(potential, &mut last)?)
+    }
+
+    /// `[tokens, 1]` to `[tokens, 2]`.
+    fn resolvent(&self, potential: &O::Tensor, last: &mut O::Tensor) -> Result<O::Tensor> {
+        let resolvent = match self.config.causal {
+            true => self.ops.causal_resolvent(potential, self.config.z, last)?,
+            false => self.ops.resolvent(potential, self.config.z)?,
+        };
+        self.ops.clamp(resolvent, self.config.feature_clamp)
     }
 
     /// The logits of the rows `first..first + count` of final hidden states: `[count, vocab]`.
@@ -156,6 +208,7 @@ impl<'a, O: Ops> Layer<'a, O> {
             potential: linear("bk_layer.v_proj")?,
             output: linear("bk_layer.output_proj")?,
             scale: ops.parameter(source, &name("bk_layer.bk_scale"))?,
+            grid: CoreGrid::load(source, ops, layer, config.max_positions)?,
         })
     }
 }

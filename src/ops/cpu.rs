@@ -258,6 +258,11 @@ impl Ops for CpuOps {
         Ok(x)
     }
 
+    fn round_to_grid(&self, mut x: Values, scales: &Values, largest: f32) -> Result<Values> {
+        self.cpu.round_to_grid(&mut x.buffer, &scales.buffer, largest);
+        Ok(x)
+    }
+
     fn depthwise_conv(
         &self,
         x: &Values,

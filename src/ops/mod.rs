@@ -120,6 +120,10 @@ pub trait Ops {
     /// `x` limited to `-limit..=limit`.
     fn clamp(&self, x: Self::Tensor, limit: f32) -> Result<Self::Tensor>;
 
+    /// Rounds every element to a multiple of its own scale: `clamp(round(x / scale), -largest, largest) * scale`, halves
+    /// to even; a zero scale gives zero. `scales` has the shape of `x`.
+    fn round_to_grid(&self, x: Self::Tensor, scales: &Self::Tensor, largest: f32) -> Result<Self::Tensor>;
+
     /// Causal depthwise convolution: `y[t, c] = bias[c] + sum_j weight[c, j] * x[t - kernel + 1 + j, c]`.
     ///
     /// `x` is `[tokens, channels]`, `weight` is `[channels, kernel]`, `bias` is `[1, channels]`. `history`
