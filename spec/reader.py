@@ -1,6 +1,6 @@
 """An independent reader of the bkpack format, version 1, written from bkpack-v1.md alone.
 
-Needs Python 3.9, numpy and blake3_numpy.py beside it. Archives (section 6 of the page) are left out: unpack them first.
+Needs Python 3.9, numpy and blake3_numpy.py beside it. Archives (section 7 of the page) are left out: unpack them first.
 
     python reader.py MODEL                          list the tensors and check every rule
     python reader.py MODEL --compare F32.safetensors compare every weight, bit for bit, with a plain file
@@ -527,7 +527,7 @@ class PackedFile(Container):
             check_hash(self, name, digest)
 
 
-# A whole model: one file, or the shards of an index (section 5).
+# A whole model: one file, or the shards of an index (section 6).
 
 
 class Model:

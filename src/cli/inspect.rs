@@ -111,13 +111,12 @@ fn human(packed: &PackedFile, tensors: &[&PackedTensor], parameters: u64) -> Str
     let architecture = manifest.config.as_ref().and_then(|config| config["architectures"][0].as_str());
     let sources: Vec<&str> = manifest.source.files.iter().map(|file| file.name.as_str()).collect();
     let files: Vec<&str> = packed.files().map(|(name, _)| name).collect();
-    let activations: Vec<String> = manifest.activations.iter().map(describe).collect();
+    let activations = manifest.activations.iter().map(|record| ("activations", describe(record)));
     let rows = [
         ("architecture", architecture.unwrap_or("unknown").to_owned()),
         ("format", format!("version {}, written by {}", manifest.version, manifest.producer)),
         ("source", format!("{} ({})", sources.join(", "), manifest.source.kind)),
         ("policy", manifest.policy.to_string()),
-        ("activations", if activations.is_empty() { "not quantized".into() } else { activations.join("; ") }),
         ("files inside", if files.is_empty() { "none".into() } else { files.join(", ") }),
         ("parameters", count(parameters)),
         ("file bytes", count(size)),
@@ -140,7 +139,7 @@ fn human(packed: &PackedFile, tensors: &[&PackedTensor], parameters: u64) -> Str
             format!("{:.3}", 8.0 * tensor.bytes() as f64 / tensor.elements() as f64),
         ]);
     }
-    format!("{}\n\n{}", facts(rows).trim_fmt(), lines.trim_fmt())
+    format!("{}\n\n{}", facts(rows.into_iter().chain(activations)).trim_fmt(), lines.trim_fmt())
 }
 
 fn describe(record: &ActivationQuantization) -> String {
