@@ -85,7 +85,7 @@ impl Random {
             let k = reference::rope(&self.linear(&normed, &name("self_attn.k_proj")), kv_heads, head_dim, &cos, &sin);
             let v = self.linear(&normed, &name("self_attn.v_proj"));
             let scale = 1.0 / (head_dim as f32).sqrt();
-            let attended = narrow(reference::attention(&narrow(q), &narrow(k), &v, shape, scale));
+            let attended = narrow(reference::attention(&narrow(q), &narrow(k), &v, shape, scale, usize::MAX));
             x = narrow(reference::add(&x, &self.linear(&attended, &name("self_attn.o_proj"))));
             let normed = norm(&x, &name("post_attention_layernorm.weight"));
             let (gate, up) = (self.linear(&normed, &name("mlp.gate_proj")), self.linear(&normed, &name("mlp.up_proj")));
