@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use bkpack::{
     Error, Result,
-    eval::calibrate::{Calibration, calibrate_core},
+    eval::{
+        calibrate::{Calibration, calibrate_core},
+        text::read_tokens,
+    },
     format::{PackedFile, amend::with_activations},
     model::core_activations::COMPONENT,
     report::table::facts,
@@ -34,8 +37,12 @@ pub struct CalibrateArgs {
     packed: PathBuf,
 
     /// Calibration text (UTF-8); never the text that the model is tested on
+    #[arg(long, value_name = "FILE", required_unless_present = "tokens", conflicts_with = "tokens")]
+    text: Option<PathBuf>,
+
+    /// Token ids instead of a text: a JSON array
     #[arg(long, value_name = "FILE")]
-    text: PathBuf,
+    tokens: Option<PathBuf>,
 
     /// Component and width: bk_core=int8 or bk_core=int4
     #[arg(long, value_name = "COMPONENT=WIDTH", value_parser = parse_width)]
@@ -81,9 +88,13 @@ pub fn run(args: &CalibrateArgs) -> Result<()> {
         refuse_file_of_checkpoint(&args.packed, output)?;
         bkpack::format::check_output(output, args.force)?;
     }
-    let tokens = tokenize(&packed, &args.text)?;
-    let bytes = std::fs::read(&args.text).map_err(Error::io(&args.text))?;
-    let name = args.text.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let (path, tokens) = match (&args.text, &args.tokens) {
+        (Some(path), _) => (path, tokenize(&packed, path)?),
+        (None, Some(path)) => (path, read_tokens(path)?),
+        (None, None) => unreachable!("clap requires one of the two"),
+    };
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let text = CalibrationText { name, blake3: blake3::hash(&bytes).to_hex().to_string() };
     let cpu = Cpu::from_environment()?;
     let Calibration { record, scales } =
