@@ -340,7 +340,8 @@ def manifest_cases(add):
     for field in ("producer", "source", "policy", "config"):
         add(f"manifest-no-{field}", "manifest", f"no {field}", manifest=without(field))
     add("manifest-no-name", "manifest", "a tensor without a name", manifest=without("tensors", 4, "name"))
-    add("manifest-no-component", "manifest", "a tensor without a component", manifest=without("tensors", 4, "component"))
+    why = "a tensor without a component"
+    add("manifest-no-component", "manifest", why, manifest=without("tensors", 4, "component"))
     add("manifest-no-shape", "manifest", "a tensor without a shape", manifest=without("tensors", 4, "shape"))
     add("manifest-shape-text", "manifest", "a shape of strings", manifest=edit("norm", shape=["2", "3"]))
     add("manifest-shape-fraction", "manifest", "a fractional dimension", manifest=edit("norm", shape=[1.5, 4]))
@@ -796,8 +797,9 @@ def activation_cases(add, add_paired):
             **core(),
             parts=set_bytes("layer.activation_scale", at, struct.pack("<I", word)),
         )
+    why = "a bit of an activation scale flipped after packing"
     flipped = flipped_part("other.activation_scale")
-    add("bit-flip-activation-scale", "part-hash", "a bit of a scale flipped", stage="contents", **core(), sealed=flipped)
+    add("bit-flip-activation-scale", "part-hash", why, stage="contents", **core(), sealed=flipped)
 
     gone = "blocks.0.bk_layer.activation_scale"
     add_paired("shard-activation-scale", "activation-scale", "scales that are in no shard", drop=[gone])

@@ -742,7 +742,8 @@ def first_difference(model: Model, plain: Container) -> str | None:
         return f"tensor {name!r} is in only one of the two files"
     for name in names:
         part = plain.parts[name]
-        dtype, shape = ("C64", model.tensors[name + ".real"].shape) if name in whole else ("F32", model.tensors[name].shape)
+        dtype = "C64" if name in whole else "F32"
+        shape = model.tensors[name + ".real" if name in whole else name].shape
         if part.dtype != dtype or part.shape != shape:
             return f"tensor {name!r} is {dtype} {shape} here and {part.dtype} {part.shape} there"
         # A complex value is two f32, the real one first.

@@ -1,4 +1,5 @@
-//! Adding to a packed file what is only known once it runs: a copy with other records and, byte for byte, the same weights.
+//! Adding to a packed file what is only known once it runs: a copy with other records and, byte for byte, the same
+//! weights.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -19,14 +20,16 @@ use crate::{
     tensor::{ActivationQuantization, TensorSource, checked_elements, natural_order},
 };
 
-/// Writes a copy of a packed model of one file whose activations are quantized as these records say, with these tensors
-/// of scales (name, shape, values; [`ActivationQuantization::scales`]). Earlier records and their scales are left out, as
-/// are fields of the manifest that this version does not know; everything else stays as it is. `output` may be the
-/// packed file itself, which needs `force` like any file that exists; it is replaced when the copy is whole.
+/// Writes a copy of a packed model of one file whose activations are quantized as these records say, with these
+/// tensors of scales (name, shape, values; [`ActivationQuantization::scales`]). Returns `output`.
+///
+/// Earlier records and their scales are left out, as are fields of the manifest that this version does not know;
+/// everything else stays as it is. `output` may be the packed file itself, which needs `force` like any file that
+/// exists; it is replaced when the copy is whole.
 ///
 /// # Errors
-/// A sharded model, a record or a scale that breaks a rule of the format, a scale that no record names, a part that does
-/// not match its hash, a target that exists (unless `force`), a full disk, cancellation.
+/// A sharded model, a record or a scale that breaks a rule of the format, a scale that no record names, a part that
+/// does not match its hash, a target that exists (unless `force`), a full disk, cancellation.
 pub fn with_activations(
     packed: &PackedFile,
     activations: Vec<ActivationQuantization>,
