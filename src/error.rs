@@ -172,6 +172,9 @@ pub enum Error {
     /// A model computes what cannot be measured.
     #[error("{}: {why}", path.display())]
     Output { path: PathBuf, why: String },
+    /// A measurement of quality on random weights.
+    #[error("{}: its weights are random (written by bkpack synth): perplexity would mean nothing", path.display())]
+    Synthetic { path: PathBuf },
     /// Two models cannot be compared.
     #[error("{why}")]
     Incomparable { why: String },

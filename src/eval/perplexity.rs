@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::text::{Tokenizer, window_bos};
 use crate::{
     error::{Error, Result},
-    model::{Model, State, check_tokens},
+    model::{Model, State, check_tokens, config::check_not_synthetic},
     ops::{
         Ops,
         cpu::{Activations, CpuOps},
@@ -111,7 +111,7 @@ pub struct Options {
 /// Measures a model's perplexity on `tokens`, and its distance to `baseline`, which runs side by side.
 ///
 /// # Errors
-/// As [`Model::load`] and [`Protocol::new`]; [`Error::Tokens`] for ids outside of the vocabulary or too few for one
+/// As [`Model::load`] and [`Protocol::new`]; [`Error::Synthetic`] for random weights; [`Error::Tokens`] for ids outside of the vocabulary or too few for one
 /// window; [`Error::Incomparable`] for a baseline of another vocabulary; [`Error::Output`] where a model computes what is
 /// not finite; [`Error::Cancelled`].
 pub fn evaluate(
@@ -122,6 +122,7 @@ pub fn evaluate(
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<Evaluation> {
+    std::iter::once(source).chain(baseline).try_for_each(check_not_synthetic)?;
     let (ops, exact) = (CpuOps::new(cpu, options.activations), CpuOps::new(cpu, Activations::Exact));
     let model = Model::load(source, &ops)?;
     let baseline = match baseline {
