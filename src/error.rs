@@ -211,6 +211,9 @@ pub enum Error {
     /// A model that looks ahead is to continue a text.
     #[error("{}: its positions see those after them, so it cannot continue a text token by token", path.display())]
     NotSequential { path: PathBuf },
+    /// A measurement of quality on random weights.
+    #[error("{}: its weights are random (written by bkpack synth): perplexity would mean nothing", path.display())]
+    Synthetic { path: PathBuf },
     /// Two models cannot be compared.
     #[error("{why}")]
     Incomparable { why: String },

@@ -46,7 +46,8 @@ fn perplexity(name: &str, source: &dyn TensorSource) -> f64 {
 }
 
 fn expected(name: &str, encoding: &str) -> f64 {
-    let reference: Value = serde_json::from_slice(&std::fs::read(folder(name).join("reference.json")).unwrap()).unwrap();
+    let reference: Value =
+        serde_json::from_slice(&std::fs::read(folder(name).join("reference.json")).unwrap()).unwrap();
     reference["perplexity"][encoding]["ppl"].as_f64().unwrap()
 }
 
@@ -90,8 +91,12 @@ fn perplexities_are_those_of_pytorch() {
             // PyTorch's figures leave embeddings and head as they are.
             let keep = ["embed", "lm_head"].map(String::from);
             let options = PackOptions {
-                policy: Uniform::new(format!("int{bits}").parse().unwrap(), &keep[..if name == "mamba" { 1 } else { 2 }], &[])
-                    .unwrap(),
+                policy: Uniform::new(
+                    format!("int{bits}").parse().unwrap(),
+                    &keep[..if name == "mamba" { 1 } else { 2 }],
+                    &[],
+                )
+                .unwrap(),
                 rounding: Rounding::Nearest,
                 ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
                 allow_nonfinite: false,

@@ -8,6 +8,7 @@ use bkpack::{
         perplexity::{Evaluation, Options, evaluate},
         text::{Tokenizer, read_text, read_tokens},
     },
+    model::config::check_not_synthetic,
     ops::cpu::Activations,
     report::table::{count, facts},
     tensor::TensorSource,
@@ -105,8 +106,9 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     }
 }
 
-/// Token ids of a text file, by the model's own tokenizer.
+/// Token ids of a text file, by the model's own tokenizer; a synthetic model, which has none, is refused as such.
 pub fn tokenize(source: &dyn TensorSource, path: &Path) -> Result<Vec<u32>> {
+    check_not_synthetic(source)?;
     Tokenizer::load(source)?.encode(&read_text(path)?)
 }
 

@@ -9,6 +9,7 @@ mod generate;
 mod inspect;
 mod logits;
 mod progress;
+mod synth;
 mod unpack;
 mod verify;
 
@@ -54,6 +55,7 @@ enum Command {
     Logits(logits::LogitsArgs),
     Archive(archive::ArchiveArgs),
     Unpack(unpack::UnpackArgs),
+    Synth(synth::SynthArgs),
     /// Print a completion script for a shell
     #[command(after_help = COMPLETION_EXAMPLES)]
     Completions {
@@ -104,6 +106,7 @@ pub fn run() -> ExitCode {
         Command::Logits(args) => logits::run(args).map(|()| ExitCode::SUCCESS),
         Command::Archive(args) => archive::run(args).map(|()| ExitCode::SUCCESS),
         Command::Unpack(args) => unpack::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Synth(args) => synth::run(args).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {
             // Into memory first: the generator panics where it cannot write.
             let mut script = Vec::new();

@@ -16,6 +16,7 @@ use crate::{
     error::{Error, Result},
     model::{
         Model, State, check_tokens,
+        config::check_not_synthetic,
         core_activations::{self, CoreTrace},
     },
     ops::{
@@ -135,8 +136,8 @@ pub struct Options {
 /// Measures a model's perplexity on `tokens`, and its distance to `baseline`, which runs side by side.
 ///
 /// # Errors
-/// As [`Model::load`] and [`Protocol::new`]; [`Error::Tokens`] for ids outside of the vocabulary or too few for one
-/// window; [`Error::Incomparable`] for a baseline of another vocabulary; [`Error::Output`] where a model computes what is
+/// As [`Model::load`] and [`Protocol::new`]; [`Error::Synthetic`] for random weights; [`Error::Tokens`] for ids outside
+/// of the vocabulary or too few for one window; [`Error::Incomparable`] for a baseline of another vocabulary; [`Error::Output`] where a model computes what is
 /// not finite; [`Error::LooksAhead`] for a model or baseline that sees later tokens, unless allowed; [`Error::Cancelled`].
 pub fn evaluate(
     cpu: Cpu,
@@ -146,6 +147,7 @@ pub fn evaluate(
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<Evaluation> {
+    std::iter::once(source).chain(baseline).try_for_each(check_not_synthetic)?;
     let (ops, exact) = (CpuOps::new(cpu, options.activations), CpuOps::new(cpu, Activations::Exact));
     let model = Model::load(source, &ops)?;
     let baseline = match baseline {

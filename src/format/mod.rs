@@ -22,6 +22,7 @@ mod write;
 pub use layout::{FilePlan, PlannedFile, PlannedTensor, plan};
 pub use manifest::{Manifest, Part, ShardInfo, Source, SourceFile};
 pub use read::{PackedFile, PackedPart, PackedTensor};
+pub(crate) use write::without_temporary_name;
 pub use write::{PackedWriter, check_output, persist, planned_bytes, temporary_beside};
 
 /// The format version that this code writes and reads.

@@ -170,12 +170,12 @@ pub fn temporary_beside(path: &Path) -> Result<NamedTempFile> {
             let why = format!("the folder {} does not exist; create it first", folder.display());
             Error::BadOutput { path: path.to_owned(), why }
         }
-        _ => Error::io(path)(plain(error)),
+        _ => Error::io(path)(without_temporary_name(error)),
     })
 }
 
 /// An error without the temporary file's name, which tells the user nothing.
-fn plain(error: std::io::Error) -> std::io::Error {
+pub(crate) fn without_temporary_name(error: std::io::Error) -> std::io::Error {
     match error.get_ref().and_then(|inner| inner.source()).and_then(|inner| inner.downcast_ref::<std::io::Error>()) {
         Some(inner) => inner.raw_os_error().map_or_else(|| inner.kind().into(), std::io::Error::from_raw_os_error),
         None => error,

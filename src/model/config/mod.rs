@@ -27,6 +27,25 @@ const MAX_EXPERTS: usize = 1 << 12;
 /// Positions are exact in f32 up to here.
 const MAX_POSITIONS: usize = 1 << 24;
 
+/// The key of config.json that marks a model whose weights are random; what made them is its value.
+pub const SYNTHETIC_KEY: &str = "bkpack_synthetic";
+
+/// Whether config.json says that the weights are random.
+pub fn is_synthetic(config: &Value) -> bool {
+    config.get(SYNTHETIC_KEY).is_some()
+}
+
+/// Refuses a model whose weights are random where its quality is asked for.
+///
+/// # Errors
+/// [`Error::Synthetic`].
+pub fn check_not_synthetic(source: &dyn TensorSource) -> Result<()> {
+    match source.config() {
+        Some(config) if is_synthetic(config) => Err(Error::Synthetic { path: source.path().to_owned() }),
+        _ => Ok(()),
+    }
+}
+
 /// The token that begins a text: `bos_token_id` of config.json.
 ///
 /// # Errors
