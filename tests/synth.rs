@@ -202,7 +202,8 @@ fn bytes_depend_on_the_seed_alone() {
 fn quality_of_random_weights_is_refused_and_nothing_else() {
     let (folder, output) = written("smollm2-135m", Options { layers: Some(1), ..OPTIONS });
     let (source, real) = (checkpoint::open(&output).unwrap(), checkpoint::open(&fixture()).unwrap());
-    let options = perplexity::Options { ctx: Some(8), skip: 1, activations: Activations::Exact };
+    let options =
+        perplexity::Options { ctx: Some(8), skip: 1, activations: Activations::Exact, allow_lookahead: false };
     let measure = |source: &dyn TensorSource, baseline: Option<&dyn TensorSource>| {
         evaluate(Cpu::detect(), source, baseline, &[1; 16], &options, &Silent)
     };
