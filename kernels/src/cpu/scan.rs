@@ -1,18 +1,23 @@
 //! The selective scan of a state-space model (Mamba, Gu and Dao, 2023).
 //!
 //! A vector holds 16 channels, so that the sum over the state needs no horizontal additions; rates and states are
-//! transposed for that once a call, and stay in the first-level cache while all tokens pass.
+//! transposed for that once a call.
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::simd::Simd;
 use super::{Cpu, Kernel};
 
-/// Channels of one task: whole cache lines of a token's row.
-const TASK: usize = 64;
+/// Channels whose operands are gathered at a time: whole cache lines of a token's row.
+const GROUP: usize = 64;
+
+/// Tokens whose operands are gathered at a time.
+const TILE: usize = 32;
 
 /// State updates below which no other thread is asked to help.
-const SEQUENTIAL: usize = 1 << 14;
+const SEQUENTIAL: usize = 1 << 16;
 
 /// The operands of [`Cpu::selective_scan`].
 #[derive(Clone, Copy, Debug)]
@@ -52,12 +57,14 @@ impl Cpu {
         let inputs = tokens * state_size;
         assert_eq!((b.len(), c.len()), (inputs, inputs), "b and c need {tokens} x {state_size}");
 
-        let pieces = state.chunks_mut(TASK * state_size).enumerate();
+        // Wide tasks read long pieces of rows; four a thread even out what threads do beside.
+        let width = channels.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(GROUP);
+        let pieces = state.chunks_mut(width * state_size).enumerate();
         let mut tasks: Vec<Task> = pieces
-            .map(|(index, state)| Task { scan, first: index * TASK, state, out: Vec::with_capacity(tokens) })
+            .map(|(index, state)| Task { scan, first: index * width, state, out: Vec::with_capacity(tokens) })
             .collect();
         for row in out.chunks_exact_mut(channels) {
-            row.chunks_mut(TASK).zip(&mut tasks).for_each(|(piece, task)| task.out.push(piece));
+            row.chunks_mut(width).zip(&mut tasks).for_each(|(piece, task)| task.out.push(piece));
         }
         if tokens * states < SEQUENTIAL {
             tasks.into_iter().for_each(|task| self.dispatch(task));
@@ -67,12 +74,12 @@ impl Cpu {
     }
 }
 
-/// The scan of at most [`TASK`] consecutive channels, the first of which is `first`.
+/// The scan of a few consecutive channels, the first of which is `first`.
 struct Task<'a> {
     scan: &'a SelectiveScan<'a>,
     first: usize,
     state: &'a mut [f32], // [width, state_size]
-    /// For each token `[width]`.
+    /// For each token its piece of the row, `[width]`.
     out: Vec<&'a mut [f32]>,
 }
 
@@ -81,53 +88,76 @@ impl Kernel for Task<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, simd: S) {
-        let SelectiveScan { x, delta, a, b, c, d } = *self.scan;
-        let (channels, size) = (d.len(), a.len() / d.len());
-        // The decay is a power of two in the kernel, so the rates carry the factor.
-        let to_log2 = simd.splat(std::f32::consts::LOG2_E);
-        let mut rates = vec![[0.0; 16]; size]; // [state_size, 16]
-        let mut states = vec![[0.0; 16]; size]; // [state_size, 16]
-        for (index, state) in self.state.chunks_mut(16 * size).enumerate() {
-            let (first, width) = (self.first + index * 16, state.len() / size);
-            transpose(simd, &a[first * size..][..width * size], &mut rates);
-            for rates in &mut rates {
-                simd.store(simd.mul(simd.load(rates), to_log2), rates);
+        let SelectiveScan { a, b, c, d, .. } = *self.scan;
+        let size = a.len() / d.len();
+        let width = self.state.len() / size;
+        let blocks = width.div_ceil(16);
+        let mut passed = vec![[0.0; 16]; blocks]; // d
+        passed.as_flattened_mut()[..width].copy_from_slice(&d[self.first..][..width]);
+        let mut rates = vec![[0.0; 16]; blocks * size]; // [blocks, state_size, 16]
+        let mut states = vec![[0.0; 16]; blocks * size]; // [blocks, state_size, 16]
+        let a = a[self.first * size..][..width * size].chunks(16 * size);
+        for (rates, a) in rates.chunks_exact_mut(size).zip(a) {
+            transpose(simd, a, rates);
+            // The decay is a power of two below, so the rates carry the factor.
+            for rates in rates {
+                simd.store(simd.mul(simd.load(rates), simd.splat(std::f32::consts::LOG2_E)), rates);
             }
-            transpose(simd, state, &mut states);
-            let d = load(simd, &d[first..][..width]);
-            let inputs = b.chunks_exact(size).zip(c.chunks_exact(size));
-            for (token, (out, (b, c))) in self.out.iter_mut().zip(inputs).enumerate() {
-                let start = token * channels + first;
-                let (x, delta) = (load(simd, &x[start..][..width]), load(simd, &delta[start..][..width]));
-                let input = simd.mul(delta, x);
-                let mut sum = simd.mul(d, x);
-                for ((rate, h), (&b, &c)) in rates.iter().zip(&mut states).zip(b.iter().zip(c)) {
-                    let decay = simd.exp2(simd.mul(delta, simd.load(rate)));
-                    let next = simd.mul_add(decay, simd.load(h), simd.mul(input, simd.splat(b)));
-                    simd.store(next, h);
-                    sum = simd.mul_add(next, simd.splat(c), sum);
+        }
+        for (states, state) in states.chunks_exact_mut(size).zip(self.state.chunks(16 * size)) {
+            transpose(simd, state, states);
+        }
+
+        let tile = self.out.len().min(TILE);
+        let (mut x, mut delta) = (vec![[0.0; GROUP]; tile], vec![[0.0; GROUP]; tile]);
+        for start in (0..self.out.len()).step_by(TILE) {
+            let tokens = (self.out.len() - start).min(TILE);
+            let inputs = b[start * size..].chunks_exact(size).zip(c[start * size..].chunks_exact(size));
+            for first in (0..width).step_by(GROUP) {
+                let columns = first..(first + GROUP).min(width);
+                self.gather(self.scan.x, start, columns.clone(), &mut x[..tokens]);
+                self.gather(self.scan.delta, start, columns.clone(), &mut delta[..tokens]);
+                for lane in 0..columns.len().div_ceil(16) {
+                    let block = first / 16 + lane;
+                    let (rates, states) = (&rates[block * size..][..size], &mut states[block * size..][..size]);
+                    let d = simd.load(&passed[block]);
+                    for ((x, delta), (b, c)) in x[..tokens].iter_mut().zip(&delta).zip(inputs.clone()) {
+                        let (x, delta) = (&mut x.as_chunks_mut().0[lane], simd.load(&delta.as_chunks().0[lane]));
+                        let input = simd.mul(delta, simd.load(x));
+                        let mut sum = simd.mul(d, simd.load(x));
+                        for ((rate, h), (&b, &c)) in rates.iter().zip(states.iter_mut()).zip(b.iter().zip(c)) {
+                            let decay = simd.exp2(simd.mul(delta, simd.load(rate)));
+                            let next = simd.mul_add(decay, simd.load(h), simd.mul(input, simd.splat(b)));
+                            simd.store(next, h);
+                            sum = simd.mul_add(next, simd.splat(c), sum);
+                        }
+                        simd.store(sum, x);
+                    }
                 }
-                store(simd, sum, &mut out[index * 16..][..width]);
+                for (out, sums) in self.out[start..].iter_mut().zip(&x[..tokens]) {
+                    out[columns.clone()].copy_from_slice(&sums[..columns.len()]);
+                }
             }
-            transpose_back(simd, &states, state);
+        }
+        for (states, state) in states.chunks_exact(size).zip(self.state.chunks_mut(16 * size)) {
+            transpose_back(simd, states, state);
         }
     }
 }
 
-/// The values of at most 16 channels; missing lanes are zero.
-#[inline(always)]
-fn load<S: Simd>(simd: S, from: &[f32]) -> S::F32 {
-    match from.try_into() {
-        Ok(whole) => simd.load(whole),
-        Err(_) => simd.load_partial(from),
-    }
-}
-
-#[inline(always)]
-fn store<S: Simd>(simd: S, v: S::F32, to: &mut [f32]) {
-    match <&mut [f32; 16]>::try_from(&mut *to) {
-        Ok(whole) => simd.store(v, whole),
-        Err(_) => simd.store_partial(v, to),
+impl Task<'_> {
+    /// Copies a few of the task's columns for the tokens from `start`. Rows are far apart in memory: to ask for many at
+    /// a time hides the latency that one at a time, between the computations, would cost.
+    #[inline(always)]
+    fn gather(&self, from: &[f32], start: usize, columns: Range<usize>, to: &mut [[f32; GROUP]]) {
+        let channels = self.scan.d.len();
+        for (to, from) in to.iter_mut().zip(from[start * channels..].chunks_exact(channels)) {
+            let from = &from[self.first..][columns.clone()];
+            match from.try_into() {
+                Ok(whole) => *to = whole,
+                Err(_) => to[..from.len()].copy_from_slice(from),
+            }
+        }
     }
 }
 
@@ -136,12 +166,19 @@ fn store<S: Simd>(simd: S, v: S::F32, to: &mut [f32]) {
 fn transpose<S: Simd>(simd: S, from: &[f32], to: &mut [[f32; 16]]) {
     let size = to.len();
     for (block, to) in to.chunks_mut(16).enumerate() {
-        let mut rows = [[0.0; 16]; 16]; // [channels, states]
-        for (row, from) in rows.iter_mut().zip(from.chunks_exact(size)) {
-            store(simd, load(simd, &from[block * 16..][..to.len()]), &mut row[..to.len()]);
+        let mut padded = [[0.0; 16]; 16]; // [channels, states]
+        let mut rows = [&[0.0; 16]; 16];
+        for ((row, padded), from) in rows.iter_mut().zip(&mut padded).zip(from.chunks_exact(size)) {
+            let from = &from[block * 16..][..to.len()];
+            *row = match from.try_into() {
+                Ok(whole) => whole,
+                Err(_) => {
+                    padded[..from.len()].copy_from_slice(from);
+                    padded
+                }
+            };
         }
-        let columns = transpose_block(simd, &rows);
-        to.copy_from_slice(&columns[..to.len()]);
+        to.copy_from_slice(&transpose_block(simd, rows)[..to.len()]);
     }
 }
 
@@ -150,18 +187,17 @@ fn transpose<S: Simd>(simd: S, from: &[f32], to: &mut [[f32; 16]]) {
 fn transpose_back<S: Simd>(simd: S, from: &[[f32; 16]], to: &mut [f32]) {
     let size = from.len();
     for (block, from) in from.chunks(16).enumerate() {
-        let mut rows = [[0.0; 16]; 16]; // [states, channels]
-        rows[..from.len()].copy_from_slice(from);
-        let columns = transpose_block(simd, &rows);
+        let mut rows = [&[0.0; 16]; 16]; // [states, channels]
+        rows.iter_mut().zip(from).for_each(|(row, from)| *row = from);
+        let columns = transpose_block(simd, rows);
         for (to, column) in to.chunks_exact_mut(size).zip(&columns) {
-            let to = &mut to[block * 16..][..from.len()];
-            store(simd, load(simd, &column[..to.len()]), to);
+            to[block * 16..][..from.len()].copy_from_slice(&column[..from.len()]);
         }
     }
 }
 
 #[inline(always)]
-fn transpose_block<S: Simd>(simd: S, rows: &[[f32; 16]; 16]) -> [[f32; 16]; 16] {
+fn transpose_block<S: Simd>(simd: S, rows: [&[f32; 16]; 16]) -> [[f32; 16]; 16] {
     let mut columns = [[0.0; 16]; 16];
     for (quarter, columns) in columns.as_chunks_mut::<4>().0.iter_mut().enumerate() {
         let mut words = [&[0; 16]; 16];
