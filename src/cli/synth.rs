@@ -23,9 +23,9 @@ Examples:
   bkpack synth --preset tinyllama-1.1b -o ./tiny --dtype fp32 --dry-run
       The exact size, without writing anything
 
-The folder holds config.json and weights, no tokenizer. The weights are random and config.json says so: such a model can
-be converted, inspected, compared and run on token ids; eval and verify refuse to measure its quality. The same preset,
-options and seed give the same bytes.";
+The folder holds config.json and weights, no tokenizer. The weights are random and config.json
+says so: such a model can be converted, inspected, compared and run on token ids; eval and verify
+refuse to measure its quality. The same preset, options and seed give the same bytes.";
 
 /// Write a checkpoint of a known model's shapes with random weights, for work on size, memory and speed
 #[derive(Args, Debug)]
