@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use bkpack::{
     Error, Result, checkpoint,
     format::PackedFile,
+    model::core_activations::largest_code,
     progress::Silent,
     tensor::{ActivationQuantization, TensorSource},
 };
@@ -19,6 +20,15 @@ struct Valid {
     files: std::collections::BTreeMap<String, String>,
     complex: Vec<String>,
     activations: Vec<ActivationQuantization>,
+    examples: Vec<Example>,
+}
+
+/// Activations of one layer before and after rounding; rows v, Re G, Im G.
+#[derive(Deserialize)]
+struct Example {
+    layer: String,
+    values: Vec<Vec<f32>>,    // [3, positions]
+    quantized: Vec<Vec<f32>>, // [3, positions]
 }
 
 #[derive(Deserialize)]
@@ -42,6 +52,31 @@ fn values(cpu: Cpu, source: &dyn TensorSource, name: &str) -> Vec<u32> {
     let mut values = vec![0.0; tensor.elements()];
     cpu.dequantize(&tensor.matrix(), 0, &mut values);
     values.into_iter().map(f32::to_bits).collect()
+}
+
+#[test]
+fn activations_are_rounded_as_the_examples_say() {
+    let mut rounded = 0;
+    for case in index::<Valid>("valid").into_iter().filter(|case| !case.examples.is_empty()) {
+        let packed = PackedFile::open(&vectors("valid").join(&case.file)).unwrap();
+        let [record] = packed.activations() else { panic!("{}: not one record", case.file) };
+        for Example { layer, values: rows, quantized } in &case.examples {
+            let scales = values(Cpu::detect(), &packed, &format!("{layer}.activation_scale"));
+            let groups = scales.len() / 3;
+            for (row, (found, wanted)) in rows.iter().zip(quantized).enumerate() {
+                let group =
+                    |position: usize| f32::from_bits(scales[row * groups + position / record.group_size as usize]);
+                let scales: Vec<f32> = (0..found.len()).map(group).collect();
+                for cpu in Cpu::available() {
+                    let mut found = found.clone();
+                    cpu.round_to_grid(&mut found, &scales, largest_code(record.bits));
+                    assert_eq!(&found, wanted, "{}: {layer}, row {row}, {}", case.file, cpu.isa());
+                    rounded += found.len();
+                }
+            }
+        }
+    }
+    assert!(rounded > 0);
 }
 
 #[test]
