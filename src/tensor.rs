@@ -16,6 +16,23 @@ pub struct Tensor<'a> {
     data: TensorData<'a>,
 }
 
+/// Which half of a complex tensor a tensor is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ComplexPart {
+    Real,
+    Imaginary,
+}
+
+impl ComplexPart {
+    /// What follows the complex tensor's name.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            ComplexPart::Real => ".real",
+            ComplexPart::Imaginary => ".imag",
+        }
+    }
+}
+
 /// The bytes of a stored tensor.
 #[derive(Clone, Debug)]
 pub enum TensorData<'a> {
@@ -107,6 +124,11 @@ pub trait TensorSource: Send + Sync {
 
     /// Bytes on disk, everything counted.
     fn file_bytes(&self) -> u64;
+
+    /// What the user should know of how it was read, a sentence each.
+    fn notices(&self) -> &[String] {
+        &[]
+    }
 }
 
 /// Orders names as people count: runs of digits by value, so `layers.2` comes before `layers.10`.
