@@ -62,7 +62,8 @@ fn clip(text: &str) -> &str {
 
 fn dtype(descr: &Descr) -> Result<Dtype, String> {
     let Descr::Plain(descr) = descr else { return Err("is a structured array; save its fields as arrays".into()) };
-    let (order, kind) = descr.split_at_checked(1).unwrap_or(("", descr));
+    let kind = descr.trim_start_matches(['<', '>', '=', '|']);
+    let order = &descr[..descr.len() - kind.len()];
     let (element, complex) = match kind {
         "O" => return Err("holds Python objects (a pickle), which are never loaded; save plain float arrays".into()),
         "f2" => (Element::F16, false),
