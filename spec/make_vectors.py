@@ -19,7 +19,23 @@ from pathlib import Path
 import numpy as np
 
 from malformed_vectors import malformed
-from vector_writer import Logical, binary, expected, integer, plain, pretty, quantized, ternary, two_shards, write
+from vector_writer import (
+    Logical,
+    activation_scale,
+    activations,
+    binary,
+    complex_pair,
+    expected,
+    integer,
+    paired_shards,
+    plain,
+    pretty,
+    quantized,
+    rounded_activations,
+    ternary,
+    two_shards,
+    write,
+)
 
 VECTORS = Path(__file__).parent / "vectors"
 
@@ -85,6 +101,22 @@ def extreme_scales() -> list[Logical]:
     ]
 
 
+def complex_tensors() -> list[Logical]:
+    special = struct.pack("<4I", 0x80000000, 0x7F800000, 0x00000001, 0x7F7FFFFF)
+    return [
+        *complex_pair(plain("plain.real", "F32", [3, 5]), plain("plain.imag", "F32", [3, 5])),
+        *complex_pair(plain("scalar.real", "F16", []), plain("scalar.imag", "BF16", [])),
+        *complex_pair(plain("special.real", "F32", [4], special), plain("special.imag", "F32", [4])),
+        *complex_pair(
+            quantized("mixed.real", [2, 70], integer(4, True, 32)), quantized("mixed.imag", [2, 70], ternary(64, "F32"))
+        ),
+        *complex_pair(quantized("dotted.real.real", [1, 9], binary(4)), plain("dotted.real.imag", "F16", [1, 9])),
+        plain("alone.real", "F32", [2]),
+        plain("both.real", "F32", [2]),
+        plain("both.imag", "F32", [3]),
+    ]
+
+
 def add_unknown_fields(manifest):
     manifest["comment"] = {"anything": [1, 2.5, None, {"version": 2}]}
     manifest["source"]["revision"] = "main"
@@ -98,14 +130,23 @@ def add_unknown_fields(manifest):
 def valid() -> dict[str, bytes]:
     files, index = {}, []
 
-    def add(name, why, tensors, travelling=None, **hooks):
-        files[f"{name}.bkpack"] = write(tensors, travelling or {}, **hooks)
-        listed(f"{name}.bkpack", name, why, tensors, travelling or {})
+    def add(name, why, tensors, travelling=None, records=(), **hooks):
+        files[f"{name}.bkpack"] = write(tensors, travelling or {}, records=records, **hooks)
+        listed(f"{name}.bkpack", name, why, tensors, travelling or {}, records)
 
-    def listed(file, name, why, tensors, travelling):
+    def listed(file, name, why, tensors, travelling, records=()):
         files[f"{name}.expected.safetensors"] = expected(tensors)
-        texts = {key: data.decode() for key, data in travelling.items()}
-        index.append({"file": file, "expected": f"{name}.expected.safetensors", "files": texts, "why": why})
+        case = {"file": file, "expected": f"{name}.expected.safetensors"}
+        case["files"] = {key: data.decode() for key, data in travelling.items()}
+        case["complex"] = sorted(tensor.name[: -len(".real")] for tensor in tensors if tensor.half == "real")
+        case["activations"] = list(records)
+        named = {tensor.name: tensor for tensor in tensors}
+        case["examples"] = [rounded_activations(named[name], record) for record in records for name in record["scales"]]
+        index.append({**case, "why": why})
+
+    def add_shards(name, why, shards, tensors, travelling, records=()):
+        files.update({f"{name}/{file}": data for file, data in shards.items()})
+        listed(f"{name}/model.bkpack.index.json", name, why, tensors, travelling, records)
 
     for bits in range(2, 9):
         group = (64, 128, 256)[bits % 3]
@@ -140,10 +181,22 @@ def valid() -> dict[str, bytes]:
         order=lambda names: sorted(names, reverse=True),
         header=lambda raw: raw.replace(b'"shape":', b'"shape" :\t').replace(b'"dtype"', b'"\\u0064type"') + b" ",
     )
-    shards, tensors, travelling = two_shards()
-    for name, file in shards.items():
-        files[f"sharded/{name}"] = file
-    listed("sharded/model.bkpack.index.json", "sharded", "a model of two shards", tensors, travelling)
+    add("complex", "complex tensors in halves, and tensors that are only named as if", complex_tensors())
+    scales = [activation_scale(f"blocks.{layer}.bk_layer", 4) for layer in (0, 10)]
+    core = [*scales, quantized("blocks.0.bk_layer.v_proj.weight", [1, 40], integer(8, True, 32))]
+    records = [activations(scales, 8, 3, 10)]
+    add("activations", "8-bit activations, the last group of positions shorter", core, records=records)
+    wide = [activation_scale("core", 1)]
+    records = [activations(wide, 4, 2**40, 5)]
+    add("activations-wide", "4-bit activations, one group for all positions", wide, records=records)
+    each = [activation_scale("core", 5)]
+    add("activations-each", "a scale for each position", each, records=[activations(each, 8, 1, 5)])
+    add("activations-none", "an empty list of activations", small, manifest=lambda m: m.update(activations=[]))
+    add_shards("sharded", "a model of two shards", *two_shards())
+    shards, tensors, travelling = paired_shards()
+    records = [activations(tensors[2:], 8, 3, 10)]
+    why = "a complex tensor across two shards, and scales of activations in the second"
+    add_shards("sharded-halves", why, shards, tensors, travelling, records)
     files["index.json"] = pretty(index)
     return files
 

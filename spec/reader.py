@@ -1,6 +1,6 @@
 """An independent reader of the bkpack format, version 1, written from bkpack-v1.md alone.
 
-Needs Python 3.9, numpy and blake3_numpy.py beside it. Archives (section 6 of the page) are left out: unpack them first.
+Needs Python 3.9, numpy and blake3_numpy.py beside it. Archives (section 7 of the page) are left out: unpack them first.
 
     python reader.py MODEL                          list the tensors and check every rule
     python reader.py MODEL --compare F32.safetensors compare every weight, bit for bit, with a plain file
@@ -103,6 +103,10 @@ def is_unsigned_list(value):
     return is_list(value) and all(is_unsigned(item) for item in value)
 
 
+def is_text_list(value):
+    return is_list(value) and all(map(is_text, value))
+
+
 def get(owner: dict, key: str, check, what: str, rule: str = "manifest"):
     if key not in owner:
         raise FormatError(rule, f"{what} has no field {key!r}")
@@ -114,6 +118,7 @@ def get(owner: dict, key: str, check, what: str, rule: str = "manifest"):
 # The container: section 1, rules 1 to 4. A plain safetensors file obeys them too.
 
 DTYPE_SIZE = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
+PLAIN_SIZE = {**DTYPE_SIZE, "C64": 8}  # what a plain file to compare with may hold: complex tensors in one piece
 HEADER_LIMIT = 100_000_000
 
 
@@ -130,8 +135,9 @@ class Part:
 class Container:
     """A safetensors file: `parts` by name in the order of their bytes, `metadata` or None, `start` of the data."""
 
-    def __init__(self, path):
+    def __init__(self, path, sizes=DTYPE_SIZE):
         self.file = open(path, "rb")
+        self.sizes = sizes
         self.size = os.fstat(self.file.fileno()).st_size
         if self.size < 8:
             raise FormatError("header-length", "the file is too short to hold the length of a header")
@@ -160,16 +166,15 @@ class Container:
         part = self.parts[name]
         return self.bytes_at(self.start + part.begin, part.end - part.begin)
 
-    @staticmethod
-    def _entry(name, entry) -> Part:
+    def _entry(self, name, entry) -> Part:
         what, rule = f"the entry of part {name!r}", "header-entry"
         if not is_object(entry):
             raise FormatError(rule, f"{what} is no object")
         dtype = get(entry, "dtype", is_text, what, rule)
         shape = get(entry, "shape", is_unsigned_list, what, rule)
         offsets = get(entry, "data_offsets", is_unsigned_list, what, rule)
-        if dtype not in DTYPE_SIZE:
-            raise FormatError(rule, f"{what}: the type {dtype!r} is not one of {', '.join(DTYPE_SIZE)}")
+        if dtype not in self.sizes:
+            raise FormatError(rule, f"{what}: the type {dtype!r} is not one of {', '.join(self.sizes)}")
         if len(offsets) != 2:
             raise FormatError(rule, f"{what}: data_offsets has {len(offsets)} numbers")
         return Part(dtype, shape, *offsets)
@@ -181,7 +186,7 @@ class Container:
                 kind = "a hole before it" if part.begin > position else "an overlap"
                 kind = kind if part.begin <= part.end else "its end before its begin"
                 raise FormatError("offsets", f"part {name!r} at [{part.begin}, {part.end}): {kind}")
-            size = DTYPE_SIZE[part.dtype]
+            size = self.sizes[part.dtype]
             for dimension in part.shape:
                 size *= dimension
                 if size >= 2**64:
@@ -262,6 +267,8 @@ class Tensor:
     encoding: dict
     parts: dict[str, tuple[str, str]]
     stored: Container = field(repr=False)
+    component: str = ""
+    half: str | None = None  # of a complex tensor: "real" or "imaginary"
 
     @property
     def columns(self) -> int:
@@ -360,6 +367,28 @@ SEAL_KEY = b'"bkpack_seal":"'
 SUFFIX = {"values": "", "packed": "_packed", "scale": "_scale", "zero_point": "_zero_point"}
 HASH = re.compile(r"[0-9a-f]{64}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+HALF_SUFFIX = {"real": ".real", "imaginary": ".imag"}
+ACTIVATION_FIELDS = {
+    "component": is_text,
+    "bits": is_unsigned,
+    "group_size": is_unsigned,
+    "positions": is_unsigned,
+    "samples": is_unsigned,
+    "text": is_object,
+    "scales": is_text_list,
+}
+TEXT_FIELDS = {"name": is_text, "blake3": is_text}
+
+
+def check_fields(record, fields: dict, what: str):
+    """Exactly these fields, of these types."""
+    if not is_object(record):
+        raise FormatError("manifest", f"{what} is no object")
+    for key, check in fields.items():
+        get(record, key, check, what)
+    for key in record:
+        if key not in fields:
+            raise FormatError("unknown-field", f"{what} has no field {key!r}")
 
 
 class PackedFile(Container):
@@ -393,6 +422,12 @@ class PackedFile(Container):
         for field in ("producer", "source", "policy", "config"):
             if field not in self.manifest:
                 raise FormatError("manifest", f"the manifest has no field {field!r}")
+        self.activations = self.manifest.get("activations", [])
+        if not is_list(self.activations):
+            raise FormatError("manifest", "the manifest: the field 'activations' has the wrong type (list expected)")
+        for record in self.activations:
+            check_fields(record, ACTIVATION_FIELDS, "a record of activations")
+            check_fields(record["text"], TEXT_FIELDS, "the text of a record of activations")
         for file in get(self.manifest, "files", is_list, "the manifest"):
             self._add_file(file)
         for name in sorted(self.unclaimed):
@@ -450,8 +485,14 @@ class PackedFile(Container):
                 raise FormatError("shape", f"{what}: eight times the elements of shape {shape} overflow 64 bits")
         encoding = get(record, "encoding", is_object, what)
         check_encoding(encoding, f"{what}: encoding")
+        half = record.get("complex")
+        if "complex" in record:
+            if not is_text(half) or half not in HALF_SUFFIX:
+                raise FormatError("complex-field", f"{what}: complex is {half!r}, not 'real' or 'imaginary'")
+            if not name.endswith(HALF_SUFFIX[half]):
+                raise FormatError("complex-name", f"{what} is a half whose name does not end in {HALF_SUFFIX[half]}")
         references = get(record, "parts", is_object, what)
-        tensor = Tensor(name, shape, encoding, {}, self)
+        tensor = Tensor(name, shape, encoding, {}, self, get(record, "component", is_text, what), half)
         layout = tensor.layout()
         if set(references) != set(layout):
             raise FormatError("parts", f"{what} has the roles {sorted(references)}, not {sorted(layout)}")
@@ -486,21 +527,97 @@ class PackedFile(Container):
             check_hash(self, name, digest)
 
 
-# A whole model: one file, or the shards of an index (section 5).
+# A whole model: one file, or the shards of an index (section 6).
 
 
 class Model:
-    """A model whose structure has been checked; `manifest` is the first shard's."""
+    """A model whose structure has been checked; `manifest` and `activations` are the first shard's.
 
-    def __init__(self, shards: list[PackedFile]):
+    `tensors` holds the logical tensors, halves of complex ones under their own names; `complex_names` are those that
+    `dequantize` puts together.
+    """
+
+    def __init__(self, shards: list[PackedFile], path):
         self.shards = shards
         self.manifest = shards[0].manifest
+        self.activations = shards[0].activations
         self.tensors = {name: tensor for shard in shards for name, tensor in shard.tensors.items()}
         self._holder = {name: shard for shard in shards for name in shard.files}
+        self.complex_names = []
+        try:
+            for tensor in self.tensors.values():
+                if tensor.half:
+                    self._check_half(tensor)
+            self._check_activations()
+        except FormatError as error:
+            raise FormatError(error.rule, f"{path}: {error.message}") from None
+
+    def _check_half(self, tensor: Tensor):
+        name = tensor.name[: -len(HALF_SUFFIX[tensor.half])]
+        other_half = "imaginary" if tensor.half == "real" else "real"
+        other = self.tensors.get(name + HALF_SUFFIX[other_half])
+        what = f"tensor {tensor.name!r} is half of a complex tensor"
+        if other is None or other.half != other_half:
+            raise FormatError("complex-pair", f"{what}, and the {other_half} half is not there")
+        if other.shape != tensor.shape:
+            raise FormatError("complex-pair", f"{what} of shape {tensor.shape}; the other half has {other.shape}")
+        if name in self.tensors:
+            raise FormatError("complex-clash", f"{what}, and there is a tensor {name!r} as well")
+        if tensor.half == "real":
+            self.complex_names.append(name)
+
+    def _check_activations(self):
+        components, scales = set(), set()
+        for record in self.activations:
+            component, size, positions = record["component"], record["group_size"], record["positions"]
+            what = f"activations of {component!r}"
+            if component != "bk_core":
+                raise FormatError("activation-component", f"{what} are not known to this version")
+            if component in components:
+                raise FormatError("activation-component", f"{what} are recorded twice")
+            components.add(component)
+            if record["bits"] not in (4, 8) or size < 1 or positions < 1 or not record["scales"]:
+                numbers = f"{record['bits']} bits, groups of {size}, {positions} positions"
+                raise FormatError("activation-range", f"{what}: {numbers}, {len(record['scales'])} scales")
+            shape = [3, -(-positions // size)]
+            for name in record["scales"]:
+                tensor = self.tensors.get(name)
+                if name in scales:
+                    problem = "named twice"
+                elif not name.endswith(".activation_scale"):
+                    problem = "not named after a layer and .activation_scale"
+                elif tensor is None:
+                    problem = "no tensor of the model"
+                elif tensor.encoding != {"kind": "float", "dtype": "F32"} or tensor.component != component:
+                    problem = f"not plain F32 of component {component}"
+                elif tensor.shape != shape:
+                    problem = f"of shape {tensor.shape}, not {shape}"
+                else:
+                    scales.add(name)
+                    continue
+                raise FormatError("activation-scale", f"{what}: the scales {name!r} are {problem}")
 
     def dequantize(self, name: str) -> np.ndarray:
-        """The weights of a tensor as f32, in its logical shape."""
-        return self.tensors[name].dequantize()
+        """The weights of a tensor as f32, or of a complex tensor as complex64, in its logical shape."""
+        if name not in self.complex_names:
+            return self.tensors[name].dequantize()
+        values = np.empty(self.tensors[name + ".real"].shape, np.complex64)
+        values.real = self.tensors[name + ".real"].dequantize()
+        values.imag = self.tensors[name + ".imag"].dequantize()
+        return values
+
+    def quantize_activations(self, layer: str, values: np.ndarray) -> np.ndarray:
+        """What becomes of v, Re G and Im G of a layer: f32 [3, positions] of one window to f32 of the same shape."""
+        name = layer + ".activation_scale"
+        record = next(record for record in self.activations if name in record["scales"])
+        count = values.shape[1]
+        if count > record["positions"]:
+            raise ValueError(f"{count} positions, where the model has scales for {record['positions']}")
+        scale = self.tensors[name].dequantize()[:, np.arange(count) // record["group_size"]]
+        limit = np.float32(2 ** (record["bits"] - 1) - 1)
+        with np.errstate(all="ignore"):
+            levels = np.clip(np.rint(values.astype(np.float32) / scale), -limit, limit)
+            return np.where(scale == 0, np.float32(0), levels * scale)
 
     @property
     def file_names(self) -> list[str]:
@@ -515,6 +632,10 @@ class Model:
         """Checks the hash of every part, the padding, the ternary bytes and the scales."""
         for shard in self.shards:
             shard.check_contents()
+        for name in (name for record in self.activations for name in record["scales"]):
+            scale = self.tensors[name].dequantize()
+            if not (np.isfinite(scale) & (scale >= 0)).all():
+                raise FormatError("activation-scale-value", f"{name!r} has a scale that is negative, NaN or infinite")
 
 
 def open_file(path: Path) -> PackedFile:
@@ -528,11 +649,11 @@ def open_model(path) -> Model:
     """Opens a packed file, or a model in shards by its index, and checks everything but the contents."""
     path = Path(path)
     if path.name.endswith(".index.json"):
-        return Model(open_shards(path))
+        return Model(open_shards(path), path)
     packed = open_file(path)
     if packed.shard is not None:
         raise FormatError("shard-set", f"{path} is one shard of a model; open the model by its index")
-    return Model([packed])
+    return Model([packed], path)
 
 
 def open_shards(path: Path) -> list[PackedFile]:
@@ -558,6 +679,8 @@ def open_shards(path: Path) -> list[PackedFile]:
         shard = open_file(path.parent / name)
         if shard.shard is None:
             raise FormatError("shard-set", f"{name} is no shard")
+        if shards and shard.activations:
+            raise FormatError("activation-shard", f"{name}: only the first shard's manifest records activations")
         if (shard.shard["index"], shard.shard["count"]) != (number, count):
             raise FormatError("shard-set", f"{name} says it is {shard.shard['index']} of {shard.shard['count']}")
         if shards and shard.shard["set"] != shards[0].shard["set"]:
@@ -590,26 +713,41 @@ def describe(encoding: dict) -> str:
     return f"{text}, groups of {encoding['group_size']}, {encoding['scale']} scales"
 
 
+def count(model: Model) -> str:
+    weights = sum(math.prod(tensor.shape) for tensor in model.tensors.values())
+    return f"{len(model.tensors)} tensors, {weights} weights"
+
+
 def list_model(path):
     model = open_model(path)
     for tensor in model.tensors.values():
-        print(f"{tensor.name}  {tensor.shape}  {describe(tensor.encoding)}")
+        half = f"  {tensor.half} half" if tensor.half else ""
+        print(f"{tensor.name}  {tensor.shape}  {describe(tensor.encoding)}{half}")
+    for record in model.activations:
+        numbers = f"{record['bits']} bits, groups of {record['group_size']}, {record['positions']} positions"
+        print(f"activations of {record['component']}  {numbers}")
     for name in model.file_names:
         print(f"file {name}  {len(model.file(name))} bytes")
     model.check_contents()
-    weights = sum(math.prod(tensor.shape) for tensor in model.tensors.values())
-    print(f"{len(model.tensors)} tensors, {weights} weights, {len(model.file_names)} files: every rule holds")
+    print(f"{count(model)}, {len(model.file_names)} files: every rule holds")
 
 
 def first_difference(model: Model, plain: Container) -> str | None:
-    """Where the model's weights and the F32 tensors of a plain safetensors file differ in a bit, in words."""
-    for name in sorted(model.tensors.keys() ^ plain.parts.keys()):
+    """Where the model's weights and a plain safetensors file differ in a bit, in words. The plain file holds F32, and a
+    complex tensor as C64 or as its two halves."""
+    whole = [name for name in model.complex_names if name in plain.parts]
+    halves = {name + suffix for name in whole for suffix in HALF_SUFFIX.values()}
+    names = {**dict.fromkeys(name for name in model.tensors if name not in halves), **dict.fromkeys(whole)}
+    for name in sorted(names.keys() ^ plain.parts.keys()):
         return f"tensor {name!r} is in only one of the two files"
-    for name, tensor in model.tensors.items():
+    for name in names:
         part = plain.parts[name]
-        if part.dtype != "F32" or part.shape != tensor.shape:
-            return f"tensor {name!r} is F32 {tensor.shape} here and {part.dtype} {part.shape} there"
-        ours = np.ascontiguousarray(tensor.dequantize()).reshape(-1)
+        dtype = "C64" if name in whole else "F32"
+        shape = model.tensors[name + ".real" if name in whole else name].shape
+        if part.dtype != dtype or part.shape != shape:
+            return f"tensor {name!r} is {dtype} {shape} here and {part.dtype} {part.shape} there"
+        # A complex value is two f32, the real one first.
+        ours = np.ascontiguousarray(model.dequantize(name)).reshape(-1).view(np.float32)
         theirs = np.frombuffer(plain.part_bytes(name), "<f4").astype(np.float32)
         different = np.flatnonzero(ours.view(np.uint32) != theirs.view(np.uint32))
         if different.size:
@@ -624,12 +762,11 @@ def first_difference(model: Model, plain: Container) -> str | None:
 
 def compare(path, plain_path) -> int:
     model = open_model(path)
-    difference = first_difference(model, Container(plain_path))
+    difference = first_difference(model, Container(plain_path, PLAIN_SIZE))
     if difference:
         print(difference)
         return 1
-    weights = sum(math.prod(tensor.shape) for tensor in model.tensors.values())
-    print(f"{len(model.tensors)} tensors, {weights} weights: identical")
+    print(f"{count(model)}: identical")
     return 0
 
 
@@ -638,11 +775,30 @@ def valid_failure(folder: Path, case: dict) -> str | None:
     try:
         model = open_model(folder / case["file"])
         model.check_contents()
-        difference = first_difference(model, Container(folder / case["expected"]))
+        plain = Container(folder / case["expected"])
+        difference = first_difference(model, plain) or complex_difference(model, plain, case["complex"])
         files = {name: model.file(name).decode("utf-8") for name in model.file_names}
     except (FormatError, OSError) as error:
         return f"refused: {error}"
+    if model.activations != case["activations"]:
+        return "the records of activations differ"
+    for example in case["examples"]:
+        found = model.quantize_activations(example["layer"], np.array(example["values"], np.float32))
+        if not np.array_equal(found, np.array(example["quantized"], np.float32)):
+            return f"the quantized activations of {example['layer']!r} differ"
     return difference or (None if files == case["files"] else "the travelling files differ")
+
+
+def complex_difference(model: Model, plain: Container, names: list[str]) -> str | None:
+    """Whether the complex tensors are these, put together from their halves."""
+    if sorted(model.complex_names) != names:
+        return f"the complex tensors are {model.complex_names}, not {names}"
+    for name in names:
+        values = model.dequantize(name)
+        for half, suffix in ((values.real, ".real"), (values.imag, ".imag")):
+            if half.astype("<f4").tobytes() != plain.part_bytes(name + suffix):
+                return f"the complex tensor {name!r} differs from {name + suffix!r}"
+    return None
 
 
 def malformed_failure(folder: Path, case: dict) -> str | None:

@@ -43,6 +43,8 @@ class Logical:
     encoding: dict
     parts: dict[str, Stored]
     values: list  # np.float32, row by row
+    component: str = "other"
+    half: str | None = None  # of a complex tensor: "real" or "imaginary"
 
 
 def float_bytes(values, dtype: str) -> bytes:
@@ -127,6 +129,53 @@ def quantized(name: str, shape: list[int], encoding: dict, scales: list[float] |
     return Logical(name, shape, encoding, parts, values)
 
 
+def complex_pair(real: Logical, imaginary: Logical) -> list[Logical]:
+    """The halves of a complex tensor; their names must end in .real and .imag."""
+    real.half, imaginary.half = "real", "imaginary"
+    return [real, imaginary]
+
+
+def activation_scale(layer: str, groups: int) -> Logical:
+    """Drawn scales of v, Re G and Im G of a layer, the last one 0."""
+    name = layer + ".activation_scale"
+    scales = [(number + 1) / 2**20 for number in draw(name, 3 * groups - 1)]
+    tensor = plain(name, "F32", [3, groups], float_bytes([*scales, 0.0], "F32"))
+    tensor.component = "bk_core"
+    return tensor
+
+
+def activations(scales: list[Logical], bits: int, group_size: int, positions: int) -> dict:
+    return {
+        "component": "bk_core",
+        "bits": bits,
+        "group_size": group_size,
+        "positions": positions,
+        "samples": 100,
+        "text": {"name": "calibration.txt", "blake3": blake3(b"a text")},
+        "scales": [scale.name for scale in scales],
+    }
+
+
+def rounded_activations(scale: Logical, record: dict) -> dict:
+    """Drawn values of a layer (ties, values out of range, a zero among them) and what quantization makes of them."""
+    positions, groups = record["positions"], scale.shape[1]
+    limit = 2 ** (record["bits"] - 1) - 1
+    before, after = [], []
+    for row in range(3):
+        levels = [(number - 32768) / 65536 * 3 * limit for number in draw(f"{scale.name}.{row}", positions)]
+        levels[:5] = [0.5, 1.5, -2.5, 0.0, -3.0 * limit]
+        scales = [scale.values[row * groups + position // record["group_size"]] for position in range(positions)]
+        before.append([np.float32(level) * (s or np.float32(1)) for level, s in zip(levels, scales)])
+        after.append(
+            [
+                np.float32(min(max(round(float(x / s)), -limit), limit)) * s if s else np.float32(0)
+                for x, s in zip(before[-1], scales)
+            ]
+        )
+    plain_numbers = [[[float(value) for value in row] for row in rows] for rows in (before, after)]
+    return dict(zip(("layer", "values", "quantized"), (scale.name[: -len(".activation_scale")], *plain_numbers)))
+
+
 def integer(bits: int, symmetric: bool, group_size: int, scale: str = "F16") -> dict:
     return {"kind": "int", "bits": bits, "symmetric": symmetric, "group_size": group_size, "scale": scale}
 
@@ -165,6 +214,7 @@ def write(
     sealed=same,  # the whole file
     page=4096,
     shard=None,
+    records=(),  # of quantized activations
 ) -> bytes:
     stored = {tensor.name + SUFFIX[role]: part for tensor in tensors for role, part in tensor.parts.items()}
     stored.update({f"bkpack.file/{name}": Stored("U8", [len(data)], data) for name, data in files.items()})
@@ -185,12 +235,14 @@ def write(
             {
                 "name": tensor.name,
                 "shape": list(tensor.shape),
-                "component": "other",
+                "component": tensor.component,
+                **({"complex": tensor.half} if tensor.half else {}),
                 "encoding": dict(tensor.encoding),
                 "parts": {role: reference(tensor.name + SUFFIX[role]) for role in tensor.parts},
             }
             for tensor in tensors
         ],
+        **({"activations": list(records)} if records else {}),
         "files": [{"name": name, "part": reference(f"bkpack.file/{name}")} for name in files],
     }
     manifest(record)
@@ -254,9 +306,26 @@ def two_shards(first=None, second=None, index=same, again=()):
         quantized("b.weight", [2, 33], ternary(32)),
     ]
     travelling = {"config.json": b"{}\n"}
+    shards = cut(tensors[:2], [*tensors[2:], *again], travelling, first, second, index)
+    return shards, tensors, travelling
+
+
+def paired_shards(first=None, second=None, drop=()):
+    """A model of two shards with a complex tensor across them, and scales of activations in the second. `drop` are
+    names of tensors to leave out."""
+    real, imaginary = complex_pair(plain("c.real", "F16", [2, 3]), quantized("c.imag", [2, 3], integer(8, True, 2)))
+    scale = activation_scale("blocks.0.bk_layer", 4)
+    tensors = [real, imaginary, scale]
+    kept = [[tensor for tensor in part if tensor.name not in drop] for part in ([real], [imaginary, scale])]
+    first = {"records": [activations([scale], 8, 3, 10)], **(first or {})}
+    return cut(*kept, {}, first, second), tensors, {}
+
+
+def cut(first_tensors, second_tensors, travelling, first=None, second=None, index=same) -> dict[str, bytes]:
+    """The two shards and the index of a model."""
     shard = {"count": 2, "set": blake3(b"set of shards")}
     shards = {
-        "model-00001-of-00002.bkpack": write(tensors[:2], travelling, shard={"index": 1, **shard}, **(first or {})),
-        "model-00002-of-00002.bkpack": write([*tensors[2:], *again], {}, shard={"index": 2, **shard}, **(second or {})),
+        "model-00001-of-00002.bkpack": write(first_tensors, travelling, shard={"index": 1, **shard}, **(first or {})),
+        "model-00002-of-00002.bkpack": write(second_tensors, {}, shard={"index": 2, **shard}, **(second or {})),
     }
-    return {**shards, "model.bkpack.index.json": index(pretty(index_of(shards)))}, tensors, travelling
+    return {**shards, "model.bkpack.index.json": index(pretty(index_of(shards)))}

@@ -103,7 +103,7 @@ pub enum Error {
     Config { path: PathBuf, field: &'static str, why: String },
     /// The architecture is not one that this program runs.
     #[error("{}: architecture {architecture} cannot be run (supported: {supported})", path.display())]
-    UnknownArchitecture { path: PathBuf, architecture: String, supported: &'static str },
+    UnknownArchitecture { path: PathBuf, architecture: String, supported: String },
     /// The model carries no tokenizer, or one that does not load.
     #[error("{}: {why}", path.display())]
     Tokenizer { path: PathBuf, why: String },
@@ -177,6 +177,33 @@ pub enum Error {
     /// A logical shape is empty or too large.
     #[error("{}: tensor {tensor}: shape {shape:?}: {why}", path.display())]
     Shape { path: PathBuf, tensor: String, shape: Vec<u64>, why: &'static str },
+    /// The manifest's field `complex` names no half of a complex tensor.
+    #[error("{}: tensor {tensor}: complex is {found}, where only \"real\" and \"imaginary\" are known", path.display())]
+    ComplexField { path: PathBuf, tensor: String, found: String },
+    /// Half of a complex tensor is not named as one.
+    #[error("{}: tensor {tensor} is half of a complex tensor, so its name must end in {suffix}", path.display())]
+    ComplexName { path: PathBuf, tensor: String, suffix: &'static str },
+    /// Half of a complex tensor has no other half of its shape.
+    #[error("{}: tensor {tensor} is half of a complex tensor: {other} {why}", path.display())]
+    ComplexPair { path: PathBuf, tensor: String, other: String, why: String },
+    /// A tensor has the name of a complex one that is there in halves.
+    #[error("{}: tensor {tensor} is there twice, as it is and as the complex {half} and its other half", path.display())]
+    ComplexClash { path: PathBuf, tensor: String, half: String },
+    /// A shard other than the first records how activations are quantized.
+    #[error("{}: activations belong into the manifest of the first shard", path.display())]
+    ActivationShard { path: PathBuf },
+    /// Activations of a component that this version does not know, or of one component twice.
+    #[error("{}: activations of {component:?}: {why}", path.display())]
+    ActivationComponent { path: PathBuf, component: String, why: &'static str },
+    /// A parameter of quantized activations is out of range.
+    #[error("{}: activations of {component}: {field} is {found}, not {expected}", path.display())]
+    ActivationRange { path: PathBuf, component: String, field: &'static str, found: u64, expected: &'static str },
+    /// A tensor of activation scales is absent, named twice or not what it must be.
+    #[error("{}: activation scales {tensor}: {why}", path.display())]
+    ActivationScale { path: PathBuf, tensor: String, why: String },
+    /// An activation scale is negative, NaN or infinite.
+    #[error("{}: activation scales {tensor}: element {element} is {found}; a scale is finite and not negative", path.display())]
+    ActivationScaleValue { path: PathBuf, tensor: String, element: usize, found: f32 },
     /// A part's bytes do not match their hash.
     #[error("{}: tensor {tensor}: part {part} does not match its BLAKE3 hash: its bytes were changed", path.display())]
     PartHash { path: PathBuf, tensor: String, part: String },
@@ -202,6 +229,21 @@ pub enum Error {
     /// A model computes what cannot be measured.
     #[error("{}: {why}", path.display())]
     Output { path: PathBuf, why: String },
+    /// Changing a token changes logits before it.
+    #[error(
+        "{}: looks ahead: changing a token changes the logits of earlier positions, so its perplexity is not that of a \
+         language model; pass --allow-lookahead to measure it all the same", path.display()
+    )]
+    LooksAhead { path: PathBuf },
+    /// The activations of a component are to be quantized that the architecture does not have.
+    #[error("{}: the architecture has no Birman-Schwinger core (bk_core) whose activations could be quantized", path.display())]
+    NoCore { path: PathBuf },
+    /// A model that looks ahead is to continue a text.
+    #[error("{}: its positions see those after them, so it cannot continue a text token by token", path.display())]
+    NotSequential { path: PathBuf },
+    /// A measurement of quality on random weights.
+    #[error("{}: its weights are random (written by bkpack synth): perplexity would mean nothing", path.display())]
+    Synthetic { path: PathBuf },
     /// Two models cannot be compared.
     #[error("{why}")]
     Incomparable { why: String },

@@ -29,6 +29,7 @@ pub mod policy;
 pub mod progress;
 pub mod quant;
 pub mod report;
+pub mod synth;
 pub mod tensor;
 
 pub use error::{Error, Result};

@@ -95,7 +95,8 @@ impl<'a> Packing<'a> {
             let request = options.policy.request(name, &component);
             let encoding = decide(checkpoint, name, &tensor, request, options, cpu, &mut notices)?;
             observer.advance(tensor.matrix().bytes() as u64);
-            tensors.push(PlannedTensor { name: name.clone(), shape: tensor.shape().to_vec(), component, encoding });
+            let (shape, complex) = (tensor.shape().to_vec(), checkpoint.complex_part(name));
+            tensors.push(PlannedTensor { name: name.clone(), shape, component, complex, encoding });
         }
         observer.end();
         let mut travelling = Vec::new();

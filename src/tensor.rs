@@ -1,8 +1,9 @@
 //! Tensors as they are stored: types, shapes, and the one trait behind which models and checkpoints look alike.
 
-use std::{borrow::Cow, cmp::Ordering, path::Path};
+use std::{borrow::Cow, cmp::Ordering, collections::HashSet, path::Path};
 
 use bkpack_kernels::{Data, FloatType, Layout, Matrix, MatrixError};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::Result;
@@ -14,23 +15,6 @@ use crate::error::Result;
 pub struct Tensor<'a> {
     shape: Vec<usize>,
     data: TensorData<'a>,
-}
-
-/// Which half of a complex tensor a tensor is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ComplexPart {
-    Real,
-    Imaginary,
-}
-
-impl ComplexPart {
-    /// What follows the complex tensor's name.
-    pub fn suffix(self) -> &'static str {
-        match self {
-            ComplexPart::Real => ".real",
-            ComplexPart::Imaginary => ".imag",
-        }
-    }
 }
 
 /// The bytes of a stored tensor.
@@ -75,6 +59,33 @@ impl<'a> Tensor<'a> {
     /// The tensor as the kernels see it: `[rows, last dimension]`; a vector is one row, a scalar `[1, 1]`.
     pub fn matrix(&self) -> Matrix<'_> {
         self.view().expect("lengths were checked when the tensor was made")
+    }
+
+    /// Cuts the tensor's matrix into `parts` of equally many rows, first rows first.
+    ///
+    /// # Panics
+    /// If the rows are no multiple of `parts`.
+    pub fn split(self, parts: usize) -> Vec<Tensor<'a>> {
+        let (rows, cols) = matrix_shape(&self.shape);
+        assert!(parts > 0 && rows.is_multiple_of(parts), "{rows} rows cannot be cut into {parts} parts");
+        let piece = |bytes: &Cow<'a, [u8]>, part: usize| {
+            let length = bytes.len() / parts;
+            match bytes {
+                Cow::Borrowed(bytes) => Cow::Borrowed(&bytes[part * length..][..length]),
+                Cow::Owned(bytes) => Cow::Owned(bytes[part * length..][..length].to_vec()),
+            }
+        };
+        let data = |part: usize| match &self.data {
+            TensorData::Float { dtype, values } => TensorData::Float { dtype: *dtype, values: piece(values, part) },
+            TensorData::Quantized { layout, codes, scale_type, scales, zeros } => TensorData::Quantized {
+                layout: *layout,
+                codes: piece(codes, part),
+                scale_type: *scale_type,
+                scales: piece(scales, part),
+                zeros: piece(zeros, part),
+            },
+        };
+        (0..parts).map(|part| Tensor { shape: vec![rows / parts, cols], data: data(part) }).collect()
     }
 
     fn view(&self) -> Result<Matrix<'_>, MatrixError> {
@@ -129,6 +140,93 @@ pub trait TensorSource: Send + Sync {
     fn notices(&self) -> &[String] {
         &[]
     }
+
+    /// Which half of a complex tensor this tensor is; `None` if it is real through and through.
+    fn complex_part(&self, _name: &str) -> Option<ComplexPart> {
+        None
+    }
+
+    /// Scales for quantized activations, where the model carries any.
+    fn activations(&self) -> &[ActivationQuantization] {
+        &[]
+    }
+
+    /// The number of weights: the elements of all tensors but the scales of activations. One that is tied is stored, and
+    /// counted, once.
+    fn parameters(&self) -> u64 {
+        let scales: HashSet<&String> = self.activations().iter().flat_map(|record| &record.scales).collect();
+        let weights = self.names().iter().filter(|name| !scales.contains(name));
+        weights.filter_map(|name| self.shape(name)).map(|shape| shape.iter().product::<usize>() as u64).sum()
+    }
+}
+
+/// Which half of a complex tensor `X` a real tensor holds; the tensor is named `X.real` or `X.imag`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComplexPart {
+    Real,
+    Imaginary,
+}
+
+impl ComplexPart {
+    /// What the half's name adds to the complex tensor's.
+    pub const fn suffix(self) -> &'static str {
+        match self {
+            ComplexPart::Real => ".real",
+            ComplexPart::Imaginary => ".imag",
+        }
+    }
+
+    /// The half that belongs to this one.
+    pub const fn other(self) -> Self {
+        match self {
+            ComplexPart::Real => ComplexPart::Imaginary,
+            ComplexPart::Imaginary => ComplexPart::Real,
+        }
+    }
+}
+
+/// How the activations of one component are quantized. The JSON form is part of the format.
+///
+/// A value `x` at position `p` of a window becomes `clamp(round_half_even(x / s), -L, L) * s`, where
+/// `L = 2^(bits - 1) - 1` and `s` is the scale of the value's row and of column `p / group_size`; where `s` is zero it
+/// becomes zero.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ActivationQuantization {
+    /// `bk_core`: v, Re G and Im G of each ResNet-BK layer.
+    pub component: String,
+    /// 4 or 8.
+    pub bits: u32,
+    /// Positions that share a scale.
+    pub group_size: u64,
+    /// Positions that have a scale.
+    pub positions: u64,
+    /// Windows of the calibration text that the scales come from.
+    pub samples: u64,
+    /// The calibration text.
+    pub text: CalibrationText,
+    /// The F32 tensors of the scales, one a layer: the layer's name and `.activation_scale`; rows v, Re G, Im G.
+    pub scales: Vec<String>, // each [3, groups]
+}
+
+impl ActivationQuantization {
+    /// Columns of a tensor of scales.
+    ///
+    /// # Panics
+    /// If the group size is 0, which no record of an opened model has.
+    pub fn groups(&self) -> u64 {
+        self.positions.div_ceil(self.group_size)
+    }
+}
+
+/// A text that something was calibrated on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CalibrationText {
+    pub name: String,
+    /// Of its bytes, in lowercase hex.
+    pub blake3: String,
 }
 
 /// Orders names as people count: runs of digits by value, so `layers.2` comes before `layers.10`.

@@ -10,7 +10,7 @@ use std::{
 use bkpack::{
     Error, Result,
     eval::perplexity::{Options, evaluate},
-    model::{self, Architecture, Model, rope::rotations},
+    model::{self, Architecture, Model, config::LlamaConfig, rope::rotations},
     ops::{
         Ops,
         cpu::{Activations, CpuOps},
@@ -85,7 +85,7 @@ impl Random {
             let k = reference::rope(&self.linear(&normed, &name("self_attn.k_proj")), kv_heads, head_dim, &cos, &sin);
             let v = self.linear(&normed, &name("self_attn.v_proj"));
             let scale = 1.0 / (head_dim as f32).sqrt();
-            let attended = narrow(reference::attention(&narrow(q), &narrow(k), &v, shape, scale));
+            let attended = narrow(reference::attention(&narrow(q), &narrow(k), &v, shape, scale, usize::MAX));
             x = narrow(reference::add(&x, &self.linear(&attended, &name("self_attn.o_proj"))));
             let normed = norm(&x, &name("post_attention_layernorm.weight"));
             let (gate, up) = (self.linear(&normed, &name("mlp.gate_proj")), self.linear(&normed, &name("mlp.up_proj")));
@@ -156,13 +156,13 @@ fn every_variant_computes_the_textbook_formulas() {
         let source = Random::new(config(changes.clone()));
         for cpu in Cpu::available() {
             let ops = CpuOps::new(cpu, Activations::Exact);
-            let Model::Llama(llama) = Model::load(&source, &ops).unwrap();
-            let frequencies = llama.config().rope.inverse_frequencies(shape.head_dim);
+            let model = Model::load(&source, &ops).unwrap();
+            let frequencies = rotations_of(&source, shape.head_dim);
             let expected = source.logits(&tokens, shape, &frequencies, head);
-            let mut state = llama.state(tokens.len()).unwrap();
-            let hidden = llama.forward(&tokens, &mut state).unwrap();
+            let mut state = model.state(tokens.len()).unwrap();
+            let hidden = model.forward(&tokens, &mut state).unwrap();
             let mut found = Vec::new();
-            ops.read(&llama.logits(&hidden, 0, tokens.len()).unwrap(), &mut found).unwrap();
+            ops.read(&model.logits(&hidden, 0, tokens.len()).unwrap(), &mut found).unwrap();
             assert_eq!(found.len(), expected.len());
             for (found, expected) in found.iter().zip(&expected) {
                 assert!((found - expected).abs() < 2e-5, "{changes}, {}: {found} {expected}", cpu.isa());
@@ -215,7 +215,7 @@ fn tokens_outside_of_vocabulary_or_context_are_refused() {
     assert!(model.forward(&[3], &mut state).is_ok());
 }
 
-const OPTIONS: Options = Options { ctx: Some(8), skip: 1, activations: Activations::Exact };
+const OPTIONS: Options = Options { ctx: Some(8), skip: 1, activations: Activations::Exact, allow_lookahead: false };
 
 fn tokens(count: usize) -> Vec<u32> {
     (0..count).map(|i| (i * 7 % VOCAB) as u32).collect()
@@ -228,7 +228,7 @@ fn evaluation_is_the_mean_of_what_the_logits_say() {
     let found = evaluate(Cpu::detect(), &source, Some(&baseline), &tokens, &OPTIONS, &Silent).unwrap();
 
     let shape = Heads { heads: 4, kv_heads: 2, head_dim: 6 };
-    let frequencies = rotations_of(&source);
+    let frequencies = rotations_of(&source, 6);
     let (mut nll, mut baseline_nll, mut divergences, mut same) = (0.0, 0.0, Vec::new(), 0);
     for window in tokens.chunks_exact(8) {
         let logits = |source: &Random| source.logits(window, shape, &frequencies, "model.embed_tokens");
@@ -261,10 +261,9 @@ fn evaluation_is_the_mean_of_what_the_logits_say() {
     close(found.ratio_fp32, 4.0 * parameters as f64 / 1000.0);
 }
 
-fn rotations_of(source: &Random) -> Vec<f32> {
-    let ops = CpuOps::new(Cpu::detect(), Activations::Exact);
-    let Model::Llama(llama) = Model::load(source, &ops).unwrap();
-    llama.config().rope.inverse_frequencies(6)
+fn rotations_of(source: &Random, head_dim: usize) -> Vec<f32> {
+    let config = LlamaConfig::parse(Path::new("model"), Architecture::Llama, &source.config).unwrap();
+    config.rope.inverse_frequencies(head_dim)
 }
 
 #[test]
@@ -275,8 +274,17 @@ fn what_is_printed_as_json_has_the_promised_keys() {
         let Value::Object(object) = serde_json::to_value(found).unwrap() else { panic!("not an object") };
         object
     };
-    let always =
-        ["ppl", "nll", "scored", "bits_per_weight", "ratio_fp32", "file_bytes", "tokens_per_second", "activations"];
+    let always = [
+        "ppl",
+        "nll",
+        "scored",
+        "looks_ahead",
+        "bits_per_weight",
+        "ratio_fp32",
+        "file_bytes",
+        "tokens_per_second",
+        "activations",
+    ];
     let compared = ["baseline_ppl", "ppl_increase_percent", "kld_mean", "kld_p999", "top1_agreement"];
     let alone = keys(None);
     assert!(always.iter().all(|key| alone.contains_key(*key)) && !compared.iter().any(|key| alone.contains_key(*key)));

@@ -507,3 +507,20 @@ fn killed_conversions_leave_no_half_file_under_the_final_name() {
         assert!(killed >= 5, "{killed} of 15 were killed, {complete} complete: the times are too long");
     }
 }
+
+#[test]
+fn inspect_shows_complex_halves_and_quantized_activations() {
+    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("spec/vectors/valid");
+    let table = succeeded(&run(bkpack().arg("inspect").arg(vectors.join("complex.bkpack"))));
+    let line = |name: &str| table.lines().find(|line| line.trim_start().starts_with(name)).unwrap().to_owned();
+    assert!(line("mixed.real").contains("(real part)") && line("mixed.imag").contains("(imaginary part)"));
+    assert!(!line("alone.real").contains("part"));
+    let packed = vectors.join("activations.bkpack");
+    let table = succeeded(&run(bkpack().arg("inspect").arg(&packed)));
+    assert!(table.contains("bk_core INT8 g3, 10 positions, calibrated on 100 windows of calibration.txt"), "{table}");
+    let object = json(&succeeded(&run(bkpack().args(["inspect", "--json"]).arg(&packed))));
+    assert_eq!(object["activations"][0]["scales"][1], "blocks.10.bk_layer.activation_scale");
+    // Scales of activations are no weights.
+    assert_eq!(object["parameters"], 40);
+    assert_eq!(object["tensors"].as_array().unwrap().len(), 3);
+}

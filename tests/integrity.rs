@@ -16,6 +16,7 @@ use bkpack::{
     encoding::{Encoding, FloatName, Request},
     format::{
         PackedFile,
+        amend::with_activations,
         archive::{archive, unpack},
     },
     pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
@@ -168,6 +169,19 @@ fn no_byte_of_any_encoding_can_change_unnoticed() {
     let output = folder.path().join("model.bkpack");
     pack(Cpu::detect(), source.path(), &mixed(), &output);
     assert_every_change_is_refused(&output, &output, 3000, &mut Random(12));
+}
+
+#[test]
+fn no_byte_of_complex_halves_and_activation_scales_can_change_unnoticed() {
+    let vectors = Path::new(env!("CARGO_MANIFEST_DIR")).join("spec/vectors/valid");
+    let packed = PackedFile::open(&vectors.join("complex.bkpack")).unwrap();
+    let record = PackedFile::open(&vectors.join("activations.bkpack")).unwrap().activations()[0].clone();
+    let scales = record.scales.iter().map(|name| (name.clone(), vec![3, 4], vec![0.5; 12])).collect();
+    let folder = TempDir::new().unwrap();
+    let output = folder.path().join("model.bkpack");
+    with_activations(&packed, vec![record], scales, &output, false, &Silent).unwrap();
+    assert_eq!(packed.complex_names().count(), 5);
+    assert_every_change_is_refused(&output, &output, 2000, &mut Random(17));
 }
 
 /// Lengths around every border of a file, the shortest ones, and some at random; the longest first.

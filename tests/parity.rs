@@ -98,7 +98,7 @@ fn a_state_that_was_cleared_forgets_the_text() {
     let model = Model::load(&source, &ops).unwrap();
     let mut state = model.state(64).unwrap();
     let mut run = |tokens: &[u32]| {
-        state.clear(&ops);
+        state.clear(&ops).unwrap();
         let mut hidden = Vec::new();
         ops.read(&model.forward(tokens, &mut state).unwrap(), &mut hidden).unwrap();
         hidden
@@ -112,7 +112,7 @@ fn evaluate_wikitext(source: &Checkpoint, baseline: Option<&Checkpoint>, limit: 
     let text = read_text(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/wikitext2.test.txt")).unwrap();
     let mut tokens = Tokenizer::load(source).unwrap().encode(&text).unwrap();
     tokens.truncate(limit);
-    let options = Options { ctx: Some(256), skip: 1, activations: Activations::Exact };
+    let options = Options { ctx: Some(256), skip: 1, activations: Activations::Exact, allow_lookahead: false };
     evaluate(Cpu::detect(), source, baseline.map(|baseline| baseline as _), &tokens, &options, &Silent).unwrap()
 }
 

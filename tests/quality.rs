@@ -63,7 +63,7 @@ fn tokens(limit: usize) -> Vec<u32> {
 }
 
 fn measure(packed: &PackedFile, baseline: Option<&Checkpoint>, limit: usize, activations: Activations) -> Evaluation {
-    let options = Options { ctx: Some(256), skip: 1, activations };
+    let options = Options { ctx: Some(256), skip: 1, activations, allow_lookahead: false };
     evaluate(Cpu::detect(), packed, baseline.map(|baseline| baseline as _), &tokens(limit), &options, &Silent).unwrap()
 }
 

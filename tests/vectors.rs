@@ -3,7 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
-use bkpack::{Error, Result, checkpoint, format::PackedFile, progress::Silent, tensor::TensorSource};
+use bkpack::{
+    Error, Result, checkpoint,
+    format::PackedFile,
+    progress::Silent,
+    tensor::{ActivationQuantization, TensorSource},
+};
 use bkpack_kernels::Cpu;
 use serde::Deserialize;
 
@@ -12,6 +17,8 @@ struct Valid {
     file: String,
     expected: String,
     files: std::collections::BTreeMap<String, String>,
+    complex: Vec<String>,
+    activations: Vec<ActivationQuantization>,
 }
 
 #[derive(Deserialize)]
@@ -53,6 +60,18 @@ fn valid_files_decode_to_their_values_on_every_instruction_set() {
                 assert!(found == wanted, "{}: {name} differs on {}", case.file, cpu.isa());
             }
         }
+        assert_eq!(packed.complex_names().collect::<Vec<_>>(), case.complex, "{}", case.file);
+        for name in &case.complex {
+            let [real, imaginary] =
+                [".real", ".imag"].map(|half| values(Cpu::detect(), &expected, &format!("{name}{half}")));
+            let wanted: Vec<[u32; 2]> = real.into_iter().zip(imaginary).map(|(real, imag)| [real, imag]).collect();
+            for cpu in Cpu::available() {
+                let found = packed.complex_values(cpu, name).unwrap();
+                let found: Vec<[u32; 2]> = found.into_iter().map(|value| value.map(f32::to_bits)).collect();
+                assert!(found == wanted, "{}: {name} differs on {}", case.file, cpu.isa());
+            }
+        }
+        assert_eq!(packed.activations(), case.activations, "{}", case.file);
         for (name, content) in &case.files {
             assert_eq!(packed.file(name).unwrap().as_deref(), Some(content.as_bytes()), "{}: {name}", case.file);
         }
@@ -93,6 +112,15 @@ fn rule(error: &Error) -> &'static str {
         Error::MissingShard { .. } => "shard-missing",
         Error::ShardSet { .. } => "shard-set",
         Error::ShardIndex { .. } => "shard-index",
+        Error::ComplexField { .. } => "complex-field",
+        Error::ComplexName { .. } => "complex-name",
+        Error::ComplexPair { .. } => "complex-pair",
+        Error::ComplexClash { .. } => "complex-clash",
+        Error::ActivationShard { .. } => "activation-shard",
+        Error::ActivationComponent { .. } => "activation-component",
+        Error::ActivationRange { .. } => "activation-range",
+        Error::ActivationScale { .. } => "activation-scale",
+        Error::ActivationScaleValue { .. } => "activation-scale-value",
         Error::PartHash { .. } => "part-hash",
         Error::Codes { why, .. } if why.contains("scale") => "scale-value",
         Error::Codes { why, .. } if why.contains("242") => "ternary-byte",

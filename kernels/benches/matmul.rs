@@ -3,76 +3,11 @@
 //! `cargo bench -p bkpack-kernels --bench matmul`; `BKPACK_ISA` chooses the instruction set and `RAYON_NUM_THREADS` the
 //! threads.
 
-use std::hint::black_box;
-use std::time::Instant;
+mod probe;
 
-use bkpack_kernels::cpu::Kernel;
-use bkpack_kernels::cpu::simd::Simd;
 use bkpack_kernels::{Cpu, Data, FloatType, Grid, Layout, Matrix};
 use half::f16;
-use rayon::prelude::*;
-
-/// Seconds of the fastest of several runs, which together take about half a second.
-fn fastest(mut run: impl FnMut()) -> f64 {
-    let begin = Instant::now();
-    let mut best = f64::INFINITY;
-    let mut runs = 0;
-    while runs < 3 || begin.elapsed().as_secs_f64() < 0.5 {
-        let start = Instant::now();
-        run();
-        best = best.min(start.elapsed().as_secs_f64());
-        runs += 1;
-    }
-    best
-}
-
-/// Independent chains of fused multiply-adds that stay in registers: enough to hide their latency, on AVX2 no more than
-/// its registers hold.
-struct FmaProbe<const CHAINS: usize>;
-
-const ROUNDS: usize = 1 << 16;
-
-impl<const CHAINS: usize> Kernel for FmaProbe<CHAINS> {
-    type Output = f32;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> f32 {
-        let factor = simd.splat(black_box(0.999));
-        let term = simd.splat(black_box(0.001));
-        let mut sums = [factor; CHAINS];
-        for _ in 0..ROUNDS {
-            for sum in &mut sums {
-                *sum = simd.mul_add(*sum, factor, term);
-            }
-        }
-        let mut total = simd.splat(0.0);
-        for sum in sums {
-            total = simd.add(total, sum);
-        }
-        simd.sum(total)
-    }
-}
-
-/// GFLOP/s of all threads.
-fn fma_peak(cpu: Cpu) -> f64 {
-    let threads = rayon::current_num_threads();
-    let rate = |chains: usize, seconds: f64| (threads * chains * ROUNDS * 32) as f64 / seconds / 1e9;
-    let few = fastest(|| drop(rayon::broadcast(|_| black_box(cpu.dispatch(FmaProbe::<6>)))));
-    let many = fastest(|| drop(rayon::broadcast(|_| black_box(cpu.dispatch(FmaProbe::<12>)))));
-    rate(6, few).max(rate(12, many))
-}
-
-/// GB/s of all threads reading a buffer much larger than the caches.
-fn read_bandwidth() -> f64 {
-    let buffer = vec![1u64; 1 << 26];
-    let part = buffer.len().div_ceil(rayon::current_num_threads());
-    let seconds = fastest(|| {
-        black_box(
-            buffer.par_chunks(part).map(|part| part.iter().fold(0u64, |sum, &v| sum.wrapping_add(v))).sum::<u64>(),
-        );
-    });
-    (buffer.len() * 8) as f64 / seconds / 1e9
-}
+use probe::fastest;
 
 /// Bytes that look random: a full-period generator modulo 2^64, top byte.
 fn noise(count: usize) -> Vec<u8> {
@@ -131,21 +66,7 @@ impl Weights {
 }
 
 fn main() {
-    let cpu = match Cpu::from_environment() {
-        Ok(cpu) => cpu,
-        Err(error) => {
-            eprintln!("{error}");
-            std::process::exit(2);
-        }
-    };
-    let peak = fma_peak(cpu);
-    let bandwidth = read_bandwidth();
-    println!(
-        "{} on {} threads: {peak:.0} GFLOP/s f32 FMA, {bandwidth:.1} GB/s read",
-        cpu.isa(),
-        rayon::current_num_threads()
-    );
-
+    let probe::Machine { cpu, fma: peak, bandwidth } = probe::machine();
     let int = |bits, symmetric, group| Encoding::Quantized(Layout { grid: Grid::Int { bits, symmetric }, group });
     let ternary = Encoding::Quantized(Layout { grid: Grid::Ternary, group: 128 });
     let binary = Encoding::Quantized(Layout { grid: Grid::Binary, group: 128 });

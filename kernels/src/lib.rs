@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod matrix;
 pub mod reference;
 pub mod reference_ops;
+pub mod reference_sequence;
 
 pub use cpu::{Cpu, Isa};
 pub use matrix::{Data, FloatType, Grid, Layout, Matrix, MatrixError};

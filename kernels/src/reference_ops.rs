@@ -10,10 +10,41 @@ pub fn rms_norm(x: &[f32], gain: &[f32], epsilon: f32) -> Vec<f64> {
     x.chunks(gain.len()).flat_map(normalize).collect()
 }
 
-/// `gate / (1 + exp(-gate)) * up`, element by element.
+/// LayerNorm of every row: `(x - mean(x)) / sqrt(variance(x) + epsilon) * gain + bias`.
+pub fn layer_norm(x: &[f32], gain: &[f32], bias: &[f32], epsilon: f32) -> Vec<f64> {
+    let normalize = |row: &[f32]| {
+        let mean = row.iter().map(|&v| f64::from(v)).sum::<f64>() / row.len() as f64;
+        let variance = row.iter().map(|&v| (f64::from(v) - mean).powi(2)).sum::<f64>() / row.len() as f64;
+        let factor = 1.0 / (variance + f64::from(epsilon)).sqrt();
+        let affine = gain.iter().zip(bias).map(|(&g, &b)| (f64::from(g), f64::from(b)));
+        row.iter().zip(affine).map(|(&v, (g, b))| (f64::from(v) - mean) * factor * g + b).collect::<Vec<_>>()
+    };
+    x.chunks(gain.len()).flat_map(normalize).collect()
+}
+
+/// `x / (1 + exp(-x))`.
+pub fn silu(x: f32) -> f64 {
+    let x = f64::from(x);
+    x / (1.0 + (-x).exp())
+}
+
+/// PyTorch's softplus: `ln(1 + exp(x))`, and `x` itself above 20.
+pub fn softplus(x: f32) -> f64 {
+    let x = f64::from(x);
+    if x > 20.0 { x } else { x.exp().ln_1p() }
+}
+
+/// The nearest multiple of `scale` that is at most `largest` times it, halves to even; zero for a zero scale.
+///
+/// The quotient is rounded to f32, because that decides what is a half.
+pub fn round_to_grid(x: f32, scale: f32, largest: f32) -> f64 {
+    let steps = f64::from((x / scale).round_ties_even().clamp(-largest, largest));
+    if scale == 0.0 { 0.0 } else { steps * f64::from(scale) }
+}
+
+/// `silu(gate) * up`, element by element.
 pub fn silu_multiply(gate: &[f32], up: &[f32]) -> Vec<f64> {
-    let silu = |g: f64| g / (1.0 + (-g).exp());
-    gate.iter().zip(up).map(|(&g, &u)| silu(f64::from(g)) * f64::from(u)).collect()
+    gate.iter().zip(up).map(|(&g, &u)| silu(g) * f64::from(u)).collect()
 }
 
 /// `x + y`, with `y` repeated along `x`: a sum when the lengths agree, a bias when `y` is one row.
@@ -53,17 +84,18 @@ pub struct Heads {
     pub head_dim: usize,
 }
 
-/// Causal grouped-query attention.
+/// Causal grouped-query attention, in which a query sees the last `window` positions up to its own.
 ///
 /// `q` is `[tokens, heads * head_dim]`; `k` and `v` are `[positions, kv_heads * head_dim]`; the queries are the last
 /// `tokens` positions. Returns `[tokens, heads * head_dim]`.
-pub fn attention(q: &[f32], k: &[f32], v: &[f32], shape: Heads, scale: f32) -> Vec<f64> {
+pub fn attention(q: &[f32], k: &[f32], v: &[f32], shape: Heads, scale: f32, window: usize) -> Vec<f64> {
     let Heads { heads, kv_heads, head_dim } = shape;
     let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
     let (tokens, positions) = (q.len() / q_width, k.len() / kv_width);
     let mut out = vec![0.0; q.len()];
     for token in 0..tokens {
-        let visible = positions - tokens + token + 1;
+        let end = positions - tokens + token + 1;
+        let visible = end.saturating_sub(window)..end;
         for head in 0..heads {
             let query = &q[token * q_width + head * head_dim..][..head_dim];
             let kv_start = head / (heads / kv_heads) * head_dim;
@@ -72,9 +104,9 @@ pub fn attention(q: &[f32], k: &[f32], v: &[f32], shape: Heads, scale: f32) -> V
                 let dot: f64 = query.iter().zip(key).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
                 dot * f64::from(scale)
             };
-            let mut weights: Vec<f64> = (0..visible).map(score).collect();
+            let mut weights: Vec<f64> = visible.clone().map(score).collect();
             softmax_in_place(&mut weights);
-            for (position, weight) in weights.iter().enumerate() {
+            for (position, weight) in visible.clone().zip(&weights) {
                 let value = &v[position * kv_width + kv_start..][..head_dim];
                 for (o, &x) in out[token * q_width + head * head_dim..][..head_dim].iter_mut().zip(value) {
                     *o += weight * f64::from(x);

@@ -2,72 +2,12 @@
 //!
 //! Inputs are fresh random numbers; a failure names the seed, and `BKPACK_TEST_SEED` replays it.
 
-use std::hash::{BuildHasher, RandomState};
+mod common;
 
 use bkpack_kernels::Cpu;
 use bkpack_kernels::cpu::{Comparison, KeyValueCache};
 use bkpack_kernels::reference_ops::{self as oracle, Heads};
-
-/// Half an ulp of 1: the largest relative error of one rounding to f32.
-const UNIT: f64 = f32::EPSILON as f64 / 2.0;
-
-/// Relative error granted to the vectorised `exp` for arguments whose own rounding is accounted for elsewhere.
-const EXP: f64 = 4.0 * UNIT;
-
-/// SplitMix64 (Steele, Lea and Flood, 2014).
-struct Random {
-    seed: u64,
-    state: u64,
-}
-
-impl Random {
-    fn new() -> Self {
-        let seed = match std::env::var("BKPACK_TEST_SEED") {
-            Ok(text) => text.parse().expect("BKPACK_TEST_SEED is an unsigned integer"),
-            Err(_) => RandomState::new().hash_one(0),
-        };
-        Self { seed, state: seed }
-    }
-
-    fn bits(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.state ^ (self.state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// Uniform in `-range..range`.
-    fn values(&mut self, count: usize, range: f32) -> Vec<f32> {
-        (0..count).map(|_| ((self.bits() >> 40) as f32 / (1 << 23) as f32 - 1.0) * range).collect()
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        (self.bits() % limit as u64) as usize
-    }
-}
-
-/// Runs `operation` on every instruction set, demands the same bits from all, and returns them.
-fn run_everywhere(context: &str, operation: impl Fn(Cpu) -> Vec<f32>) -> Vec<f32> {
-    let mut all = Cpu::available().into_iter().map(|cpu| (cpu.isa(), operation(cpu)));
-    let (first_isa, first) = all.next().expect("the scalar instruction set is always there");
-    for (isa, other) in all {
-        for (index, (a, b)) in first.iter().zip(&other).enumerate() {
-            let same = a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
-            assert!(same, "{context}: {a:e} on {first_isa:?}, {b:e} on {isa:?} at {index}");
-        }
-    }
-    first
-}
-
-/// Demands `|actual - expected| <= tolerance(index)` everywhere.
-fn assert_close(context: &str, actual: &[f32], expected: &[f64], tolerance: impl Fn(usize) -> f64) {
-    assert_eq!(actual.len(), expected.len(), "{context}");
-    for (index, (&a, &e)) in actual.iter().zip(expected).enumerate() {
-        let error = (f64::from(a) - e).abs();
-        let limit = tolerance(index);
-        assert!(error <= limit, "{context}: {a:e} instead of {e:e} at {index}: error {error:e}, limit {limit:e}");
-    }
-}
+use common::{EXP, Random, UNIT, assert_close, run_everywhere};
 
 const TOKENS: [usize; 5] = [0, 1, 5, 17, 300];
 const HEAD_DIMS: [usize; 5] = [20, 32, 64, 80, 128];
@@ -180,6 +120,8 @@ struct Scene {
     k: Vec<f32>, // [positions, kv_heads * head_dim]
     v: Vec<f32>, // [positions, kv_heads * head_dim]
     positions: usize,
+    /// Positions that a query sees.
+    window: usize,
 }
 
 impl Scene {
@@ -191,6 +133,7 @@ impl Scene {
             k: random.values(positions * width, 1.0),
             v: random.values(positions * width, 1.0),
             positions,
+            window: usize::MAX,
         }
     }
 
@@ -212,14 +155,14 @@ impl Scene {
 
     fn attention(&self, cpu: Cpu, cache: &KeyValueCache) -> Vec<f32> {
         let mut out = vec![f32::NAN; self.q.len()];
-        cpu.attention(&self.q, self.shape.heads, cache, self.scale(), &mut out);
+        cpu.attention(&self.q, self.shape.heads, cache, self.scale(), self.window, &mut out);
         out
     }
 
     /// Demands the oracle's result of every instruction set, and the same bits of all.
     fn check(&self, context: &str, cache: &KeyValueCache) {
         let actual = run_everywhere(context, |cpu| self.attention(cpu, cache));
-        let expected = oracle::attention(&self.q, &self.k, &self.v, self.shape, self.scale());
+        let expected = oracle::attention(&self.q, &self.k, &self.v, self.shape, self.scale(), self.window);
         // Values are at most 1. A score is a chain of head_dim fused products, each of at most 1, after a product with
         // the scale: its error shifts the exponent and so counts twice, in the weight and in the sum of weights. The
         // weights' own chain of sums then adds one rounding for each position.
@@ -260,14 +203,64 @@ fn attention_over_a_long_cache() {
     }
 }
 
+#[test]
+fn attention_over_a_window() {
+    let mut random = Random::new();
+    for window in [1, 2, 5, 6, 15, 16, 40, 255, 256, 257, 600, 1000] {
+        for (heads, kv_heads) in [(3, 3), (9, 3), (8, 1)] {
+            let shape = Heads { heads, kv_heads, head_dim: 20 };
+            for (tokens, earlier) in [(1, random.below(700)), (7, 250 + random.below(10)), (300, random.below(300))] {
+                let positions = tokens + earlier;
+                let context =
+                    format!("seed {} window {window} tokens {tokens} positions {positions} {shape:?}", random.seed);
+                let mut scene = Scene::new(&mut random, shape, tokens, positions);
+                scene.window = window;
+                scene.check(&context, &scene.cache(positions));
+            }
+        }
+    }
+}
+
+/// Nothing before the window is read: not even what is not a number shows.
+#[test]
+fn attention_forgets_what_the_window_has_passed() {
+    let mut random = Random::new();
+    for (heads, kv_heads) in [(4, 4), (9, 3)] {
+        for window in [1, 3, 16, 100, 270] {
+            let shape = Heads { heads, kv_heads, head_dim: 24 };
+            let mut scene = Scene::new(&mut random, shape, 60, 600);
+            scene.window = window;
+            let context = format!("seed {} {shape:?} window {window}", random.seed);
+            let clean = run_everywhere(&context, |cpu| scene.attention(cpu, &scene.cache(600)));
+            for first in [0, 1, 5, 31, 59] {
+                // Seen by the tokens before `first`, and by no other.
+                let passed = (600 - 60 + first + 1 - window) * kv_heads * 24;
+                scene.k[..passed].fill(f32::NAN);
+                scene.v[..passed].fill(f32::INFINITY);
+                let poisoned = run_everywhere(&context, |cpu| scene.attention(cpu, &scene.cache(600)));
+                let (earlier, later) = poisoned.split_at(first * heads * 24);
+                assert_eq!(later, &clean[earlier.len()..], "{context} first {first}");
+                assert!(earlier.iter().all(|x| x.is_nan()), "{context} first {first}");
+            }
+        }
+    }
+}
+
 /// A token's result does not depend on what it was computed together with, on the threads, or on later positions.
 #[test]
 fn decode_repeats_prefill_bit_for_bit() {
+    for window in [usize::MAX, 300, 4] {
+        decode_repeats_prefill(window);
+    }
+}
+
+fn decode_repeats_prefill(window: usize) {
     let mut random = Random::new();
     let shape = Heads { heads: 6, kv_heads: 2, head_dim: 80 };
     let positions = 700;
-    let context = format!("seed {}", random.seed);
-    let scene = Scene::new(&mut random, shape, positions, positions);
+    let context = format!("seed {} window {window}", random.seed);
+    let mut scene = Scene::new(&mut random, shape, positions, positions);
+    scene.window = window;
     let (q_width, kv_width) = (6 * 80, 2 * 80);
     for cpu in Cpu::available() {
         let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
@@ -282,7 +275,8 @@ fn decode_repeats_prefill_bit_for_bit() {
             cache.append(&scene.k[row.clone()], &scene.v[row]);
             let row = token * q_width..(token + 1) * q_width;
             let mut out = vec![f32::NAN; q_width];
-            many_threads.install(|| cpu.attention(&scene.q[row.clone()], 6, &cache, scene.scale(), &mut out));
+            many_threads
+                .install(|| cpu.attention(&scene.q[row.clone()], 6, &cache, scene.scale(), scene.window, &mut out));
             assert_eq!(out, prefill[row], "{context} {:?} token {token}", cpu.isa());
         }
     }
@@ -331,7 +325,7 @@ fn large_scores_do_not_overflow() {
     let mut scene = Scene::new(&mut random, shape, 20, 20);
     // Scores of thousands: the largest one takes all the weight, so the output is a value row.
     scene.q.iter_mut().for_each(|x| *x *= 1e4);
-    let expected = oracle::attention(&scene.q, &scene.k, &scene.v, shape, scene.scale());
+    let expected = oracle::attention(&scene.q, &scene.k, &scene.v, shape, scene.scale(), scene.window);
     let actual = run_everywhere("large scores", |cpu| scene.attention(cpu, &scene.cache(20)));
     for (index, (&a, &e)) in actual.iter().zip(&expected).enumerate() {
         assert!(a.is_finite() && (f64::from(a) - e).abs() < 0.05, "seed {}: {a} for {e} at {index}", random.seed);

@@ -79,6 +79,7 @@ impl Kernel for Arithmetic<'_> {
             simd.load_f16(self.bytes.first_chunk().unwrap()),
             simd.load_bf16(self.bytes.first_chunk().unwrap()),
             simd.load_u8(self.bytes.first_chunk().unwrap()),
+            simd.exp2(a),
         ];
         let mut out = Vec::new();
         for v in vectors {
@@ -185,48 +186,54 @@ fn words_are_transposed() {
     }
 }
 
-struct Exp<'a>(&'a [f32; 16]);
+/// `exp` and `exp2`.
+struct Exponentials<'a>(&'a [f32; 16]);
 
-impl Kernel for Exp<'_> {
-    type Output = [f32; 16];
+impl Kernel for Exponentials<'_> {
+    type Output = [[f32; 16]; 2];
 
     #[inline(always)]
-    fn run<S: Simd>(self, simd: S) -> [f32; 16] {
-        let mut out = [0.0; 16];
-        simd.store(simd.exp(simd.load(self.0)), &mut out);
+    fn run<S: Simd>(self, simd: S) -> [[f32; 16]; 2] {
+        let mut out = [[0.0; 16]; 2];
+        simd.store(simd.exp(simd.load(self.0)), &mut out[0]);
+        simd.store(simd.exp2(simd.load(self.0)), &mut out[1]);
         out
     }
 }
 
 #[test]
-fn exp_is_within_two_units_in_the_last_place() {
+fn exponentials_are_within_two_units_in_the_last_place() {
     let cpu = Cpu::detect();
-    let mut worst = 0f64;
-    // Every 200th float from -120 to 100, both signs.
-    let positive = (0..100f32.to_bits()).step_by(200 * 16);
-    let negative = ((-0f32).to_bits()..(-120f32).to_bits()).step_by(200 * 16);
-    for first in positive.chain(negative) {
-        let x: [f32; 16] = std::array::from_fn(|i| f32::from_bits(first + 200 * i as u32));
-        for (x, found) in x.into_iter().zip(cpu.dispatch(Exp(&x))) {
-            let exact = f64::from(x).exp();
-            if exact >= 2f64.powi(128) * (1.0 - 2f64.powi(-26)) {
-                assert!(found == f32::INFINITY || x < 88.722_84, "exp({x}) = {found}");
-                continue;
+    // With the argument from which on the result is not finite.
+    for (index, (name, overflow)) in [("exp", 88.722_84), ("exp2", 128.0)].into_iter().enumerate() {
+        let function = [f64::exp, f64::exp2][index];
+        let mut worst = 0f64;
+        // Every 200th float from -160 to 140, both signs.
+        let positive = (0..140f32.to_bits()).step_by(200 * 16);
+        let negative = ((-0f32).to_bits()..(-160f32).to_bits()).step_by(200 * 16);
+        for first in positive.chain(negative) {
+            let x: [f32; 16] = std::array::from_fn(|i| f32::from_bits(first + 200 * i as u32));
+            for (x, found) in x.into_iter().zip(cpu.dispatch(Exponentials(&x))[index]) {
+                let exact = function(f64::from(x));
+                if exact >= 2f64.powi(128) * (1.0 - 2f64.powi(-26)) {
+                    assert!(found == f32::INFINITY || x < overflow, "{name}({x}) = {found}");
+                    continue;
+                }
+                let unit = (exact.log2().floor() as i32 - 23).max(-149);
+                let error = (f64::from(found) - exact).abs() / 2f64.powi(unit);
+                worst = worst.max(error);
+                assert!(error <= 2.0, "{name}({x}) = {found}, off by {error} units");
             }
-            let unit = (exact.log2().floor() as i32 - 23).max(-149);
-            let error = (f64::from(found) - exact).abs() / 2f64.powi(unit);
-            worst = worst.max(error);
-            assert!(error <= 2.0, "exp({x}) = {found}, off by {error} units");
         }
+        assert!(worst > 0.0);
+        let special = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -1e30, 1e30, f32::MIN];
+        let mut x = [0.0; 16];
+        x[..8].copy_from_slice(&special);
+        let found = cpu.dispatch(Exponentials(&x))[index];
+        assert_eq!(found[..4], [1.0, 1.0, f32::INFINITY, 0.0], "{name}");
+        assert!(found[4].is_nan(), "{name}");
+        assert_eq!(found[5..8], [0.0, f32::INFINITY, 0.0], "{name}");
     }
-    assert!(worst > 0.0);
-    let special = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, -1e30, 1e30, f32::MIN];
-    let mut x = [0.0; 16];
-    x[..8].copy_from_slice(&special);
-    let found = cpu.dispatch(Exp(&x));
-    assert_eq!(found[..4], [1.0, 1.0, f32::INFINITY, 0.0]);
-    assert!(found[4].is_nan());
-    assert_eq!(found[5..8], [0.0, f32::INFINITY, 0.0]);
 }
 
 struct Streams<'a> {

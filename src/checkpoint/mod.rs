@@ -291,11 +291,6 @@ impl Checkpoint {
         let parts = |tensor: &StoredTensor| if tensor.complex { 2 } else { 1 };
         self.stored().map(|(_, tensor)| (tensor.read_bytes() * parts(tensor)) as u64).sum()
     }
-
-    /// Which half of a complex tensor this is; `None` for a real tensor and for a name that there is not.
-    pub fn complex_part(&self, name: &str) -> Option<ComplexPart> {
-        self.tensors.get(name)?.part
-    }
 }
 
 impl TensorSource for Checkpoint {
@@ -343,5 +338,9 @@ impl TensorSource for Checkpoint {
 
     fn notices(&self) -> &[String] {
         &self.notices
+    }
+
+    fn complex_part(&self, name: &str) -> Option<ComplexPart> {
+        self.tensors.get(name)?.part
     }
 }

@@ -131,7 +131,8 @@ fn parse_bits(text: &str) -> Result<Bits, &'static str> {
     })
 }
 
-fn parse_size(text: &str) -> Result<u64, String> {
+/// Reads a size with its unit, e.g. `2GB`.
+pub fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit: u64 = match text[digits.len()..].to_ascii_uppercase().as_str() {
         "" | "B" => 1,

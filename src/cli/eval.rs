@@ -8,6 +8,7 @@ use bkpack::{
         perplexity::{Evaluation, Options, evaluate},
         text::{Tokenizer, read_text, read_tokens},
     },
+    model::config::check_not_synthetic,
     ops::cpu::Activations,
     report::table::{count, facts},
     tensor::TensorSource,
@@ -66,6 +67,10 @@ pub struct EvalArgs {
     #[arg(long, value_enum, default_value_t)]
     activations: Activations,
 
+    /// Measure a model whose positions see later tokens, and mark every figure
+    #[arg(long)]
+    allow_lookahead: bool,
+
     /// Check every hash of the packed file before it is used
     #[arg(long)]
     verify_hashes: bool,
@@ -94,7 +99,12 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         (None, None) => unreachable!("clap requires one of the two"),
     };
     tokens.truncate(args.limit_tokens.unwrap_or(usize::MAX));
-    let options = Options { ctx: args.ctx, skip: args.skip, activations: args.activations };
+    let options = Options {
+        ctx: args.ctx,
+        skip: args.skip,
+        activations: args.activations,
+        allow_lookahead: args.allow_lookahead,
+    };
     let cpu = Cpu::from_environment()?;
     let evaluation = evaluate(cpu, &*source, baseline.as_deref(), &tokens, &options, &observer)?;
     if args.json {
@@ -104,31 +114,42 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     }
 }
 
-/// Token ids of a text file, by the model's own tokenizer.
+/// Token ids of a text file, by the model's own tokenizer; a synthetic model, which has none, is refused as such.
 pub fn tokenize(source: &dyn TensorSource, path: &Path) -> Result<Vec<u32>> {
+    check_not_synthetic(source)?;
     Tokenizer::load(source)?.encode(&read_text(path)?)
 }
 
 fn render(evaluation: &Evaluation) -> String {
-    let mut rows = vec![("perplexity", format!("{:.4}", evaluation.ppl))];
+    // A figure that is quoted alone must carry the mark with it.
+    let mark = |name: &str| if evaluation.looks_ahead { format!("{name} (LOOKS AHEAD)") } else { name.to_owned() };
+    let mut rows = vec![(mark("perplexity"), format!("{:.4}", evaluation.ppl))];
     if let Some(baseline) = &evaluation.baseline {
         rows.extend([
-            ("baseline perplexity", format!("{:.4}", baseline.baseline_ppl)),
-            ("increase", format!("{:+.3} %", baseline.ppl_increase_percent)),
-            ("KL divergence, mean", format!("{:.6}", baseline.kld_mean)),
-            ("KL divergence, median", format!("{:.6}", baseline.kld_median)),
-            ("KL divergence, 99.9 %", format!("{:.6}", baseline.kld_p999)),
-            ("same top token", format!("{:.2} %", 100.0 * baseline.top1_agreement)),
+            (mark("baseline perplexity"), format!("{:.4}", baseline.baseline_ppl)),
+            (mark("increase"), format!("{:+.3} %", baseline.ppl_increase_percent)),
+            (mark("KL divergence, mean"), format!("{:.6}", baseline.kld_mean)),
+            (mark("KL divergence, median"), format!("{:.6}", baseline.kld_median)),
+            (mark("KL divergence, 99.9 %"), format!("{:.6}", baseline.kld_p999)),
+            (mark("same top token"), format!("{:.2} %", 100.0 * baseline.top1_agreement)),
         ]);
     }
     let scored = count(evaluation.scored);
     rows.extend([
-        ("bits per weight", format!("{:.3}", evaluation.bits_per_weight)),
-        ("ratio to FP32", format!("{:.3}", evaluation.ratio_fp32)),
-        ("file bytes", count(evaluation.file_bytes)),
-        ("tokens/s", format!("{:.1}", evaluation.tokens_per_second)),
-        ("scored tokens", format!("{scored} ({} windows of {})", evaluation.windows, evaluation.ctx)),
-        ("activations", evaluation.activations.name().to_owned()),
+        ("bits per weight".into(), format!("{:.3}", evaluation.bits_per_weight)),
+        ("ratio to FP32".into(), format!("{:.3}", evaluation.ratio_fp32)),
+        ("file bytes".into(), count(evaluation.file_bytes)),
+        ("tokens/s".into(), format!("{:.1}", evaluation.tokens_per_second)),
+        ("scored tokens".into(), format!("{scored} ({} windows of {})", evaluation.windows, evaluation.ctx)),
+        ("activations".into(), evaluation.activations.name().to_owned()),
     ]);
-    facts(rows).trim_fmt()
+    if let Some(error) = &evaluation.core_error {
+        let percent = |error: f64| format!("{:.3} %", 100.0 * error);
+        rows.extend([
+            (format!("error of v at INT{}", error.bits), percent(error.v)),
+            (format!("error of Re G at INT{}", error.bits), percent(error.re_g)),
+            (format!("error of Im G at INT{}", error.bits), percent(error.im_g)),
+        ]);
+    }
+    facts(rows.iter().map(|(name, value)| (name.as_str(), value.clone()))).trim_fmt()
 }

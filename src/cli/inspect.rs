@@ -6,7 +6,7 @@ use bkpack::{
     Result,
     format::{Manifest, PackedFile, PackedTensor},
     report::table::{count, facts, table},
-    tensor::TensorSource,
+    tensor::{ActivationQuantization, ComplexPart, TensorSource},
 };
 use clap::{Args, ValueEnum};
 use serde_json::json;
@@ -61,7 +61,7 @@ pub fn run(args: &InspectArgs) -> Result<()> {
         Sort::Bytes => tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.bytes())),
         Sort::Bits => tensors.sort_by(|a, b| bits(b).total_cmp(&bits(a))),
     }
-    let parameters: u64 = tensors.iter().map(|tensor| tensor.elements() as u64).sum();
+    let parameters = packed.parameters();
     let text = if args.json { machine(&packed, &tensors, parameters) } else { human(&packed, &tensors, parameters) };
     print(&text)
 }
@@ -80,6 +80,7 @@ fn machine(packed: &PackedFile, tensors: &[&PackedTensor], parameters: u64) -> S
                 "name": tensor.name,
                 "shape": tensor.shape,
                 "component": tensor.component,
+                "complex": tensor.complex,
                 "encoding": tensor.encoding,
                 "bytes": tensor.bytes(),
                 "parts": parts,
@@ -87,7 +88,7 @@ fn machine(packed: &PackedFile, tensors: &[&PackedTensor], parameters: u64) -> S
         })
         .collect();
     let files: Vec<_> = packed.files().map(|(name, bytes)| json!({ "name": name, "bytes": bytes })).collect();
-    let Manifest { version, producer, source, policy, config, .. } = manifest;
+    let Manifest { version, producer, source, policy, config, activations, .. } = manifest;
     let object = json!({
         "version": version,
         "producer": producer,
@@ -98,6 +99,7 @@ fn machine(packed: &PackedFile, tensors: &[&PackedTensor], parameters: u64) -> S
         "parameters": parameters,
         "bits_per_weight": 8.0 * packed.file_bytes() as f64 / parameters as f64,
         "tensors": tensors,
+        "activations": activations,
         "files": files,
     });
     serde_json::to_string_pretty(&object).expect("plain data is JSON")
@@ -109,6 +111,7 @@ fn human(packed: &PackedFile, tensors: &[&PackedTensor], parameters: u64) -> Str
     let architecture = manifest.config.as_ref().and_then(|config| config["architectures"][0].as_str());
     let sources: Vec<&str> = manifest.source.files.iter().map(|file| file.name.as_str()).collect();
     let files: Vec<&str> = packed.files().map(|(name, _)| name).collect();
+    let activations = manifest.activations.iter().map(|record| ("activations", describe(record)));
     let rows = [
         ("architecture", architecture.unwrap_or("unknown").to_owned()),
         ("format", format!("version {}, written by {}", manifest.version, manifest.producer)),
@@ -125,12 +128,24 @@ fn human(packed: &PackedFile, tensors: &[&PackedTensor], parameters: u64) -> Str
         lines.add_row([
             tensor.name.clone(),
             format!("{:?}", tensor.shape),
-            tensor.component.clone(),
+            match tensor.complex {
+                None => tensor.component.clone(),
+                Some(ComplexPart::Real) => format!("{} (real part)", tensor.component),
+                Some(ComplexPart::Imaginary) => format!("{} (imaginary part)", tensor.component),
+            },
             tensor.encoding.to_string(),
             count(tensor.elements() as u64),
             count(tensor.bytes() as u64),
             format!("{:.3}", 8.0 * tensor.bytes() as f64 / tensor.elements() as f64),
         ]);
     }
-    format!("{}\n\n{}", facts(rows).trim_fmt(), lines.trim_fmt())
+    format!("{}\n\n{}", facts(rows.into_iter().chain(activations)).trim_fmt(), lines.trim_fmt())
+}
+
+fn describe(record: &ActivationQuantization) -> String {
+    let ActivationQuantization { component, bits, group_size, positions, samples, text, .. } = record;
+    format!(
+        "{component} INT{bits} g{group_size}, {positions} positions, calibrated on {samples} windows of {}",
+        text.name
+    )
 }

@@ -1,6 +1,7 @@
 //! The command line: one file a subcommand.
 
 mod archive;
+mod calibrate;
 mod convert;
 mod diff;
 mod eval;
@@ -9,6 +10,7 @@ mod inspect;
 mod logits;
 mod progress;
 mod source;
+mod synth;
 mod unpack;
 mod verify;
 
@@ -49,10 +51,12 @@ enum Command {
     Verify(verify::VerifyArgs),
     Inspect(inspect::InspectArgs),
     Diff(diff::DiffArgs),
+    Calibrate(calibrate::CalibrateArgs),
     Generate(generate::GenerateArgs),
     Logits(logits::LogitsArgs),
     Archive(archive::ArchiveArgs),
     Unpack(unpack::UnpackArgs),
+    Synth(synth::SynthArgs),
     /// Print a completion script for a shell
     #[command(after_help = COMPLETION_EXAMPLES)]
     Completions {
@@ -98,10 +102,12 @@ pub fn run() -> ExitCode {
         Command::Verify(args) => verify::run(args),
         Command::Inspect(args) => inspect::run(args).map(|()| ExitCode::SUCCESS),
         Command::Diff(args) => diff::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Calibrate(args) => calibrate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Logits(args) => logits::run(args).map(|()| ExitCode::SUCCESS),
         Command::Archive(args) => archive::run(args).map(|()| ExitCode::SUCCESS),
         Command::Unpack(args) => unpack::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Synth(args) => synth::run(args).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {
             // Into memory first: the generator panics where it cannot write.
             let mut script = Vec::new();

@@ -39,7 +39,7 @@ pub struct Limits<'a> {
 ///
 /// # Errors
 /// [`Error::Tokens`] for an empty prompt, one that fills the model's context, or ids outside of the vocabulary; what
-/// `emit` returns.
+/// `emit` returns; [`Error::NotSequential`].
 pub fn generate<O: Ops>(
     (model, ops): (&Model<O>, &O),
     tokenizer: &Tokenizer,
@@ -49,6 +49,7 @@ pub fn generate<O: Ops>(
     observer: &dyn Observer,
     mut emit: impl FnMut(&str) -> Result<()>,
 ) -> Result<Generated> {
+    model.check_sequential()?;
     let refused = |why| Err(Error::Tokens { source_name: "the prompt".into(), why });
     let room = model.max_positions().saturating_sub(prompt.len());
     if prompt.is_empty() {

@@ -44,7 +44,7 @@ pub fn write_logits<O: Ops>(
     let mut values = Vec::new();
     let rows = slice_rows(vocab_size, 1);
     observer.begin("Computing", tokens.len() as u64, Unit::Tokens);
-    for batch in tokens.chunks(BATCH) {
+    for batch in tokens.chunks(if model.runs_whole() { tokens.len() } else { BATCH }) {
         let hidden = model.forward(batch, &mut state)?;
         for first in (0..batch.len()).step_by(rows) {
             observer.check()?;

@@ -1,5 +1,7 @@
-//! Running models on text: tokens, windows, perplexity, the distance to a baseline, logits, generation.
+//! Running models on text: tokens, windows, calibration, perplexity, the distance to a baseline, logits, generation.
 
+pub mod calibrate;
+pub mod causality;
 pub mod difference;
 pub mod generate;
 pub mod logits;

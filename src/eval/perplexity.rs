@@ -8,10 +8,17 @@ use std::{
 use bkpack_kernels::{Cpu, cpu::Comparison};
 use serde::Serialize;
 
-use super::text::{Tokenizer, window_bos};
+use super::{
+    causality::looks_ahead,
+    text::{Tokenizer, window_bos},
+};
 use crate::{
     error::{Error, Result},
-    model::{Model, State, check_tokens},
+    model::{
+        Model, State, check_tokens,
+        config::check_not_synthetic,
+        core_activations::{self, CoreTrace},
+    },
     ops::{
         Ops,
         cpu::{Activations, CpuOps},
@@ -63,6 +70,8 @@ pub struct Evaluation {
     pub nll: f64,
     /// Scored positions.
     pub scored: u64,
+    /// Whether the model, or the baseline, sees later tokens: then no figure here is that of a language model.
+    pub looks_ahead: bool,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<BaselineComparison>,
     /// Bits on disk for each weight, every byte of the file counted.
@@ -74,6 +83,9 @@ pub struct Evaluation {
     /// Of the model alone: the baseline's time is not counted.
     pub tokens_per_second: f64,
     pub activations: Activations,
+    /// Where the model quantizes the activations of its Birman-Schwinger core.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub core_error: Option<CoreError>,
     pub ctx: usize,
     pub skip: usize,
     pub windows: usize,
@@ -97,6 +109,17 @@ pub struct BaselineComparison {
     pub top1_agreement: f64,
 }
 
+/// The relative error of quantized activations over all layers and positions: the mean absolute difference to what the
+/// same inputs give without rounding, over the mean absolute value of the latter.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct CoreError {
+    pub bits: u32,
+    pub v: f64,
+    /// Of the resolvent's real part, with the error that comes from v.
+    pub re_g: f64,
+    pub im_g: f64,
+}
+
 /// How to measure.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -106,14 +129,16 @@ pub struct Options {
     pub skip: usize,
     /// Of the model; a baseline always runs with exact ones.
     pub activations: Activations,
+    /// Measure a model that sees later tokens all the same.
+    pub allow_lookahead: bool,
 }
 
 /// Measures a model's perplexity on `tokens`, and its distance to `baseline`, which runs side by side.
 ///
 /// # Errors
-/// As [`Model::load`] and [`Protocol::new`]; [`Error::Tokens`] for ids outside of the vocabulary or too few for one
-/// window; [`Error::Incomparable`] for a baseline of another vocabulary; [`Error::Output`] where a model computes what is
-/// not finite; [`Error::Cancelled`].
+/// As [`Model::load`] and [`Protocol::new`]; [`Error::Synthetic`] for random weights; [`Error::Tokens`] for ids outside
+/// of the vocabulary or too few for one window; [`Error::Incomparable`] for a baseline of another vocabulary; [`Error::Output`] where a model computes what is
+/// not finite; [`Error::LooksAhead`] for a model or baseline that sees later tokens, unless allowed; [`Error::Cancelled`].
 pub fn evaluate(
     cpu: Cpu,
     source: &dyn TensorSource,
@@ -122,6 +147,7 @@ pub fn evaluate(
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<Evaluation> {
+    std::iter::once(source).chain(baseline).try_for_each(check_not_synthetic)?;
     let (ops, exact) = (CpuOps::new(cpu, options.activations), CpuOps::new(cpu, Activations::Exact));
     let model = Model::load(source, &ops)?;
     let baseline = match baseline {
@@ -140,6 +166,16 @@ pub fn evaluate(
         return Err(Error::Tokens { source_name: "the text".into(), why });
     }
 
+    let probe = |path: &Path, looks_ahead: bool| match looks_ahead && !options.allow_lookahead {
+        true => Err(Error::LooksAhead { path: path.to_owned() }),
+        false => Ok(looks_ahead),
+    };
+    let probed = &tokens[..protocol.ctx];
+    let mut sees_later = probe(source.path(), looks_ahead(&model, &ops, probed)?)?;
+    if let Some((baseline, model)) = &baseline {
+        sees_later |= probe(baseline.path(), looks_ahead(model, &exact, probed)?)?;
+    }
+
     let bos = window_bos(source)?;
     let rows = slice_rows(vocab_size, 1 + usize::from(baseline.is_some()));
     let mut model = Runner::new(source, &ops, cpu, model, protocol.ctx)?;
@@ -147,6 +183,11 @@ pub fn evaluate(
         Some((source, model)) => Some(Runner::new(source, &exact, cpu, model, protocol.ctx)?),
         None => None,
     };
+    // Errors of the core's activations are seen where a text begins, so that one is run in one call, too.
+    let whole = model.model.runs_whole()
+        || model.model.quantizes_core()
+        || baseline.as_ref().is_some_and(|baseline| baseline.model.runs_whole());
+    let batch_tokens = if whole { protocol.ctx } else { BATCH };
     let mut compared = Vec::new();
     observer.begin("Evaluating", (windows * protocol.ctx) as u64, Unit::Tokens);
     for window in tokens.chunks_exact(protocol.ctx) {
@@ -154,16 +195,16 @@ pub fn evaluate(
         if let Some(bos) = bos {
             window[0] = bos;
         }
-        model.restart();
-        baseline.iter_mut().for_each(Runner::restart);
-        for (index, batch) in window.chunks(BATCH).enumerate() {
+        model.restart()?;
+        baseline.iter_mut().try_for_each(Runner::restart)?;
+        for (index, batch) in window.chunks(batch_tokens).enumerate() {
             observer.check()?;
             let hidden = model.forward(batch)?;
             let mut baseline = match &mut baseline {
                 Some(baseline) => Some((baseline.forward(batch)?, baseline)),
                 None => None,
             };
-            for (row, targets) in slices(&window, index * BATCH, batch.len(), protocol.skip, rows) {
+            for (row, targets) in slices(&window, index * batch_tokens, batch.len(), protocol.skip, rows) {
                 model.score(&hidden, row, targets)?;
                 if let Some((hidden, baseline)) = &mut baseline {
                     baseline.score(hidden, row, targets)?;
@@ -179,16 +220,18 @@ pub fn evaluate(
 
     let scored = (windows * (protocol.ctx - protocol.skip)) as u64;
     let nll = model.nll / scored as f64;
-    let (parameters, file_bytes) = (parameters(source), source.file_bytes());
+    let (parameters, file_bytes) = (source.parameters(), source.file_bytes());
     Ok(Evaluation {
         ppl: nll.exp(),
         nll,
         scored,
+        looks_ahead: sees_later,
         baseline: baseline.map(|baseline| BaselineComparison::new(nll, baseline.nll / scored as f64, &compared)),
         bits_per_weight: 8.0 * file_bytes as f64 / parameters as f64,
         ratio_fp32: 4.0 * parameters as f64 / file_bytes as f64,
         file_bytes,
         parameters,
+        core_error: model.core_errors.relative(source),
         tokens_per_second: (windows * protocol.ctx) as f64 / model.time.as_secs_f64(),
         activations: options.activations,
         ctx: protocol.ctx,
@@ -206,12 +249,6 @@ fn slices(window: &[u32], first: usize, len: usize, skip: usize, rows: usize) ->
     let start = (first + 1).max(skip);
     let end = (first + len + 1).min(window.len());
     (start..end).step_by(rows).map(move |target| (target - 1 - first, &window[target..end.min(target + rows)]))
-}
-
-/// The number of weights of a model; one that is tied is stored, and counted, once.
-pub fn parameters(source: &dyn TensorSource) -> u64 {
-    let elements = |name: &String| source.shape(name).unwrap_or_default().iter().product::<usize>() as u64;
-    source.names().iter().map(elements).sum()
 }
 
 /// Positions whose logits fit the memory set aside for them, shared by so many models.
@@ -256,23 +293,38 @@ struct Runner<'a, O: Ops> {
     /// Of the slice that was scored last.
     logits: Vec<f32>, // [rows, vocab_size]
     nll: f64,
+    core_errors: CoreErrors,
     time: Duration,
 }
 
 impl<'a, O: Ops> Runner<'a, O> {
     fn new(source: &'a dyn TensorSource, ops: &'a O, cpu: Cpu, model: Model<'a, O>, ctx: usize) -> Result<Self> {
-        let state = model.state(ctx)?;
-        Ok(Self { path: source.path(), ops, cpu, model, state, logits: Vec::new(), nll: 0.0, time: Duration::ZERO })
+        let mut state = model.state(ctx)?;
+        if model.quantizes_core() {
+            state.record_core();
+        }
+        Ok(Self {
+            path: source.path(),
+            ops,
+            cpu,
+            model,
+            state,
+            logits: Vec::new(),
+            nll: 0.0,
+            core_errors: CoreErrors::default(),
+            time: Duration::ZERO,
+        })
     }
 
-    fn restart(&mut self) {
-        self.state.clear(self.ops);
+    fn restart(&mut self) -> Result<()> {
+        self.state.clear(self.ops)
     }
 
     fn forward(&mut self, batch: &[u32]) -> Result<O::Tensor> {
         let start = Instant::now();
         let hidden = self.model.forward(batch, &mut self.state)?;
         self.time += start.elapsed();
+        self.state.core().iter().for_each(|trace| self.core_errors.add(trace));
         Ok(hidden)
     }
 
@@ -291,6 +343,31 @@ impl<'a, O: Ops> Runner<'a, O> {
         }
         self.nll += sum;
         Ok(())
+    }
+}
+
+/// Sums over all layers and positions; rows v, Re G, Im G.
+#[derive(Default)]
+struct CoreErrors {
+    difference: [f64; 3],
+    magnitude: [f64; 3],
+}
+
+impl CoreErrors {
+    fn add(&mut self, trace: &CoreTrace) {
+        for (row, (exact, used)) in trace.exact.rows().into_iter().zip(trace.used.rows()).enumerate() {
+            let pairs = exact.iter().zip(used);
+            self.difference[row] += pairs.map(|(exact, used)| f64::from((exact - used).abs())).sum::<f64>();
+            self.magnitude[row] += exact.iter().map(|exact| f64::from(exact.abs())).sum::<f64>();
+        }
+    }
+
+    /// `None` where the model's activations are not quantized.
+    fn relative(&self, source: &dyn TensorSource) -> Option<CoreError> {
+        let record = source.activations().iter().find(|record| record.component == core_activations::COMPONENT)?;
+        // No error in what is zero throughout.
+        let relative = |row: usize| self.difference[row] / self.magnitude[row].max(f64::MIN_POSITIVE);
+        Some(CoreError { bits: record.bits, v: relative(0), re_g: relative(1), im_g: relative(2) })
     }
 }
 

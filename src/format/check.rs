@@ -12,7 +12,8 @@ use crate::{
 };
 
 impl PackedFile {
-    /// Checks the hash of every part, then that codes stay on their grid, padding is zero and scales are finite.
+    /// Checks the hash of every part, then that codes stay on their grid, padding is zero and scales are finite
+    /// (and, those of activations, not negative).
     ///
     /// # Errors
     /// The first broken rule, in the file's order; the sentence names the tensor and the part.
@@ -32,6 +33,7 @@ impl PackedFile {
             observer.check()?;
             self.check_codes(tensor)?;
         }
+        self.check_activation_values()?;
         observer.end();
         Ok(())
     }

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     encoding::{Encoding, FloatName},
-    tensor::matrix_shape,
+    tensor::{ComplexPart, matrix_shape},
 };
 
 /// A tensor whose encoding is decided.
@@ -19,6 +19,8 @@ pub struct PlannedTensor {
     pub name: String,
     pub shape: Vec<usize>,
     pub component: String,
+    /// Which half of a complex tensor it is.
+    pub complex: Option<ComplexPart>,
     pub encoding: Encoding,
 }
 
@@ -62,7 +64,8 @@ pub struct FilePlan {
 }
 
 impl FilePlan {
-    fn new(path: PathBuf, manifest: Manifest, stored: Vec<Stored>) -> Self {
+    /// Gives every stored part of a manifest its place.
+    pub(super) fn new(path: PathBuf, manifest: Manifest, stored: Vec<Stored>) -> Self {
         let mut order: Vec<Stored> = stored;
         // Multiples of 64 first keeps them aligned to 64 bytes; then by falling element size, so that every part is
         // naturally aligned. The sort is stable: within a class the manifest's order holds.
@@ -166,6 +169,7 @@ pub fn plan(
         config,
         shard: None,
         tensors: Vec::new(),
+        activations: Vec::new(),
         files: Vec::new(),
     };
     let count = groups.len();
@@ -186,10 +190,9 @@ pub fn plan(
             }
             if index == 0 {
                 for file in files {
-                    let name = format!("{FILE_PREFIX}{}", file.name);
-                    let part = Part { name: name.clone(), blake3: ZERO_HASH.into() };
+                    let part = Part { name: format!("{FILE_PREFIX}{}", file.name), blake3: ZERO_HASH.into() };
+                    stored.push(stored_file(&part.name, file.bytes.len()));
                     manifest.files.push(FileEntry { name: file.name.clone(), part });
-                    stored.push(Stored { role: Role::Values, name, dtype: "U8", shape: vec![file.bytes.len()] });
                 }
             }
             if count > 1 {
@@ -274,6 +277,11 @@ fn element_bytes(dtype: &str) -> usize {
     }
 }
 
+/// The part of a travelling file.
+pub(super) fn stored_file(part: &str, bytes: usize) -> Stored {
+    Stored { role: Role::Values, name: part.to_owned(), dtype: "U8", shape: vec![bytes] }
+}
+
 /// The parts that a tensor of this encoding has: the format's one rule for names, types and shapes.
 pub(super) fn stored_parts(tensor: &PlannedTensor) -> Vec<Stored> {
     let part =
@@ -297,7 +305,7 @@ pub(super) fn stored_parts(tensor: &PlannedTensor) -> Vec<Stored> {
     }
 }
 
-fn tensor_entry(tensor: &PlannedTensor, stored: &[Stored]) -> TensorEntry {
+pub(super) fn tensor_entry(tensor: &PlannedTensor, stored: &[Stored]) -> TensorEntry {
     let mut parts = Parts::default();
     for part in stored {
         let slot = match part.role {
@@ -312,6 +320,7 @@ fn tensor_entry(tensor: &PlannedTensor, stored: &[Stored]) -> TensorEntry {
         name: tensor.name.clone(),
         shape: tensor.shape.iter().map(|&dimension| dimension as u64).collect(),
         component: tensor.component.clone(),
+        complex: tensor.complex.map(|half| serde_json::to_value(half).expect("a half is JSON")),
         encoding: serde_json::to_value(tensor.encoding).expect("an encoding is JSON"),
         parts: serde_json::to_value(parts).expect("parts are JSON"),
     }

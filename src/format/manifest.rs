@@ -1,9 +1,12 @@
 //! The manifest: one JSON document in the header that says what each tensor is and what its bytes hash to.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 
-/// What a packed file says of itself. Unknown fields are ignored, except inside an encoding and a part.
+use crate::tensor::ActivationQuantization;
+
+/// What a packed file says of itself. Unknown fields are ignored, except inside an encoding, a part and a record of
+/// activations.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
     /// Format version.
@@ -22,6 +25,9 @@ pub struct Manifest {
     pub shard: Option<ShardInfo>,
     /// The logical tensors, in natural order of their names.
     pub tensors: Vec<TensorEntry>,
+    /// How activations are quantized; absent where they are not.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub activations: Vec<ActivationQuantization>,
     /// Files that travel with the model.
     pub files: Vec<FileEntry>,
 }
@@ -29,7 +35,7 @@ pub struct Manifest {
 /// The checkpoint that a model was packed from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Source {
-    /// `huggingface` or `safetensors`.
+    /// `huggingface`, `safetensors`, `npz` or `torch`.
     pub kind: String,
     pub files: Vec<SourceFile>,
 }
@@ -66,10 +72,18 @@ pub struct TensorEntry {
     pub shape: Vec<u64>,
     /// Which component of the model it belongs to (`other`, `embedding`, ...).
     pub component: String,
+    /// Which half of a complex tensor it is; see [`crate::tensor::ComplexPart`].
+    #[serde(default, deserialize_with = "present", skip_serializing_if = "Option::is_none")]
+    pub complex: Option<Value>,
     /// A tagged object; see [`crate::encoding::Encoding`].
     pub encoding: Value,
     /// An object from roles to parts; see [`Parts`].
     pub parts: Value,
+}
+
+/// A field that is there, null included: only its absence is `None`.
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(deserializer).map(Some)
 }
 
 /// The stored tensors that make up a logical one.

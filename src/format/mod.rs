@@ -9,8 +9,11 @@ use crate::{
     tensor::TensorSource,
 };
 
+mod activations;
+pub mod amend;
 pub mod archive;
 mod check;
+mod complex;
 mod layout;
 mod manifest;
 mod read;
@@ -19,6 +22,7 @@ mod write;
 pub use layout::{FilePlan, PlannedFile, PlannedTensor, plan};
 pub use manifest::{Manifest, Part, ShardInfo, Source, SourceFile};
 pub use read::{PackedFile, PackedPart, PackedTensor};
+pub(crate) use write::without_temporary_name;
 pub use write::{PackedWriter, check_output, persist, planned_bytes, temporary_beside};
 
 /// The format version that this code writes and reads.

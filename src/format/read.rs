@@ -12,7 +12,9 @@ use safetensors::Dtype;
 use serde_json::Value;
 
 use super::{
-    ARCHIVE_KEY, FILE_PREFIX, MANIFEST_KEY, PAGE, SEAL_KEY, VERSION, ZERO_HASH, index_path,
+    ARCHIVE_KEY, FILE_PREFIX, MANIFEST_KEY, PAGE, SEAL_KEY, VERSION, ZERO_HASH,
+    complex::read_half,
+    index_path,
     layout::{PlannedTensor, Role, render_index, seal_position, stored_parts},
     manifest::{Manifest, Part, Parts, TensorEntry},
 };
@@ -22,7 +24,7 @@ use crate::{
     error::{Error, Result},
     json,
     mmap::FileMap,
-    tensor::{Tensor, TensorData, TensorSource, checked_elements, natural_order},
+    tensor::{ActivationQuantization, ComplexPart, Tensor, TensorData, TensorSource, checked_elements, natural_order},
 };
 
 /// A packed model, mapped. Weights are handed out without copying.
@@ -52,6 +54,8 @@ pub struct PackedTensor {
     pub name: String,
     pub shape: Vec<usize>,
     pub component: String,
+    /// Which half of a complex tensor it is.
+    pub complex: Option<ComplexPart>,
     pub encoding: Encoding,
     /// The values, or codes, scales and (where there are any) zero points.
     pub parts: Vec<PackedPart>,
@@ -98,9 +102,16 @@ impl PackedFile {
                 let why = format!("is shard {} of {}; open the index beside it", shard.index, shard.count);
                 return Err(Error::ShardSet { path: path.to_owned(), why });
             }
-            return Ok(packed);
+            return packed.checked();
         };
-        Self::open_sharded(path, &index)
+        Self::open_sharded(path, &index)?.checked()
+    }
+
+    /// The rules between tensors, which may lie in different shards.
+    fn checked(self) -> Result<Self> {
+        self.check_complex()?;
+        self.check_activations()?;
+        Ok(self)
     }
 
     fn open_sharded(path: &Path, index: &Path) -> Result<Self> {
@@ -163,6 +174,7 @@ impl PackedFile {
             config: None,
             shard: None,
             tensors: Vec::new(),
+            activations: Vec::new(),
             files: Vec::new(),
         };
         Self {
@@ -250,6 +262,8 @@ impl PackedFile {
         let data_start = header.data_start;
         if shard == 0 {
             self.manifest = manifest.clone();
+        } else if !manifest.activations.is_empty() {
+            return Err(Error::ActivationShard { path: path.to_owned() });
         }
         self.shards.push(Shard { path: path.to_owned(), map, data_start });
         self.names.sort_by(|a, b| natural_order(a, b));
@@ -280,7 +294,12 @@ impl PackedFile {
     pub(super) fn all_parts(&self) -> impl Iterator<Item = (&str, &PackedPart)> {
         let tensors =
             self.tensors.iter().flat_map(|tensor| tensor.parts.iter().map(|part| (tensor.name.as_str(), part)));
-        tensors.chain(self.files.iter().map(|(name, part)| (name.as_str(), part)))
+        tensors.chain(self.file_parts())
+    }
+
+    /// The parts of the travelling files with their names.
+    pub(super) fn file_parts(&self) -> impl Iterator<Item = (&str, &PackedPart)> {
+        self.files.iter().map(|(name, part)| (name.as_str(), part))
     }
 
     /// A part's bytes.
@@ -339,9 +358,9 @@ pub(super) fn read_manifest(path: &Path, file: &[u8], header: &Header) -> Result
         return Err(Error::FormatVersion { path: path.to_owned(), found: version });
     }
     serde_json::from_str(text).map_err(|error| match error.to_string() {
-        // Of what is parsed here, only the part of a travelling file refuses unknown fields.
+        // Of what is parsed here, only the part of a travelling file and a record of activations refuse unknown fields.
         why if why.starts_with("unknown field") => {
-            Error::UnknownField { path: path.to_owned(), tensor: "a travelling file".into(), why }
+            Error::UnknownField { path: path.to_owned(), tensor: "a travelling file or activations".into(), why }
         }
         why => invalid(why),
     })
@@ -377,7 +396,9 @@ fn read_tensor(
         Some(_) => {}
     }
     let encoding = read_encoding(&path, entry)?;
-    let planned = PlannedTensor { name: entry.name.clone(), shape, component: entry.component.clone(), encoding };
+    let complex = read_half(&path(), entry)?;
+    let planned =
+        PlannedTensor { name: entry.name.clone(), shape, component: entry.component.clone(), complex, encoding };
     let expected = stored_parts(&planned);
     let named = read_parts(&path, entry)?;
     let slots = [
@@ -416,7 +437,8 @@ fn read_tensor(
         }
         parts.push(part);
     }
-    Ok(PackedTensor { name: planned.name, shape: planned.shape, component: planned.component, encoding, parts })
+    let PlannedTensor { name, shape, component, .. } = planned;
+    Ok(PackedTensor { name, shape, component, complex, encoding, parts })
 }
 
 fn read_encoding(path: &impl Fn() -> PathBuf, entry: &TensorEntry) -> Result<Encoding> {
@@ -519,5 +541,13 @@ impl TensorSource for PackedFile {
 
     fn file_bytes(&self) -> u64 {
         self.shards.iter().map(|shard| shard.map.len() as u64).sum::<u64>() + self.index_bytes
+    }
+
+    fn complex_part(&self, name: &str) -> Option<ComplexPart> {
+        self.entry(name)?.complex
+    }
+
+    fn activations(&self) -> &[ActivationQuantization] {
+        &self.manifest.activations
     }
 }

@@ -54,16 +54,18 @@ impl PackedWriter {
         Ok(writer)
     }
 
-    /// Writes one part and remembers its hash.
+    /// Writes one part, and remembers and returns its hash.
     ///
     /// # Panics
     /// If the part was not planned with this length: the caller's mistake.
-    pub fn write_part(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+    pub fn write_part(&mut self, name: &str, bytes: &[u8]) -> Result<blake3::Hash> {
         let place = self.places.get_mut(name).expect("a planned part");
         assert_eq!(place.bytes, bytes.len(), "part {name} has its planned length");
-        place.hash = Some(hash(bytes));
+        let hash = hash(bytes);
+        place.hash = Some(hash);
         let (plan, temporary) = &mut self.files[place.file];
-        write_at(temporary.as_file_mut(), place.offset, bytes).map_err(Error::io(&plan.path))
+        write_at(temporary.as_file_mut(), place.offset, bytes).map_err(Error::io(&plan.path))?;
+        Ok(hash)
     }
 
     /// Writes the headers and gives the files their final names, the index of a sharded model last. `source` are the
@@ -72,8 +74,16 @@ impl PackedWriter {
     /// # Panics
     /// If a planned part was not written, or a hash is missing: the caller's mistake.
     pub fn finish(mut self, source: &[blake3::Hash]) -> Result<Vec<PathBuf>> {
+        for (plan, _) in &mut self.files {
+            fill_source(&mut plan.manifest, source);
+        }
+        self.finish_as_planned()
+    }
+
+    /// [`PackedWriter::finish`] for plans that name their source as it shall stand.
+    pub(super) fn finish_as_planned(mut self) -> Result<Vec<PathBuf>> {
         for (plan, temporary) in &mut self.files {
-            fill_hashes(&mut plan.manifest, &self.places, source);
+            fill_parts(&mut plan.manifest, &self.places);
             let header = plan.render_header();
             assert_eq!(header.len(), plan.header_bytes, "the header has its planned length");
             let written = write_at(temporary.as_file_mut(), 0, &header).and_then(|()| temporary.as_file().sync_data());
@@ -160,12 +170,12 @@ pub fn temporary_beside(path: &Path) -> Result<NamedTempFile> {
             let why = format!("the folder {} does not exist; create it first", folder.display());
             Error::BadOutput { path: path.to_owned(), why }
         }
-        _ => Error::io(path)(plain(error)),
+        _ => Error::io(path)(without_temporary_name(error)),
     })
 }
 
 /// An error without the temporary file's name, which tells the user nothing.
-fn plain(error: std::io::Error) -> std::io::Error {
+pub(crate) fn without_temporary_name(error: std::io::Error) -> std::io::Error {
     match error.get_ref().and_then(|inner| inner.source()).and_then(|inner| inner.downcast_ref::<std::io::Error>()) {
         Some(inner) => inner.raw_os_error().map_or_else(|| inner.kind().into(), std::io::Error::from_raw_os_error),
         None => error,
@@ -201,7 +211,7 @@ fn write_at(file: &mut File, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
     file.write_all(bytes)
 }
 
-fn fill_hashes(manifest: &mut Manifest, places: &HashMap<String, Place>, source: &[blake3::Hash]) {
+fn fill_source(manifest: &mut Manifest, source: &[blake3::Hash]) {
     assert_eq!(manifest.source.files.len(), source.len(), "every source file has its hash");
     for (file, hash) in manifest.source.files.iter_mut().zip(source) {
         file.blake3 = hash.to_hex().to_string();
@@ -211,6 +221,9 @@ fn fill_hashes(manifest: &mut Manifest, places: &HashMap<String, Place>, source:
         let identity = serde_json::to_vec(&identity).expect("plain data is JSON");
         shard.set = blake3::hash(&identity).to_hex().to_string();
     }
+}
+
+fn fill_parts(manifest: &mut Manifest, places: &HashMap<String, Place>) {
     let digits = |name: &str| places[name].hash.expect("every planned part was written").to_hex().to_string();
     for tensor in &mut manifest.tensors {
         for part in tensor.parts.as_object_mut().expect("planned as an object").values_mut() {

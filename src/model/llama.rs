@@ -1,21 +1,22 @@
 //! The Llama family: the whole architecture.
 
-use super::{Architecture, ExpectedTensor, State, check_expected, check_tokens, config::LlamaConfig, rope};
-use crate::{
-    error::{Error, Result},
-    ops::Ops,
-    tensor::TensorSource,
+use super::{
+    Architecture, ExpectedTensor, LayerState, State, check_expected, config::LlamaConfig, linear::Linear,
+    mixture::mixture, rope,
 };
+use crate::{error::Result, ops::Ops, tensor::TensorSource};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const FINAL_NORM: &str = "model.norm.weight";
 const HEAD: &str = "lm_head.weight";
 
 /// A model of the Llama family: pre-norm blocks of grouped-query attention with rotary positions and a gated MLP.
+///
+/// Mistral's attention sees a window, Mixtral's MLP is a mixture of experts, Qwen2 has biases, and Qwen3 normalizes the
+/// query and key of each head.
 pub struct Llama<'a, O: Ops> {
     ops: &'a O,
     config: LlamaConfig,
-    path: &'a std::path::Path,
     embedding: O::Weight<'a>, // [vocab, hidden]
     layers: Vec<Layer<'a, O>>,
     final_norm: O::Tensor,         // [1, hidden]
@@ -29,51 +30,102 @@ struct Layer<'a, O: Ops> {
     key: Linear<'a, O>,        // [kv_heads * head_dim, hidden]
     value: Linear<'a, O>,      // [kv_heads * head_dim, hidden]
     output: Linear<'a, O>,     // [hidden, heads * head_dim]
+    /// Gains of the norms of each head's query and key.
+    head_norms: Option<[O::Tensor; 2]>, // [1, head_dim]
     mlp_norm: O::Tensor,       // [1, hidden]
-    gate: Linear<'a, O>,       // [intermediate, hidden]
-    up: Linear<'a, O>,         // [intermediate, hidden]
-    down: Linear<'a, O>,       // [hidden, intermediate]
+    mlp: Mlp<'a, O>,
 }
 
-struct Linear<'a, O: Ops> {
-    weight: O::Weight<'a>,   // [out, in]
-    bias: Option<O::Tensor>, // [1, out]
+enum Mlp<'a, O: Ops> {
+    Dense(Gated<'a, O>),
+    Mixture { router: O::Weight<'a> /* [experts, hidden] */, experts: Vec<Gated<'a, O>> },
 }
 
-impl<'a, O: Ops> Linear<'a, O> {
-    fn load(source: &'a dyn TensorSource, ops: &O, name: String, biased: bool) -> Result<Self> {
-        let weight = ops.weight(source, &format!("{name}.weight"))?;
-        let bias = if biased { Some(ops.vector(source, &format!("{name}.bias"))?) } else { None };
-        Ok(Self { weight, bias })
+/// A gated MLP.
+struct Gated<'a, O: Ops> {
+    gate: Linear<'a, O>, // [intermediate, hidden]
+    up: Linear<'a, O>,   // [intermediate, hidden]
+    down: Linear<'a, O>, // [hidden, intermediate]
+}
+
+impl<'a, O: Ops> Gated<'a, O> {
+    /// `[tokens, hidden]` to `[tokens, hidden]`.
+    fn apply(&self, ops: &O, x: &O::Tensor) -> Result<O::Tensor> {
+        let gated = ops.silu_multiply(self.gate.apply(ops, x)?, self.up.apply(ops, x)?)?; // [tokens, intermediate]
+        self.down.apply(ops, &gated)
+    }
+}
+
+/// How the experts of a mixture are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ExpertNames {
+    /// A matrix each: `block_sparse_moe.experts.E.w1`, `w2`, `w3`.
+    Single,
+    /// All in one tensor: `mlp.experts.gate_up_proj` `[experts, 2 * intermediate, hidden]` and `down_proj`.
+    Stacked,
+}
+
+impl ExpertNames {
+    fn of(source: &dyn TensorSource) -> Self {
+        match source.shape("model.layers.0.mlp.experts.gate_up_proj") {
+            Some(_) => ExpertNames::Stacked,
+            None => ExpertNames::Single,
+        }
     }
 
-    fn apply(&self, ops: &O, x: &O::Tensor) -> Result<O::Tensor> {
-        ops.linear(x, &self.weight, self.bias.as_ref())
+    const fn router(self) -> &'static str {
+        match self {
+            ExpertNames::Single => "block_sparse_moe.gate.weight",
+            ExpertNames::Stacked => "mlp.gate.weight",
+        }
     }
 }
 
 /// The tensors that the model needs; a tied head is none of them.
-pub(super) fn expected_tensors(config: &LlamaConfig) -> Vec<ExpectedTensor> {
+pub(super) fn expected_tensors(source: &dyn TensorSource, config: &LlamaConfig) -> Vec<ExpectedTensor> {
     let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
     let (query, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
     let mut expected = Vec::new();
     let mut expect = |name: String, shape: &[usize]| expected.push(ExpectedTensor { name, shape: shape.to_vec() });
     expect(EMBEDDING.into(), &[config.vocab_size, hidden]);
     for layer in 0..config.layers {
-        expect(format!("model.layers.{layer}.input_layernorm.weight"), &[hidden]);
-        expect(format!("model.layers.{layer}.post_attention_layernorm.weight"), &[hidden]);
-        for (name, rows, cols, biased) in [
-            ("self_attn.q_proj", query, hidden, config.attention_bias),
-            ("self_attn.k_proj", kv, hidden, config.attention_bias),
-            ("self_attn.v_proj", kv, hidden, config.attention_bias),
-            ("self_attn.o_proj", hidden, query, config.attention_bias),
-            ("mlp.gate_proj", intermediate, hidden, config.mlp_bias),
-            ("mlp.up_proj", intermediate, hidden, config.mlp_bias),
-            ("mlp.down_proj", hidden, intermediate, config.mlp_bias),
-        ] {
-            expect(format!("model.layers.{layer}.{name}.weight"), &[rows, cols]);
+        let name = |part: &str| format!("model.layers.{layer}.{part}");
+        expect(name("input_layernorm.weight"), &[hidden]);
+        expect(name("post_attention_layernorm.weight"), &[hidden]);
+        if config.head_norms {
+            expect(name("self_attn.q_norm.weight"), &[config.head_dim]);
+            expect(name("self_attn.k_norm.weight"), &[config.head_dim]);
+        }
+        let mut linear = |part: &str, rows: usize, cols: usize, biased: bool| {
+            expect(name(&format!("{part}.weight")), &[rows, cols]);
             if biased {
-                expect(format!("model.layers.{layer}.{name}.bias"), &[rows]);
+                expect(name(&format!("{part}.bias")), &[rows]);
+            }
+        };
+        linear("self_attn.q_proj", query, hidden, config.qkv_bias);
+        linear("self_attn.k_proj", kv, hidden, config.qkv_bias);
+        linear("self_attn.v_proj", kv, hidden, config.qkv_bias);
+        linear("self_attn.o_proj", hidden, query, config.output_bias);
+        let Some(experts) = config.experts else {
+            linear("mlp.gate_proj", intermediate, hidden, config.mlp_bias);
+            linear("mlp.up_proj", intermediate, hidden, config.mlp_bias);
+            linear("mlp.down_proj", hidden, intermediate, config.mlp_bias);
+            continue;
+        };
+        let names = ExpertNames::of(source);
+        expect(name(names.router()), &[experts.count, hidden]);
+        match names {
+            ExpertNames::Stacked => {
+                expect(name("mlp.experts.gate_up_proj"), &[experts.count, 2 * intermediate, hidden]);
+                expect(name("mlp.experts.down_proj"), &[experts.count, hidden, intermediate]);
+            }
+            ExpertNames::Single => {
+                for expert in 0..experts.count {
+                    let name = |part: &str| name(&format!("block_sparse_moe.experts.{expert}.{part}.weight"));
+                    expect(name("w1"), &[intermediate, hidden]);
+                    expect(name("w3"), &[intermediate, hidden]);
+                    expect(name("w2"), &[hidden, intermediate]);
+                }
             }
         }
     }
@@ -90,16 +142,15 @@ impl<'a, O: Ops> Llama<'a, O> {
     /// # Errors
     /// As [`check_shapes`](super::check_shapes) and [`Ops::weight`].
     pub fn load(source: &'a dyn TensorSource, ops: &'a O) -> Result<Self> {
-        let (_, config) = Architecture::of(source)?;
-        let config = LlamaConfig::parse(source.path(), config)?;
-        check_expected(source, &expected_tensors(&config))?;
+        let (architecture, config) = Architecture::of(source)?;
+        let config = LlamaConfig::parse(source.path(), architecture, config)?;
+        check_expected(source, &expected_tensors(source, &config))?;
         let head = if config.tie_word_embeddings { None } else { Some(ops.weight(source, HEAD)?) };
         Ok(Self {
             ops,
-            path: source.path(),
             embedding: ops.weight(source, EMBEDDING)?,
             layers: (0..config.layers).map(|layer| Layer::load(source, ops, &config, layer)).collect::<Result<_>>()?,
-            final_norm: ops.vector(source, FINAL_NORM)?,
+            final_norm: ops.parameter(source, FINAL_NORM)?,
             head,
             inverse_frequencies: config.rope.inverse_frequencies(config.head_dim),
             config,
@@ -111,41 +162,26 @@ impl<'a, O: Ops> Llama<'a, O> {
         &self.config
     }
 
-    /// The state before a text of at most `capacity` tokens.
-    pub fn state(&self, capacity: usize) -> Result<State<O>> {
-        let cache = |_| self.ops.cache(self.config.kv_heads, self.config.head_dim, capacity);
-        Ok(State { caches: (0..self.config.layers).map(cache).collect::<Result<_>>()?, positions: 0, capacity })
+    /// What one layer remembers before a text of at most `capacity` tokens.
+    pub(super) fn layer_state(&self, capacity: usize) -> Result<LayerState<O>> {
+        self.ops.cache(self.config.kv_heads, self.config.head_dim, capacity).map(LayerState::Attention)
     }
 
     /// Runs the next tokens of a text: the final hidden states, `[tokens, hidden]`.
-    ///
-    /// # Errors
-    /// [`Error::Tokens`] for an id outside of the vocabulary, or more tokens than the state has room for.
-    pub fn forward(&self, tokens: &[u32], state: &mut State<O>) -> Result<O::Tensor> {
-        let source_name = || self.path.display().to_string();
-        check_tokens(&source_name(), tokens, self.config.vocab_size)?;
-        if tokens.len() > state.capacity - state.positions {
-            let why = format!(
-                "{} tokens more than {} do not fit the context of {}",
-                tokens.len(),
-                state.positions,
-                state.capacity
-            );
-            return Err(Error::Tokens { source_name: source_name(), why });
-        }
+    pub(super) fn forward(&self, tokens: &[u32], state: &mut State<O>) -> Result<O::Tensor> {
         let ops = self.ops;
         let (cos, sin) = rope::rotations(&self.inverse_frequencies, state.positions, tokens.len());
         let pairs = self.inverse_frequencies.len();
         let (cos, sin) = (ops.constant(cos, pairs)?, ops.constant(sin, pairs)?); // [tokens, head_dim / 2]
 
         let mut x = ops.embed(&self.embedding, tokens)?; // [tokens, hidden]
-        for (layer, cache) in self.layers.iter().zip(&mut state.caches) {
-            let attended = self.attention(layer, &x, &cos, &sin, cache)?;
+        for ((layer, state), &window) in self.layers.iter().zip(&mut state.layers).zip(&self.config.windows) {
+            let LayerState::Attention(cache) = state else { unreachable!("a state belongs to its model") };
+            let attended = self.attention(layer, &x, (&cos, &sin), cache, window)?;
             x = ops.add(x, attended)?;
-            let transformed = self.mlp(layer, &x)?;
+            let transformed = self.mlp(layer, &x, tokens.len())?;
             x = ops.add(x, transformed)?;
         }
-        state.positions += tokens.len();
         ops.rms_norm(&x, &self.final_norm, self.config.rms_norm_eps)
     }
 
@@ -154,30 +190,43 @@ impl<'a, O: Ops> Llama<'a, O> {
         &self,
         layer: &Layer<'a, O>,
         x: &O::Tensor,
-        cos: &O::Tensor,
-        sin: &O::Tensor,
+        (cos, sin): (&O::Tensor, &O::Tensor),
         cache: &mut O::Cache,
+        window: usize,
     ) -> Result<O::Tensor> {
         let (ops, config) = (self.ops, &self.config);
         let x = ops.rms_norm(x, &layer.attention_norm, config.rms_norm_eps)?;
-        let query = ops.rope(layer.query.apply(ops, &x)?, config.heads, cos, sin)?; // [tokens, heads * head_dim]
-        let key = ops.rope(layer.key.apply(ops, &x)?, config.kv_heads, cos, sin)?; // [tokens, kv_heads * head_dim]
+        let mut query = layer.query.apply(ops, &x)?; // [tokens, heads * head_dim]
+        let mut key = layer.key.apply(ops, &x)?; // [tokens, kv_heads * head_dim]
+        if let Some([query_norm, key_norm]) = &layer.head_norms {
+            query = ops.rms_norm(&query, query_norm, config.rms_norm_eps)?;
+            key = ops.rms_norm(&key, key_norm, config.rms_norm_eps)?;
+        }
+        let query = ops.rope(query, config.heads, cos, sin)?;
+        let key = ops.rope(key, config.kv_heads, cos, sin)?;
         let value = layer.value.apply(ops, &x)?; // [tokens, kv_heads * head_dim]
         let scale = 1.0 / (config.head_dim as f32).sqrt();
-        let attended = ops.attention(query, key, value, cache, config.heads, scale)?; // [tokens, heads * head_dim]
-        layer.output.apply(ops, &attended)
+        let attended = ops.attention(query, key, value, cache, config.heads, scale, window)?;
+        layer.output.apply(ops, &attended) // [tokens, heads * head_dim] to [tokens, hidden]
     }
 
-    /// The gated MLP of one block: `[tokens, hidden]` to `[tokens, hidden]`.
-    fn mlp(&self, layer: &Layer<'a, O>, x: &O::Tensor) -> Result<O::Tensor> {
-        let ops = self.ops;
-        let x = ops.rms_norm(x, &layer.mlp_norm, self.config.rms_norm_eps)?;
-        let gated = ops.silu_multiply(layer.gate.apply(ops, &x)?, layer.up.apply(ops, &x)?)?; // [tokens, intermediate]
-        layer.down.apply(ops, &gated)
+    /// The MLP of one block: `[tokens, hidden]` to `[tokens, hidden]`.
+    fn mlp(&self, layer: &Layer<'a, O>, x: &O::Tensor, tokens: usize) -> Result<O::Tensor> {
+        let (ops, config) = (self.ops, &self.config);
+        let x = ops.rms_norm(x, &layer.mlp_norm, config.rms_norm_eps)?;
+        match &layer.mlp {
+            Mlp::Dense(gated) => gated.apply(ops, &x),
+            Mlp::Mixture { router, experts } => {
+                let chosen = config.experts.map_or(1, |experts| experts.chosen);
+                let logits = ops.linear(&x, router, None)?; // [tokens, experts]
+                let shape = (tokens, config.hidden_size);
+                mixture(ops, &x, &logits, chosen, shape, |expert, x| experts[expert].apply(ops, x))
+            }
+        }
     }
 
     /// The logits of the rows `first..first + count` of final hidden states: `[count, vocab]`.
-    pub fn logits(&self, hidden: &O::Tensor, first: usize, count: usize) -> Result<O::Tensor> {
+    pub(super) fn logits(&self, hidden: &O::Tensor, first: usize, count: usize) -> Result<O::Tensor> {
         let hidden = self.ops.rows(hidden, first, count)?;
         self.ops.linear(&hidden, self.head.as_ref().unwrap_or(&self.embedding), None)
     }
@@ -186,19 +235,62 @@ impl<'a, O: Ops> Llama<'a, O> {
 impl<'a, O: Ops> Layer<'a, O> {
     fn load(source: &'a dyn TensorSource, ops: &O, config: &LlamaConfig, layer: usize) -> Result<Self> {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
-        let norm = |part: &str| ops.vector(source, &format!("{}.weight", name(part)));
-        let attention = |part: &str| Linear::load(source, ops, name(part), config.attention_bias);
-        let mlp = |part: &str| Linear::load(source, ops, name(part), config.mlp_bias);
+        let norm = |part: &str| ops.parameter(source, &format!("{}.weight", name(part)));
+        let linear = |part: &str, biased: bool| Linear::load(source, ops, &name(part), biased);
+        let head_norms = match config.head_norms {
+            true => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
+            false => None,
+        };
+        let mlp = match config.experts {
+            Some(experts) => Mlp::load_mixture(source, ops, experts.count, &name)?,
+            None => Mlp::Dense(Gated {
+                gate: linear("mlp.gate_proj", config.mlp_bias)?,
+                up: linear("mlp.up_proj", config.mlp_bias)?,
+                down: linear("mlp.down_proj", config.mlp_bias)?,
+            }),
+        };
         Ok(Self {
             attention_norm: norm("input_layernorm")?,
-            query: attention("self_attn.q_proj")?,
-            key: attention("self_attn.k_proj")?,
-            value: attention("self_attn.v_proj")?,
-            output: attention("self_attn.o_proj")?,
+            query: linear("self_attn.q_proj", config.qkv_bias)?,
+            key: linear("self_attn.k_proj", config.qkv_bias)?,
+            value: linear("self_attn.v_proj", config.qkv_bias)?,
+            output: linear("self_attn.o_proj", config.output_bias)?,
+            head_norms,
             mlp_norm: norm("post_attention_layernorm")?,
-            gate: mlp("mlp.gate_proj")?,
-            up: mlp("mlp.up_proj")?,
-            down: mlp("mlp.down_proj")?,
+            mlp,
         })
+    }
+}
+
+impl<'a, O: Ops> Mlp<'a, O> {
+    fn load_mixture(
+        source: &'a dyn TensorSource,
+        ops: &O,
+        count: usize,
+        name: &impl Fn(&str) -> String,
+    ) -> Result<Self> {
+        let names = ExpertNames::of(source);
+        let router = ops.weight(source, &name(names.router()))?;
+        let experts = match names {
+            ExpertNames::Single => (0..count)
+                .map(|expert| {
+                    let name = |part: &str| name(&format!("block_sparse_moe.experts.{expert}.{part}"));
+                    let linear = |part: &str| Linear::load(source, ops, &name(part), false);
+                    Ok(Gated { gate: linear("w1")?, up: linear("w3")?, down: linear("w2")? })
+                })
+                .collect::<Result<_>>()?,
+            ExpertNames::Stacked => {
+                let gate_up = ops.weight(source, &name("mlp.experts.gate_up_proj"))?;
+                let down = ops.weight(source, &name("mlp.experts.down_proj"))?;
+                let mut gate_up = ops.split(gate_up, 2 * count)?.into_iter();
+                let linear = |weight| Linear { weight, bias: None };
+                let experts = ops.split(down, count)?.into_iter().map(|down| {
+                    let (gate, up) = gate_up.next().zip(gate_up.next())?;
+                    Some(Gated { gate: linear(gate), up: linear(up), down: linear(down) })
+                });
+                experts.collect::<Option<_>>().expect("a matrix was split into two for each expert")
+            }
+        };
+        Ok(Mlp::Mixture { router, experts })
     }
 }

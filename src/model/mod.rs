@@ -1,13 +1,26 @@
 //! Models: each architecture written once over [`Ops`], found by the name in config.json.
 
 pub mod config;
+pub mod core_activations;
+mod linear;
 pub mod llama;
+pub mod mamba;
+mod mixture;
+pub mod resnet_bk;
 pub mod rope;
 pub mod sample;
 
+use std::path::Path;
+
 use serde_json::Value;
 
-use self::{config::LlamaConfig, llama::Llama};
+use self::{
+    config::{LlamaConfig, MambaConfig, ResNetBkConfig},
+    core_activations::CoreTrace,
+    llama::Llama,
+    mamba::Mamba,
+    resnet_bk::ResNetBk,
+};
 use crate::{
     error::{Error, Result},
     ops::Ops,
@@ -18,18 +31,34 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Architecture {
     Llama,
+    Mistral,
+    Mixtral,
+    Qwen2,
+    Qwen3,
+    Mamba,
+    ResNetBk,
 }
 
 impl Architecture {
-    /// The names in config.json that are known, for messages.
-    pub const SUPPORTED: &str = "LlamaForCausalLM";
+    const ALL: [(&str, Architecture); 7] = [
+        ("LlamaForCausalLM", Architecture::Llama),
+        ("MistralForCausalLM", Architecture::Mistral),
+        ("MixtralForCausalLM", Architecture::Mixtral),
+        ("Qwen2ForCausalLM", Architecture::Qwen2),
+        ("Qwen3ForCausalLM", Architecture::Qwen3),
+        ("MambaForCausalLM", Architecture::Mamba),
+        ("ResNetBKForCausalLM", Architecture::ResNetBk),
+    ];
 
     /// The architecture that config.json names first; `None` if it names none, or one that is not known.
     pub fn from_config(config: &Value) -> Option<Self> {
-        match architecture_name(config)? {
-            "LlamaForCausalLM" => Some(Architecture::Llama),
-            _ => None,
-        }
+        let name = architecture_name(config)?;
+        Self::ALL.into_iter().find(|(known, _)| *known == name).map(|(_, architecture)| architecture)
+    }
+
+    /// The names in config.json that are known, for messages.
+    fn supported() -> String {
+        Self::ALL.map(|(name, _)| name).join(", ")
     }
 
     /// The architecture of a model that is to be run.
@@ -42,7 +71,7 @@ impl Architecture {
         let architecture = Self::from_config(config).ok_or_else(|| Error::UnknownArchitecture {
             path: path.to_owned(),
             architecture: architecture_name(config).unwrap_or("(none)").to_owned(),
-            supported: Self::SUPPORTED,
+            supported: Self::supported(),
         })?;
         Ok((architecture, config))
     }
@@ -67,9 +96,12 @@ pub struct ExpectedTensor {
 /// As [`LlamaConfig::parse`]; [`Error::MissingConfig`] and [`Error::UnknownArchitecture`].
 pub fn expected_tensors(source: &dyn TensorSource) -> Result<Vec<ExpectedTensor>> {
     let (architecture, config) = Architecture::of(source)?;
-    match architecture {
-        Architecture::Llama => Ok(llama::expected_tensors(&LlamaConfig::parse(source.path(), config)?)),
-    }
+    let path = source.path();
+    Ok(match architecture {
+        Architecture::Mamba => mamba::expected_tensors(&MambaConfig::parse(path, config)?),
+        Architecture::ResNetBk => resnet_bk::expected_tensors(&ResNetBkConfig::parse(path, config)?),
+        family => llama::expected_tensors(source, &LlamaConfig::parse(path, family, config)?),
+    })
 }
 
 /// Checks that a model of a known architecture has every tensor it needs, in the shape that config.json asks for.
@@ -93,18 +125,36 @@ fn check_expected(source: &dyn TensorSource, expected: &[ExpectedTensor]) -> Res
 }
 
 /// A model that can be run, its weights borrowed from its source.
-pub enum Model<'a, O: Ops> {
+pub struct Model<'a, O: Ops> {
+    path: &'a Path,
+    network: Network<'a, O>,
+}
+
+enum Network<'a, O: Ops> {
     Llama(Llama<'a, O>),
+    Mamba(Mamba<'a, O>),
+    ResNetBk(ResNetBk<'a, O>),
 }
 
 /// What a model remembers of one text: the state that its next tokens continue.
 pub struct State<O: Ops> {
-    /// One for each attention layer.
-    caches: Vec<O::Cache>,
+    layers: Vec<LayerState<O>>,
     /// Tokens seen.
     positions: usize,
     /// Tokens that fit.
     capacity: usize,
+    /// What each layer's core computed in the last call, if that is recorded.
+    core: Option<Vec<CoreTrace>>, // [layers]
+}
+
+/// What one layer remembers.
+enum LayerState<O: Ops> {
+    /// Keys and values of the positions seen.
+    Attention(O::Cache),
+    /// The last inputs of the convolution, `[kernel - 1, channels]`, and the scan's state, `[channels, states]`.
+    Mamba { history: O::Tensor, scan: O::Tensor },
+    /// The last position's value of the resolvent, `[1, 2]`.
+    Resolvent { last: O::Tensor },
 }
 
 impl<O: Ops> State<O> {
@@ -113,10 +163,30 @@ impl<O: Ops> State<O> {
         self.positions
     }
 
+    /// Records what the Birman-Schwinger core of each layer computes in a call that begins a text.
+    pub fn record_core(&mut self) {
+        self.core = Some(Vec::new());
+    }
+
+    /// What was recorded in the last call, a layer each; empty for architectures without such a core.
+    pub fn core(&self) -> &[CoreTrace] {
+        self.core.as_deref().unwrap_or_default()
+    }
+
     /// Forgets the text.
-    pub fn clear(&mut self, ops: &O) {
-        self.caches.iter_mut().for_each(|cache| ops.clear(cache));
+    pub fn clear(&mut self, ops: &O) -> Result<()> {
+        for layer in &mut self.layers {
+            match layer {
+                LayerState::Attention(cache) => ops.clear(cache),
+                LayerState::Mamba { history, scan } => {
+                    ops.zero(history)?;
+                    ops.zero(scan)?;
+                }
+                LayerState::Resolvent { last } => ops.zero(last)?,
+            }
+        }
         self.positions = 0;
+        Ok(())
     }
 }
 
@@ -127,46 +197,108 @@ impl<'a, O: Ops> Model<'a, O> {
     /// As [`check_shapes`] and [`Ops::weight`].
     pub fn load(source: &'a dyn TensorSource, ops: &'a O) -> Result<Self> {
         let (architecture, _) = Architecture::of(source)?;
-        match architecture {
-            Architecture::Llama => Ok(Model::Llama(Llama::load(source, ops)?)),
-        }
+        let network = match architecture {
+            Architecture::Mamba => Network::Mamba(Mamba::load(source, ops)?),
+            Architecture::ResNetBk => Network::ResNetBk(ResNetBk::load(source, ops)?),
+            _ => Network::Llama(Llama::load(source, ops)?),
+        };
+        Ok(Model { path: source.path(), network })
     }
 
     /// The number of token ids.
     pub fn vocab_size(&self) -> usize {
-        match self {
-            Model::Llama(model) => model.config().vocab_size,
+        match &self.network {
+            Network::Llama(model) => model.config().vocab_size,
+            Network::Mamba(model) => model.config().vocab_size,
+            Network::ResNetBk(model) => model.config().vocab_size,
         }
     }
 
-    /// The longest context, in tokens.
+    /// The longest context, in tokens; `usize::MAX` where the architecture sets no limit.
     pub fn max_positions(&self) -> usize {
-        match self {
-            Model::Llama(model) => model.config().max_positions,
+        match &self.network {
+            Network::Llama(model) => model.config().max_positions,
+            Network::Mamba(_) => usize::MAX,
+            Network::ResNetBk(model) => model.config().max_positions,
+        }
+    }
+
+    /// Whether a text must be run in one call, because its positions see those after them.
+    pub fn runs_whole(&self) -> bool {
+        matches!(&self.network, Network::ResNetBk(model) if !model.config().causal)
+    }
+
+    /// Refuses to continue a text token by token where the model [runs texts whole](Self::runs_whole).
+    ///
+    /// # Errors
+    /// [`Error::NotSequential`].
+    pub fn check_sequential(&self) -> Result<()> {
+        if self.runs_whole() { Err(Error::NotSequential { path: self.path.to_owned() }) } else { Ok(()) }
+    }
+
+    /// How many layers have a Birman-Schwinger core.
+    pub fn core_layers(&self) -> usize {
+        if let Network::ResNetBk(model) = &self.network { model.config().layers } else { 0 }
+    }
+
+    /// Whether activations are rounded to a calibrated grid.
+    pub fn quantizes_core(&self) -> bool {
+        matches!(&self.network, Network::ResNetBk(model) if model.quantizes_core())
+    }
+
+    /// Leaves activations as they are computed, whatever the model records.
+    pub fn keep_core_exact(&mut self) {
+        if let Network::ResNetBk(model) = &mut self.network {
+            model.keep_core_exact();
         }
     }
 
     /// The state before a text of at most `capacity` tokens.
     pub fn state(&self, capacity: usize) -> Result<State<O>> {
-        match self {
-            Model::Llama(model) => model.state(capacity),
-        }
+        let layers = match &self.network {
+            Network::Llama(model) => {
+                (0..model.config().layers).map(|_| model.layer_state(capacity)).collect::<Result<_>>()
+            }
+            Network::Mamba(model) => (0..model.config().layers).map(|_| model.layer_state()).collect(),
+            Network::ResNetBk(model) => (0..model.config().layers).map(|_| model.layer_state()).collect(),
+        };
+        Ok(State { layers: layers?, positions: 0, capacity, core: None })
     }
 
     /// Runs the next tokens of a text: the final hidden states, `[tokens, hidden_size]`, for [`logits`](Self::logits).
     ///
     /// # Errors
-    /// [`Error::Tokens`] for an id outside of the vocabulary, or more tokens than the state has room for.
+    /// [`Error::Tokens`] for an id outside of the vocabulary, or more tokens than the state has room for;
+    /// [`Error::NotSequential`] where a model that [runs texts whole](Self::runs_whole) is to continue one.
+    ///
+    /// # Panics
+    /// If the state is another model's.
     pub fn forward(&self, tokens: &[u32], state: &mut State<O>) -> Result<O::Tensor> {
-        match self {
-            Model::Llama(model) => model.forward(tokens, state),
+        let source_name = || self.path.display().to_string();
+        check_tokens(&source_name(), tokens, self.vocab_size())?;
+        let seen = state.positions;
+        if tokens.len() > state.capacity - seen {
+            let why = format!("{} tokens more than {seen} do not fit the context of {}", tokens.len(), state.capacity);
+            return Err(Error::Tokens { source_name: source_name(), why });
         }
+        if seen > 0 {
+            self.check_sequential()?;
+        }
+        let hidden = match &self.network {
+            Network::Llama(model) => model.forward(tokens, state),
+            Network::Mamba(model) => model.forward(tokens, state),
+            Network::ResNetBk(model) => model.forward(tokens, state),
+        }?;
+        state.positions += tokens.len();
+        Ok(hidden)
     }
 
     /// The logits of the rows `first..first + count` of hidden states: `[count, vocab_size]`.
     pub fn logits(&self, hidden: &O::Tensor, first: usize, count: usize) -> Result<O::Tensor> {
-        match self {
-            Model::Llama(model) => model.logits(hidden, first, count),
+        match &self.network {
+            Network::Llama(model) => model.logits(hidden, first, count),
+            Network::Mamba(model) => model.logits(hidden, first, count),
+            Network::ResNetBk(model) => model.logits(hidden, first, count),
         }
     }
 }

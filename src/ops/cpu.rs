@@ -2,10 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use bkpack_kernels::{Cpu, Data, cpu::KeyValueCache};
+use bkpack_kernels::{
+    Cpu, Data,
+    cpu::{KeyValueCache, SelectiveScan, top_k},
+};
 use serde::Serialize;
 
-use super::Ops;
+use super::{Ops, Place, Routing, Scan};
 use crate::{
     error::Result,
     tensor::{Tensor, TensorSource},
@@ -104,10 +107,15 @@ impl Ops for CpuOps {
         source.tensor(name)
     }
 
-    fn vector(&self, source: &dyn TensorSource, name: &str) -> Result<Values> {
+    fn split<'a>(&self, weight: Self::Weight<'a>, parts: usize) -> Result<Vec<Self::Weight<'a>>> {
+        Ok(weight.split(parts))
+    }
+
+    fn parameter(&self, source: &dyn TensorSource, name: &str) -> Result<Values> {
         let tensor = source.tensor(name)?;
-        let mut out = self.scratch(1, tensor.elements());
-        self.cpu.dequantize(&tensor.matrix(), 0, &mut out.buffer);
+        let matrix = tensor.matrix();
+        let mut out = self.scratch(matrix.rows(), matrix.cols());
+        self.cpu.dequantize(&matrix, 0, &mut out.buffer);
         Ok(out)
     }
 
@@ -124,6 +132,22 @@ impl Ops for CpuOps {
     fn rows(&self, x: &Values, first: usize, count: usize) -> Result<Values> {
         let mut out = self.scratch(count, x.cols);
         out.buffer.copy_from_slice(&x.buffer[first * x.cols..][..count * x.cols]);
+        Ok(out)
+    }
+
+    fn columns(&self, x: &Values, first: usize, count: usize) -> Result<Values> {
+        let mut out = self.scratch(x.rows(), count);
+        for (to, from) in out.buffer.chunks_exact_mut(count).zip(x.buffer.chunks_exact(x.cols)) {
+            to.copy_from_slice(&from[first..first + count]);
+        }
+        Ok(out)
+    }
+
+    fn gather(&self, x: &Values, rows: &[u32]) -> Result<Values> {
+        let mut out = self.scratch(rows.len(), x.cols);
+        for (to, &row) in out.buffer.chunks_exact_mut(x.cols).zip(rows) {
+            to.copy_from_slice(&x.buffer[row as usize * x.cols..][..x.cols]);
+        }
         Ok(out)
     }
 
@@ -153,6 +177,12 @@ impl Ops for CpuOps {
         Ok(out)
     }
 
+    fn layer_norm(&self, x: &Values, gain: &Values, bias: &Values, epsilon: f32) -> Result<Values> {
+        let mut out = self.scratch(x.rows(), x.cols);
+        self.cpu.layer_norm(&x.buffer, &gain.buffer, &bias.buffer, epsilon, &mut out.buffer);
+        Ok(out)
+    }
+
     fn rope(&self, mut x: Values, heads: usize, cos: &Values, sin: &Values) -> Result<Values> {
         let head_dim = x.cols / heads;
         self.cpu.rope(&mut x.buffer, heads, head_dim, &cos.buffer, &sin.buffer);
@@ -167,6 +197,11 @@ impl Ops for CpuOps {
         cache.clear();
     }
 
+    fn zero(&self, x: &mut Values) -> Result<()> {
+        x.buffer.fill(0.0);
+        Ok(())
+    }
+
     fn attention(
         &self,
         query: Values,
@@ -175,10 +210,11 @@ impl Ops for CpuOps {
         cache: &mut KeyValueCache,
         heads: usize,
         scale: f32,
+        window: usize,
     ) -> Result<Values> {
         cache.append(&key.buffer, &value.buffer);
         let mut out = self.scratch(query.rows(), query.cols);
-        self.cpu.attention(&query.buffer, heads, cache, scale, &mut out.buffer);
+        self.cpu.attention(&query.buffer, heads, cache, scale, window, &mut out.buffer);
         Ok(out)
     }
 
@@ -190,5 +226,105 @@ impl Ops for CpuOps {
     fn add(&self, mut x: Values, y: Values) -> Result<Values> {
         self.cpu.add(&mut x.buffer, &y.buffer);
         Ok(x)
+    }
+
+    fn add_scaled(&self, mut x: Values, y: &Values, scale: &Values) -> Result<Values> {
+        self.cpu.add_scaled(&mut x.buffer, &y.buffer, scale.buffer[0]);
+        Ok(x)
+    }
+
+    fn relu(&self, mut x: Values) -> Result<Values> {
+        self.cpu.relu(&mut x.buffer);
+        Ok(x)
+    }
+
+    fn silu(&self, mut x: Values) -> Result<Values> {
+        self.cpu.silu(&mut x.buffer);
+        Ok(x)
+    }
+
+    fn softplus(&self, mut x: Values) -> Result<Values> {
+        self.cpu.softplus(&mut x.buffer);
+        Ok(x)
+    }
+
+    fn negative_exp(&self, mut x: Values) -> Result<Values> {
+        x.buffer.iter_mut().for_each(|x| *x = -x.exp());
+        Ok(x)
+    }
+
+    fn clamp(&self, mut x: Values, limit: f32) -> Result<Values> {
+        self.cpu.clamp(&mut x.buffer, -limit, limit);
+        Ok(x)
+    }
+
+    fn round_to_grid(&self, mut x: Values, scales: &Values, largest: f32) -> Result<Values> {
+        self.cpu.round_to_grid(&mut x.buffer, &scales.buffer, largest);
+        Ok(x)
+    }
+
+    fn depthwise_conv(
+        &self,
+        x: &Values,
+        weight: &Values,
+        bias: Option<&Values>,
+        history: &mut Values,
+    ) -> Result<Values> {
+        let mut out = self.scratch(x.rows(), x.cols);
+        let bias = bias.map(|bias| &bias.buffer[..]);
+        self.cpu.depthwise_conv(&x.buffer, &weight.buffer, bias, &mut history.buffer, &mut out.buffer);
+        Ok(out)
+    }
+
+    fn selective_scan(&self, scan: Scan<'_, Values>, state: &mut Values) -> Result<Values> {
+        let mut out = self.scratch(scan.x.rows(), scan.x.cols);
+        let scan = SelectiveScan {
+            x: &scan.x.buffer,
+            delta: &scan.delta.buffer,
+            a: &scan.a.buffer,
+            b: &scan.b.buffer,
+            c: &scan.c.buffer,
+            d: &scan.d.buffer,
+        };
+        self.cpu.selective_scan(&scan, &mut state.buffer, &mut out.buffer);
+        Ok(out)
+    }
+
+    fn resolvent(&self, v: &Values, z: [f32; 2]) -> Result<Values> {
+        let mut out = self.scratch(v.rows(), 2);
+        self.cpu.resolvent(&v.buffer, z, &mut out.buffer);
+        Ok(out)
+    }
+
+    fn causal_resolvent(&self, v: &Values, z: [f32; 2], last: &mut Values) -> Result<Values> {
+        let mut out = self.scratch(v.rows(), 2);
+        let mut value = [f64::from(last.buffer[0]), f64::from(last.buffer[1])];
+        self.cpu.resolvent_causal(&v.buffer, z, &mut value, &mut out.buffer);
+        last.buffer.copy_from_slice(&value.map(|part| part as f32));
+        Ok(out)
+    }
+
+    fn route(&self, logits: &Values, chosen: usize) -> Result<Routing<Values>> {
+        let (tokens, experts) = (logits.rows(), logits.cols);
+        let mut weights = self.scratch(tokens, chosen);
+        let mut experts_of = vec![0; tokens * chosen]; // [tokens, chosen]
+        top_k(&logits.buffer, experts, chosen, &mut experts_of, &mut weights.buffer);
+        let mut places = vec![Vec::new(); experts];
+        for (token, experts) in experts_of.chunks_exact(chosen).enumerate() {
+            for (slot, &expert) in experts.iter().enumerate() {
+                places[expert as usize].push(Place { token: token as u32, slot: slot as u32 });
+            }
+        }
+        Ok(Routing { places, weights })
+    }
+
+    fn scatter_add(&self, mut sum: Values, y: &Values, places: &[Place], weights: &Values) -> Result<Values> {
+        let cols = sum.cols;
+        for (from, place) in y.buffer.chunks_exact(cols).zip(places) {
+            let (token, slot) = (place.token as usize, place.slot as usize);
+            let weight = weights.buffer[token * weights.cols + slot];
+            self.cpu.add_scaled(&mut sum.buffer[token * cols..][..cols], from, weight);
+        }
+        Ok(sum)
     }
 }

@@ -25,8 +25,12 @@ pub trait Ops {
     /// Loads a matrix, as it is stored.
     fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<Self::Weight<'a>>;
 
-    /// Loads a vector of `n` parameters (a norm's gain, a bias) as `[1, n]`.
-    fn vector(&self, source: &dyn TensorSource, name: &str) -> Result<Self::Tensor>;
+    /// Cuts a matrix into `parts` matrices of equally many rows, first rows first.
+    fn split<'a>(&self, weight: Self::Weight<'a>, parts: usize) -> Result<Vec<Self::Weight<'a>>>;
+
+    /// Loads parameters that are used element by element (a norm's gain, a bias): `[rows, last dimension]`, a vector or
+    /// a scalar as one row.
+    fn parameter(&self, source: &dyn TensorSource, name: &str) -> Result<Self::Tensor>;
 
     /// A tensor of given values, whose number is a multiple of `cols`.
     fn constant(&self, values: Vec<f32>, cols: usize) -> Result<Self::Tensor>;
@@ -37,14 +41,30 @@ pub trait Ops {
     /// A copy of the rows `first..first + count`.
     fn rows(&self, x: &Self::Tensor, first: usize, count: usize) -> Result<Self::Tensor>;
 
+    /// A copy of the columns `first..first + count`.
+    fn columns(&self, x: &Self::Tensor, first: usize, count: usize) -> Result<Self::Tensor>;
+
+    /// Copies of the rows that `rows` names, in its order.
+    fn gather(&self, x: &Self::Tensor, rows: &[u32]) -> Result<Self::Tensor>;
+
     /// The rows of `table` `[vocabulary, cols]` that `tokens` name: `[tokens, cols]`.
     fn embed(&self, table: &Self::Weight<'_>, tokens: &[u32]) -> Result<Self::Tensor>;
 
     /// `x * weight^T + bias`: `[tokens, in]` and `[out, in]` to `[tokens, out]`; `bias` is `[1, out]`.
     fn linear(&self, x: &Self::Tensor, weight: &Self::Weight<'_>, bias: Option<&Self::Tensor>) -> Result<Self::Tensor>;
 
-    /// `x / sqrt(mean(x^2) + epsilon) * gain`, row by row; `gain` is `[1, cols]`.
+    /// `x / sqrt(mean(x^2) + epsilon) * gain`; the mean runs over as many columns as `gain` `[1, n]` has, so each head
+    /// of a row `[heads * n]` is normalized by itself.
     fn rms_norm(&self, x: &Self::Tensor, gain: &Self::Tensor, epsilon: f32) -> Result<Self::Tensor>;
+
+    /// `(x - mean) / sqrt(variance + epsilon) * gain + bias`, row by row; `gain` and `bias` are `[1, cols]`.
+    fn layer_norm(
+        &self,
+        x: &Self::Tensor,
+        gain: &Self::Tensor,
+        bias: &Self::Tensor,
+        epsilon: f32,
+    ) -> Result<Self::Tensor>;
 
     /// Rotary position embedding: turns element `i` of each head `[head_dim]` with element `i + head_dim / 2`.
     ///
@@ -57,10 +77,14 @@ pub trait Ops {
     /// Forgets every position.
     fn clear(&self, cache: &mut Self::Cache);
 
+    /// Sets every element to zero.
+    fn zero(&self, x: &mut Self::Tensor) -> Result<()>;
+
     /// Causal grouped-query attention over the cache, to which `key` and `value` are appended first.
     ///
     /// `query` is `[tokens, heads * head_dim]`, `key` and `value` are `[tokens, kv_heads * head_dim]`, the result is
-    /// `[tokens, heads * head_dim]`. Each token sees every position up to its own.
+    /// `[tokens, heads * head_dim]`. Each token sees the last `window` positions up to its own.
+    #[expect(clippy::too_many_arguments, reason = "each is a part of the operation's definition")]
     fn attention(
         &self,
         query: Self::Tensor,
@@ -69,6 +93,7 @@ pub trait Ops {
         cache: &mut Self::Cache,
         heads: usize,
         scale: f32,
+        window: usize,
     ) -> Result<Self::Tensor>;
 
     /// `gate / (1 + exp(-gate)) * up`, element by element.
@@ -76,4 +101,93 @@ pub trait Ops {
 
     /// `x + y`, element by element.
     fn add(&self, x: Self::Tensor, y: Self::Tensor) -> Result<Self::Tensor>;
+
+    /// `x + scale * y`; `scale` is `[1, 1]`.
+    fn add_scaled(&self, x: Self::Tensor, y: &Self::Tensor, scale: &Self::Tensor) -> Result<Self::Tensor>;
+
+    /// `max(x, 0)`.
+    fn relu(&self, x: Self::Tensor) -> Result<Self::Tensor>;
+
+    /// `x / (1 + exp(-x))`.
+    fn silu(&self, x: Self::Tensor) -> Result<Self::Tensor>;
+
+    /// `log(1 + exp(x))`.
+    fn softplus(&self, x: Self::Tensor) -> Result<Self::Tensor>;
+
+    /// `-exp(x)`.
+    fn negative_exp(&self, x: Self::Tensor) -> Result<Self::Tensor>;
+
+    /// `x` limited to `-limit..=limit`.
+    fn clamp(&self, x: Self::Tensor, limit: f32) -> Result<Self::Tensor>;
+
+    /// Rounds every element to a multiple of its own scale: `clamp(round(x / scale), -largest, largest) * scale`, halves
+    /// to even; a zero scale gives zero. `scales` has the shape of `x`.
+    fn round_to_grid(&self, x: Self::Tensor, scales: &Self::Tensor, largest: f32) -> Result<Self::Tensor>;
+
+    /// Causal depthwise convolution: `y[t, c] = bias[c] + sum_j weight[c, j] * x[t - kernel + 1 + j, c]`.
+    ///
+    /// `x` is `[tokens, channels]`, `weight` is `[channels, kernel]`, `bias` is `[1, channels]`. `history`
+    /// `[kernel - 1, channels]` holds the rows before the first, oldest first, and then those before the next call's.
+    fn depthwise_conv(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Tensor,
+        bias: Option<&Self::Tensor>,
+        history: &mut Self::Tensor,
+    ) -> Result<Self::Tensor>;
+
+    /// The selective scan of Mamba (Gu and Dao, 2023): `h = exp(delta * a) * h + delta * b * x`, `y = c * h + d * x`.
+    ///
+    /// `x` and `delta` are `[tokens, channels]`, `a` is `[channels, states]`, `b` and `c` are `[tokens, states]`, `d` is
+    /// `[1, channels]`; `state` `[channels, states]` is `h` before and after. The result is `[tokens, channels]`.
+    fn selective_scan(&self, scan: Scan<'_, Self::Tensor>, state: &mut Self::Tensor) -> Result<Self::Tensor>;
+
+    /// The diagonal of `(H - zI)^-1` with `H = tridiag(1, v - 2, 1)`: `v` `[positions, 1]` to `[positions, 2]`, real and
+    /// imaginary part.
+    fn resolvent(&self, v: &Self::Tensor, z: [f32; 2]) -> Result<Self::Tensor>;
+
+    /// The same with each position's matrix cut off after it, so that none sees a later one.
+    ///
+    /// `last` `[1, 2]` is the value of the position before the first (zero at the start), and then of the last.
+    fn causal_resolvent(&self, v: &Self::Tensor, z: [f32; 2], last: &mut Self::Tensor) -> Result<Self::Tensor>;
+
+    /// Chooses for each token the `chosen` experts with the largest logits `[tokens, experts]`.
+    fn route(&self, logits: &Self::Tensor, chosen: usize) -> Result<Routing<Self::Tensor>>;
+
+    /// `sum[token] += weights[token, slot] * y[i]` for the `i`-th place: what an expert computed, back to its tokens.
+    fn scatter_add(
+        &self,
+        sum: Self::Tensor,
+        y: &Self::Tensor,
+        places: &[Place],
+        weights: &Self::Tensor,
+    ) -> Result<Self::Tensor>;
+}
+
+/// The operands of [`Ops::selective_scan`].
+#[derive(Clone, Copy, Debug)]
+pub struct Scan<'a, T> {
+    pub x: &'a T,     // [tokens, channels]
+    pub delta: &'a T, // [tokens, channels]
+    pub a: &'a T,     // [channels, states]
+    pub b: &'a T,     // [tokens, states]
+    pub c: &'a T,     // [tokens, states]
+    pub d: &'a T,     // [1, channels]
+}
+
+/// Which expert each token goes through.
+#[derive(Clone, Debug)]
+pub struct Routing<T> {
+    /// For each expert its tokens, in their order.
+    pub places: Vec<Vec<Place>>, // [experts]
+    /// The softmax over each token's chosen logits.
+    pub weights: T, // [tokens, chosen]
+}
+
+/// A token that an expert sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub token: u32,
+    /// Which of the token's choices the expert is.
+    pub slot: u32,
 }

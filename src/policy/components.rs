@@ -28,6 +28,7 @@ pub struct ComponentRules {
 struct Rule {
     component: String,
     pattern: Regex,
+    tiny: bool,
 }
 
 #[derive(Deserialize)]
@@ -42,6 +43,9 @@ struct FileRule {
     pattern: String,
     /// Only for these architectures; for all where absent.
     architectures: Option<Vec<String>>,
+    /// Also for tiny matrices, which are plain otherwise.
+    #[serde(default)]
+    tiny: bool,
 }
 
 impl ComponentRules {
@@ -60,17 +64,21 @@ impl ComponentRules {
             })
         };
         let rules = file.rule.into_iter().filter(applies);
-        let rules = rules.map(|rule| Ok(Rule { component: rule.component, pattern: pattern(&rule.pattern)? }));
+        let rules =
+            rules.map(|rule| Ok(Rule { component: rule.component, pattern: pattern(&rule.pattern)?, tiny: rule.tiny }));
         Ok(Self { rules: rules.collect::<Result<_>>()? })
     }
 
     /// The component of a tensor.
     pub fn component(&self, name: &str, shape: &[usize]) -> &str {
         let (rows, cols) = matrix_shape(shape);
-        if shape.len() < 2 || cols < LEAST_COLUMNS || rows.saturating_mul(cols) < LEAST_WEIGHTS {
-            return PLAIN;
+        let tiny = cols < LEAST_COLUMNS || rows.saturating_mul(cols) < LEAST_WEIGHTS;
+        match self.rules.iter().find(|rule| rule.pattern.is_match(name)) {
+            _ if shape.len() < 2 => PLAIN,
+            Some(rule) if rule.tiny || !tiny => &rule.component,
+            None if !tiny => OTHER,
+            _ => PLAIN,
         }
-        self.rules.iter().find(|rule| rule.pattern.is_match(name)).map_or(OTHER, |rule| &rule.component)
     }
 }
 
@@ -102,6 +110,35 @@ mod tests {
             assert_eq!(rules.component(name, shape), component, "{name}");
         }
         let bk = ComponentRules::builtin(Some("ResNetBKForCausalLM"));
-        assert_eq!(bk.component("model.blocks.0.bk_layer.output_proj.weight", &[256, 32]), "bk_core");
+        for (name, shape, component) in [
+            ("blocks.0.bk_layer.v_proj.weight", &[1, 256][..], "bk_core"),
+            ("blocks.0.bk_layer.output_proj.weight", &[256, 2], "bk_core"),
+            ("blocks.0.bk_layer.v_proj.bias", &[1], "plain"),
+            ("blocks.0.bk_layer.moe_ffn.gating_network.weight", &[8, 256], "other"),
+            ("blocks.0.bk_layer.moe_ffn.experts.7.3.weight", &[256, 512], "expert"),
+            ("position_embedding.weight", &[1024, 256], "embedding"),
+        ] {
+            assert_eq!(bk.component(name, shape), component, "{name}");
+        }
+        let mixtral = ComponentRules::builtin(Some("MixtralForCausalLM"));
+        for (name, shape, component) in [
+            ("model.layers.0.mlp.experts.gate_up_proj", &[8, 28672, 4096][..], "expert"),
+            ("model.layers.0.block_sparse_moe.experts.0.w1.weight", &[14336, 4096], "expert"),
+            ("model.layers.0.block_sparse_moe.gate.weight", &[8, 4096], "other"),
+            ("model.layers.0.mlp.gate.weight", &[8, 4096], "other"),
+            ("model.layers.0.mlp.gate_proj.weight", &[14336, 4096], "other"),
+        ] {
+            assert_eq!(mixtral.component(name, shape), component, "{name}");
+        }
+        let mamba = ComponentRules::builtin(Some("MambaForCausalLM"));
+        for (name, shape, component) in [
+            ("backbone.layers.0.mixer.A_log", &[5120, 16][..], "plain"),
+            ("backbone.layers.0.mixer.conv1d.weight", &[5120, 1, 64], "plain"),
+            ("backbone.layers.0.mixer.dt_proj.weight", &[5120, 160], "other"),
+            ("backbone.layers.0.mixer.dt_proj.weight", &[512, 16], "other"),
+            ("backbone.embeddings.weight", &[50280, 2560], "embedding"),
+        ] {
+            assert_eq!(mamba.component(name, shape), component, "{name}");
+        }
     }
 }

@@ -108,7 +108,8 @@ pub fn convert_float<'a>(cpu: Cpu, matrix: &Matrix<'a>, to: FloatType) -> Cow<'a
     Cow::Owned(output)
 }
 
-fn write_floats(floats: &[f32], to: FloatType, bytes: &mut [u8]) {
+/// Rounds to a float type, little-endian; `bytes` has room for exactly these values.
+pub(crate) fn write_floats(floats: &[f32], to: FloatType, bytes: &mut [u8]) {
     match to {
         FloatType::F32 => {
             for (float, bytes) in floats.iter().zip(bytes.as_chunks_mut().0) {

@@ -7,6 +7,8 @@
 //! fixed positions and every row keeps its own order of operations, so a token's result depends neither on the tokens it
 //! is computed with nor on the number of threads: decoding repeats prefill bit for bit.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::simd::Simd;
@@ -110,15 +112,17 @@ impl KeyValueCache {
 }
 
 impl Cpu {
-    /// Causal grouped-query attention: `softmax(scale * q k^T) v` for each head, where a query sees the positions up to
-    /// its own. The queries are the last positions of the cache, which already holds their keys and values.
+    /// Causal grouped-query attention: `softmax(scale * q k^T) v` for each head, where a query sees the last `window`
+    /// positions up to its own (`usize::MAX` for all of them). The queries are the last positions of the cache, which
+    /// already holds their keys and values.
     ///
     /// `q` and `out` are `[tokens, heads * head_dim]`. Query head `h` reads head `h / (heads / kv_heads)` of the cache.
     ///
     /// # Panics
-    /// If `heads` is not a multiple of the cache's heads, the lengths do not fit together, or there are more tokens
-    /// than the cache has positions.
-    pub fn attention(self, q: &[f32], heads: usize, cache: &KeyValueCache, scale: f32, out: &mut [f32]) {
+    /// If `heads` is not a multiple of the cache's heads, `window` is zero, the lengths do not fit together, or there
+    /// are more tokens than the cache has positions.
+    pub fn attention(self, q: &[f32], heads: usize, cache: &KeyValueCache, scale: f32, window: usize, out: &mut [f32]) {
+        assert!(window > 0, "a window of no positions");
         let (kv_heads, head_dim) = (cache.kv_heads, cache.head_dim);
         let width = heads * head_dim;
         assert!(heads > 0 && heads.is_multiple_of(kv_heads), "{heads} heads over {kv_heads} in the cache");
@@ -138,11 +142,21 @@ impl Cpu {
                 let queries = &q[token * width + run * share * head_dim..];
                 let kv_head = run * share / group;
                 let first_visible = cache.len - tokens + token + 1;
-                tasks.push(Task { queries, width, share, cache, kv_head, first_visible, scale, out: Vec::new() });
+                tasks.push(Task {
+                    queries,
+                    width,
+                    share,
+                    cache,
+                    kv_head,
+                    first_visible,
+                    window,
+                    scale,
+                    out: Vec::new(),
+                });
             }
             tasks[token / task_tokens * runs + run].out.push(piece);
         }
-        if tokens * cache.len * width < SEQUENTIAL {
+        if tokens * cache.len.min(window) * width < SEQUENTIAL {
             tasks.into_iter().for_each(|task| self.dispatch(task));
         } else {
             tasks.into_par_iter().for_each(|task| self.dispatch(task));
@@ -161,8 +175,10 @@ struct Task<'a> {
     share: usize,
     cache: &'a KeyValueCache,
     kv_head: usize,
-    /// Positions that the first token sees.
+    /// Positions up to the first token's own.
     first_visible: usize,
+    /// How many of the last positions a token sees.
+    window: usize,
     scale: f32,
     /// For each token `[share, head_dim]`.
     out: Vec<&'a mut [f32]>,
@@ -190,8 +206,8 @@ impl Kernel for Task<'_> {
         let mut sums = vec![0.0; rows * stride]; // [rows, value_stride], values times exp(score - max)
         let mut seen = vec![Seen { max: f32::NEG_INFINITY, sum: 0.0 }; rows];
 
-        let visible = self.first_visible + self.out.len() - 1;
-        for start in (0..visible).step_by(TILE) {
+        let (first, last) = (self.visible(0).start, self.visible(rows - 1).end);
+        for start in (first / TILE * TILE..last).step_by(TILE) {
             let mut row = 0;
             while row < rows {
                 let height = match rows - row {
@@ -230,53 +246,77 @@ struct Panel<'a> {
 }
 
 impl Task<'_> {
+    /// The positions that a row sees.
+    #[inline(always)]
+    fn visible(&self, row: usize) -> Range<usize> {
+        let end = self.first_visible + row / self.share;
+        end.saturating_sub(self.window)..end
+    }
+
     /// Shows the tile of positions from `start` to `R` rows from `row`.
     #[inline(always)]
     fn advance<S: Simd, const R: usize>(&self, simd: S, panel: Panel, row: usize, start: usize) {
-        let visible = |row: usize| (self.first_visible + row / self.share).saturating_sub(start).min(TILE);
-        // Positions of the tile that all rows see, and that the last one sees.
-        let (shared, depth) = (visible(row), visible(row + R - 1));
-        if depth == 0 {
+        // What each row sees of the tile; both ends grow from row to row.
+        let mut visible = [(0, 0); R];
+        for (index, visible) in visible.iter_mut().enumerate() {
+            let positions = self.visible(row + index);
+            *visible = (positions.start.saturating_sub(start).min(TILE), positions.end.saturating_sub(start).min(TILE));
+        }
+        let (first, last) = (visible[0].0, visible[R - 1].1);
+        if first >= last {
             return;
         }
         let (head_dim, stride) = (self.cache.head_dim, self.cache.value_stride);
-        let blocks = depth.div_ceil(16);
+        let blocks = first / 16..last.div_ceil(16);
 
         let mut scores = [[0.0; TILE]; R];
         let keys = Product {
             rows: panel.queries,
             row_step: head_dim,
-            columns: &self.cache.keys[self.kv_head * self.cache.key_head() + start * head_dim..],
+            columns: &self.cache.keys[self.kv_head * self.cache.key_head() + (start + blocks.start * 16) * head_dim..],
             depth: head_dim,
             depth_step: 16,
             vector_step: head_dim * 16,
         };
-        keys.add_to::<S, R>(simd, blocks, scores.as_flattened_mut(), TILE);
+        keys.add_to::<S, R>(simd, blocks.len(), &mut scores.as_flattened_mut()[blocks.start * 16..], TILE);
 
         let rows = scores.iter_mut().zip(panel.seen).zip(panel.sums.chunks_exact_mut(stride));
-        for (index, ((scores, seen), sums)) in rows.enumerate() {
-            let scores = &mut scores[..blocks * 16];
-            scores[visible(row + index)..].fill(f32::NEG_INFINITY);
-            exponentiate(simd, scores, seen, sums);
+        for (((scores, seen), sums), (from, to)) in rows.zip(visible) {
+            // A row that has seen nothing yet has no largest score to subtract.
+            if from < to {
+                scores[blocks.start * 16..from].fill(f32::NEG_INFINITY);
+                scores[to..blocks.end * 16].fill(f32::NEG_INFINITY);
+                exponentiate(simd, &mut scores[blocks.start * 16..blocks.end * 16], seen, sums);
+            }
         }
 
+        // The positions that all rows see. Those that only some see are not added to the other rows with weight 0,
+        // because an infinite value would become NaN there. Every row adds in the order of positions.
+        let shared = visible[R - 1].0..visible[0].1.max(visible[R - 1].0);
         let columns = &self.cache.values[self.kv_head * self.cache.value_head() + start * stride..];
-        let values = Product {
-            rows: scores.as_flattened(),
+        let values = |rows, positions: Range<usize>| Product {
+            rows,
             row_step: TILE,
-            columns,
-            depth: shared,
+            columns: &columns[positions.start * stride..],
+            depth: positions.len(),
             depth_step: stride,
             vector_step: 16,
         };
-        values.add_to::<S, R>(simd, stride / 16, panel.sums, stride);
-        // The rows of later tokens see a few positions more. Those are not added to the other rows with weight 0,
-        // because an infinite value would become NaN there.
-        for (index, (scores, sums)) in scores.iter().zip(panel.sums.chunks_exact_mut(stride)).enumerate() {
-            let depth = visible(row + index) - shared;
-            if depth > 0 {
-                let (rows, columns) = (&scores[shared..], &columns[shared * stride..]);
-                Product { rows, columns, depth, ..values }.add_to::<S, 1>(simd, stride / 16, sums, stride);
+        let ends = scores.iter().zip(visible);
+        for ((scores, (from, to)), sums) in ends.clone().zip(panel.sums.chunks_exact_mut(stride)) {
+            let before = from..to.min(shared.start);
+            if !before.is_empty() {
+                values(&scores[before.start..], before).add_to::<S, 1>(simd, stride / 16, sums, stride);
+            }
+        }
+        if !shared.is_empty() {
+            let rows = &scores.as_flattened()[shared.start..];
+            values(rows, shared.clone()).add_to::<S, R>(simd, stride / 16, panel.sums, stride);
+        }
+        for ((scores, (from, to)), sums) in ends.zip(panel.sums.chunks_exact_mut(stride)) {
+            let after = from.max(shared.end)..to;
+            if !after.is_empty() {
+                values(&scores[after.start..], after).add_to::<S, 1>(simd, stride / 16, sums, stride);
             }
         }
     }

@@ -1,8 +1,9 @@
-//! Element-wise operations, RMSNorm and rotary embedding. Large inputs are split over the caller's rayon pool; the
+//! Sums and products of tensors, and rotary embedding. Large inputs are split over the caller's rayon pool; the
 //! split never changes a result.
 
 use rayon::prelude::*;
 
+use super::activation::silu;
 use super::simd::Simd;
 use super::{Cpu, Kernel};
 
@@ -10,21 +11,6 @@ use super::{Cpu, Kernel};
 const TASK: usize = 1 << 14;
 
 impl Cpu {
-    /// Llama's RMSNorm: every row of `x` divided by the root of its mean square (plus `epsilon`), times `gain`.
-    ///
-    /// `x` and `out` are `[tokens, width]`, `gain` is `[width]`.
-    ///
-    /// # Panics
-    /// If the lengths do not fit together.
-    pub fn rms_norm(self, x: &[f32], gain: &[f32], epsilon: f32, out: &mut [f32]) {
-        assert!(x.len().is_multiple_of(gain.len()), "x is not whole rows of {}", gain.len());
-        assert_eq!(x.len(), out.len(), "x and out differ in length");
-        by_rows(out, gain.len(), |first, out| {
-            let x = &x[first * gain.len()..][..out.len()];
-            self.dispatch(RmsNorm { x, gain, epsilon, out });
-        });
-    }
-
     /// `gate = silu(gate) * up`, with `silu(g) = g / (1 + exp(-g))`.
     ///
     /// # Panics
@@ -46,6 +32,18 @@ impl Cpu {
         by_rows(x, 1, |first, x| {
             let y = &y[first..][..x.len()];
             self.dispatch(Combine { x, y, f: Plus });
+        });
+    }
+
+    /// `x += scale * y`, rounded once.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn add_scaled(self, x: &mut [f32], y: &[f32], scale: f32) {
+        assert_eq!(x.len(), y.len(), "x and y differ in length");
+        by_rows(x, 1, |first, x| {
+            let y = &y[first..][..x.len()];
+            self.dispatch(Combine { x, y, f: PlusScaled { scale } });
         });
     }
 
@@ -84,7 +82,7 @@ impl Cpu {
 }
 
 /// Runs `work` on runs of whole rows of `x`, with the index of the first row of each run.
-fn by_rows(x: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
+pub(super) fn by_rows(x: &mut [f32], width: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
     if x.is_empty() {
         return;
     }
@@ -104,7 +102,7 @@ pub(super) trait Lanewise {
 
 /// `x = f(x, y)`, element by element, on slices of one length.
 #[inline(always)]
-fn combine<S: Simd>(simd: S, x: &mut [f32], y: &[f32], f: impl Lanewise) {
+pub(super) fn combine<S: Simd>(simd: S, x: &mut [f32], y: &[f32], f: impl Lanewise) {
     let (x_vectors, x_tail) = x.as_chunks_mut::<16>();
     let (y_vectors, y_tail) = y.as_chunks::<16>();
     for (x, y) in x_vectors.iter_mut().zip(y_vectors) {
@@ -115,10 +113,10 @@ fn combine<S: Simd>(simd: S, x: &mut [f32], y: &[f32], f: impl Lanewise) {
 }
 
 /// `combine` of whole slices.
-struct Combine<'a, F> {
-    x: &'a mut [f32],
-    y: &'a [f32],
-    f: F,
+pub(super) struct Combine<'a, F> {
+    pub x: &'a mut [f32],
+    pub y: &'a [f32],
+    pub f: F,
 }
 
 impl<F: Lanewise> Kernel for Combine<'_, F> {
@@ -131,12 +129,24 @@ impl<F: Lanewise> Kernel for Combine<'_, F> {
 }
 
 /// `x + y`.
-struct Plus;
+pub(super) struct Plus;
 
 impl Lanewise for Plus {
     #[inline(always)]
     fn apply<S: Simd>(&self, simd: S, x: S::F32, y: S::F32) -> S::F32 {
         simd.add(x, y)
+    }
+}
+
+/// `x + scale * y`.
+struct PlusScaled {
+    scale: f32,
+}
+
+impl Lanewise for PlusScaled {
+    #[inline(always)]
+    fn apply<S: Simd>(&self, simd: S, x: S::F32, y: S::F32) -> S::F32 {
+        simd.mul_add(simd.splat(self.scale), y, x)
     }
 }
 
@@ -146,62 +156,8 @@ struct SiluTimes;
 impl Lanewise for SiluTimes {
     #[inline(always)]
     fn apply<S: Simd>(&self, simd: S, x: S::F32, y: S::F32) -> S::F32 {
-        let denominator = simd.add(simd.splat(1.0), simd.exp(simd.neg(x)));
-        simd.mul(simd.div(x, denominator), y)
+        simd.mul(silu(simd, x), y)
     }
-}
-
-/// `x * factor * y`.
-struct ScaledTimes {
-    factor: f32,
-}
-
-impl Lanewise for ScaledTimes {
-    #[inline(always)]
-    fn apply<S: Simd>(&self, simd: S, x: S::F32, y: S::F32) -> S::F32 {
-        simd.mul(simd.mul(x, simd.splat(self.factor)), y)
-    }
-}
-
-struct RmsNorm<'a> {
-    x: &'a [f32],    // [tokens, width]
-    gain: &'a [f32], // [width]
-    epsilon: f32,
-    out: &'a mut [f32], // [tokens, width]
-}
-
-impl Kernel for RmsNorm<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(self, simd: S) {
-        let width = self.gain.len();
-        for (x, out) in self.x.chunks_exact(width).zip(self.out.chunks_exact_mut(width)) {
-            let mean = sum_of_squares(simd, x) / width as f32;
-            let factor = 1.0 / (mean + self.epsilon).sqrt();
-            out.copy_from_slice(x);
-            combine(simd, out, self.gain, ScaledTimes { factor });
-        }
-    }
-}
-
-#[inline(always)]
-fn sum_of_squares<S: Simd>(simd: S, x: &[f32]) -> f32 {
-    let (vectors, tail) = x.as_chunks::<16>();
-    let (fours, rest) = vectors.as_chunks::<4>();
-    // Four chains hide the latency of the multiply-add.
-    let mut sums = [simd.splat(0.0); 4];
-    for four in fours {
-        for (sum, v) in sums.iter_mut().zip(four) {
-            *sum = simd.mul_add(simd.load(v), simd.load(v), *sum);
-        }
-    }
-    for (sum, v) in sums.iter_mut().zip(rest) {
-        *sum = simd.mul_add(simd.load(v), simd.load(v), *sum);
-    }
-    let tail = simd.load_partial(tail);
-    sums[3] = simd.mul_add(tail, tail, sums[3]);
-    simd.sum(simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3])))
 }
 
 struct Rope<'a> {

@@ -1,19 +1,25 @@
 //! Kernels on the CPU: one algorithm for all instruction sets, chosen when the program starts.
 
+mod activation;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod convolution;
 mod dequantize;
 mod elementwise;
 mod gemv;
 mod loss;
 mod matmul;
 mod matmul_int8;
+mod norm;
 pub mod quantize;
+mod resolvent;
+mod route;
 mod scalar;
 mod scale_search;
+mod scan;
 pub mod simd;
 
 use std::fmt;
@@ -22,6 +28,8 @@ use std::str::FromStr;
 pub use attention::KeyValueCache;
 pub use loss::Comparison;
 pub use matmul_int8::activation_blocks;
+pub use route::top_k;
+pub use scan::SelectiveScan;
 
 #[cfg(target_arch = "x86_64")]
 use avx2::Avx2;

@@ -137,4 +137,19 @@ pub trait Simd: Copy + Send + Sync + 'static {
         let p = self.add(self.mul_add(self.mul(r, r), p, r), self.splat(1.0));
         self.scale_pow2(p, n)
     }
+
+    /// `2^v`, within 2 units in the last place; 0 below the smallest subnormal, infinity on overflow, NaN for NaN.
+    #[inline(always)]
+    fn exp2(self, v: Self::F32) -> Self::F32 {
+        // The clamps keep `n` in the range of `scale_pow2`; with the constant first, NaN passes through.
+        let v = self.min(self.splat(129.0), self.max(self.splat(-151.0), v));
+        let n = self.round_even(v);
+        let r = self.sub(v, n);
+        // The polynomial of the Cephes library for |r| <= 1/2.
+        let mut p = self.splat(1.535_336_2e-4);
+        for c in [1.339_887_4e-3, 9.618_437e-3, 5.550_332_5e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0] {
+            p = self.mul_add(p, r, self.splat(c));
+        }
+        self.scale_pow2(p, n)
+    }
 }

@@ -1,21 +1,17 @@
-//! The model's config.json, as Hugging Face writes it today and wrote it before; every field of it is untrusted.
+//! The Llama family: Llama itself and the architectures that differ from it in a few places.
 
 use std::{ops::RangeInclusive, path::Path};
 
 use serde_json::{Map, Value};
 
-use super::rope::{Rope, RopeScaling};
+use super::{Fields, MAX_DIMENSION, MAX_EXPERTS, MAX_LAYERS, MAX_POSITIONS};
 use crate::{
-    error::{Error, Result},
-    tensor::TensorSource,
+    error::Result,
+    model::{
+        Architecture,
+        rope::{Rope, RopeScaling},
+    },
 };
-
-/// The largest dimension that is believed: products of two of them do not overflow.
-const MAX_DIMENSION: usize = 1 << 24;
-/// The largest number of layers that is believed.
-const MAX_LAYERS: usize = 1 << 12;
-/// Positions are exact in f32 up to here.
-const MAX_POSITIONS: usize = 1 << 24;
 
 /// What defines a model of the Llama family.
 #[derive(Clone, Debug, PartialEq)]
@@ -31,30 +27,48 @@ pub struct LlamaConfig {
     pub head_dim: usize,
     /// The longest context, in tokens.
     pub max_positions: usize,
+    /// How many of the last positions the attention of each layer sees, its own included; `usize::MAX` for all.
+    pub windows: Vec<usize>, // [layers]
     pub rms_norm_eps: f32,
     pub rope: Rope,
-    /// Whether the query, key, value and output projections have a bias.
-    pub attention_bias: bool,
+    /// Whether the query, key and value projections have a bias.
+    pub qkv_bias: bool,
+    /// Whether the attention's output projection has a bias.
+    pub output_bias: bool,
     /// Whether the gate, up and down projections have a bias.
     pub mlp_bias: bool,
+    /// Whether each head's query and key are normalized before they are turned.
+    pub head_norms: bool,
+    /// The experts of each layer's MLP; `None` where the MLP is dense.
+    pub experts: Option<Experts>,
     /// Whether the embedding serves as output head.
     pub tie_word_embeddings: bool,
 }
 
+/// A sparse mixture of experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Experts {
+    pub count: usize,
+    /// Experts that each token goes through.
+    pub chosen: usize,
+}
+
 impl LlamaConfig {
-    /// Reads and checks the configuration; `path` is the model's, for errors.
+    /// Reads and checks the configuration of an architecture of this family; `path` is the model's, for errors.
     ///
     /// # Errors
-    /// [`Error::Config`] names the first field that is absent, of the wrong type, out of range or not supported.
-    pub fn parse(path: &Path, config: &Value) -> Result<Self> {
+    /// [`Error::Config`](crate::error::Error::Config) names the first field that is absent, of the wrong type, out of
+    /// range or not supported.
+    pub fn parse(path: &Path, architecture: Architecture, config: &Value) -> Result<Self> {
         let fields = Fields::new(path, config)?;
+        let defaults = Defaults::of(architecture);
         let hidden_size = fields.required("hidden_size", 1..=MAX_DIMENSION)?;
         let heads = fields.required("num_attention_heads", 1..=hidden_size)?;
-        let kv_heads = fields.integer("num_key_value_heads", 1..=heads)?.unwrap_or(heads);
+        let kv_heads = fields.integer("num_key_value_heads", 1..=heads)?.unwrap_or(defaults.kv_heads.unwrap_or(heads));
         if !heads.is_multiple_of(kv_heads) {
             return Err(fields.error("num_key_value_heads", format!("{kv_heads} does not divide the {heads} heads")));
         }
-        let head_dim = match fields.integer("head_dim", 1..=MAX_DIMENSION)? {
+        let head_dim = match fields.integer("head_dim", 1..=MAX_DIMENSION)?.or(defaults.head_dim) {
             Some(head_dim) => head_dim,
             None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
             None => {
@@ -72,27 +86,97 @@ impl LlamaConfig {
         if activation != "silu" {
             return Err(fields.error("hidden_act", format!("{activation:?} is not supported, only \"silu\"")));
         }
-        let max_positions = fields.integer("max_position_embeddings", 1..=MAX_POSITIONS)?.unwrap_or(2048);
+        let max_positions =
+            fields.integer("max_position_embeddings", 1..=MAX_POSITIONS)?.unwrap_or(defaults.max_positions);
+        let layers = fields.required("num_hidden_layers", 1..=MAX_LAYERS)?;
+        let biased = fields.flag("attention_bias")?;
         Ok(Self {
             vocab_size: fields.required("vocab_size", 1..=MAX_DIMENSION)?,
             hidden_size,
             intermediate_size: fields.required("intermediate_size", 1..=MAX_DIMENSION)?,
-            layers: fields.required("num_hidden_layers", 1..=MAX_LAYERS)?,
+            layers,
             heads,
             kv_heads,
             head_dim,
             max_positions,
-            rms_norm_eps: fields.number("rms_norm_eps", 0.0..=1.0)?.unwrap_or(1e-6) as f32,
-            rope: parse_rope(&fields, max_positions)?,
-            attention_bias: fields.flag("attention_bias")?,
+            windows: parse_windows(&fields, architecture, layers)?,
+            rms_norm_eps: fields.number("rms_norm_eps", 0.0..=1.0)?.unwrap_or(defaults.rms_norm_eps) as f32,
+            rope: parse_rope(&fields, max_positions, defaults.rope_theta)?,
+            qkv_bias: biased || architecture == Architecture::Qwen2,
+            output_bias: biased && architecture != Architecture::Qwen2,
             mlp_bias: fields.flag("mlp_bias")?,
+            head_norms: architecture == Architecture::Qwen3,
+            experts: if architecture == Architecture::Mixtral { Some(parse_experts(&fields)?) } else { None },
             tie_word_embeddings: fields.flag("tie_word_embeddings")?,
         })
     }
 }
 
+/// What Hugging Face takes for a field that config.json leaves out.
+struct Defaults {
+    kv_heads: Option<usize>,
+    head_dim: Option<usize>,
+    max_positions: usize,
+    rms_norm_eps: f64,
+    rope_theta: f64,
+}
+
+impl Defaults {
+    fn of(architecture: Architecture) -> Self {
+        let llama =
+            Self { kv_heads: None, head_dim: None, max_positions: 2048, rms_norm_eps: 1e-6, rope_theta: 10_000.0 };
+        match architecture {
+            Architecture::Mistral => Self { kv_heads: Some(8), max_positions: 1 << 17, ..llama },
+            Architecture::Mixtral => {
+                Self { kv_heads: Some(8), max_positions: 1 << 17, rms_norm_eps: 1e-5, rope_theta: 1e6, ..llama }
+            }
+            Architecture::Qwen2 => Self { kv_heads: Some(32), max_positions: 1 << 15, ..llama },
+            Architecture::Qwen3 => Self { kv_heads: Some(32), head_dim: Some(128), max_positions: 1 << 15, ..llama },
+            _ => llama,
+        }
+    }
+}
+
+/// The window of each layer. Mistral and Mixtral have one for all layers; Qwen lists the layers that have it.
+fn parse_windows(fields: &Fields, architecture: Architecture, layers: usize) -> Result<Vec<usize>> {
+    const MISTRAL_WINDOW: usize = 4096;
+    const FIRST_WINDOWED_LAYER: usize = 28;
+    let window = fields.integer("sliding_window", 1..=MAX_POSITIONS)?;
+    match architecture {
+        // Hugging Face reads a missing field as 4096, and null as no window.
+        Architecture::Mistral if !fields.names("sliding_window") => Ok(vec![MISTRAL_WINDOW; layers]),
+        Architecture::Mistral | Architecture::Mixtral => Ok(vec![window.unwrap_or(usize::MAX); layers]),
+        Architecture::Qwen2 | Architecture::Qwen3 if fields.flag("use_sliding_window")? => {
+            let window = window.unwrap_or(MISTRAL_WINDOW);
+            let of_kind = |windowed: bool| if windowed { window } else { usize::MAX };
+            let Some(kinds) = fields.array("layer_types")? else {
+                let first = fields.integer("max_window_layers", 0..=MAX_LAYERS)?.unwrap_or(FIRST_WINDOWED_LAYER);
+                return Ok((0..layers).map(|layer| of_kind(layer >= first)).collect());
+            };
+            if kinds.len() != layers {
+                let why = format!("names {} layers where num_hidden_layers says {layers}", kinds.len());
+                return Err(fields.error("layer_types", why));
+            }
+            let kinds = kinds.iter().map(|kind| match kind.as_str() {
+                Some("full_attention") => Ok(of_kind(false)),
+                Some("sliding_attention") => Ok(of_kind(true)),
+                _ => Err(fields
+                    .error("layer_types", format!("{kind} is neither \"full_attention\" nor \"sliding_attention\""))),
+            });
+            kinds.collect()
+        }
+        _ => Ok(vec![usize::MAX; layers]),
+    }
+}
+
+fn parse_experts(fields: &Fields) -> Result<Experts> {
+    let count = fields.required("num_local_experts", 1..=MAX_EXPERTS)?;
+    let chosen = fields.required("num_experts_per_tok", 1..=count)?;
+    Ok(Experts { count, chosen })
+}
+
 /// Rotary embedding: one object since transformers 5 (`rope_parameters`), `rope_theta` and `rope_scaling` before.
-fn parse_rope(fields: &Fields, max_positions: usize) -> Result<Rope> {
+fn parse_rope(fields: &Fields, max_positions: usize, default_theta: f64) -> Result<Rope> {
     const THETA: RangeInclusive<f64> = 1.0..=1e12;
     const FACTOR: RangeInclusive<f64> = 1.0..=1e6;
     const POSITIONS: RangeInclusive<f64> = 1.0..=MAX_POSITIONS as f64;
@@ -114,7 +198,7 @@ fn parse_rope(fields: &Fields, max_positions: usize) -> Result<Rope> {
     }
     let theta = match scaling.number("rope_theta", THETA)? {
         Some(theta) => theta,
-        None => fields.number("rope_theta", THETA)?.unwrap_or(10_000.0),
+        None => fields.number("rope_theta", THETA)?.unwrap_or(default_theta),
     };
     let kind = match scaling.text("rope_type")? {
         Some(kind) => kind,
@@ -150,124 +234,12 @@ fn parse_rope(fields: &Fields, max_positions: usize) -> Result<Rope> {
     Ok(Rope { theta: theta as f32, scaling })
 }
 
-/// The token that begins a text: `bos_token_id` of config.json.
-///
-/// # Errors
-/// [`Error::Config`] if it is no token id.
-pub fn bos_token(source: &dyn TensorSource) -> Result<Option<u32>> {
-    let Some(config) = source.config() else { return Ok(None) };
-    let bos = Fields::new(source.path(), config)?.integer("bos_token_id", 0..=MAX_DIMENSION)?;
-    Ok(bos.map(|id| id as u32))
-}
-
-/// The tokens that end a text: `eos_token_id`, one or a list, of generation_config.json or else of config.json.
-///
-/// # Errors
-/// [`Error::Json`] if generation_config.json does not parse; [`Error::Config`] if the field holds no token ids.
-pub fn eos_tokens(source: &dyn TensorSource) -> Result<Vec<u32>> {
-    let generation: Option<Value> = match source.file("generation_config.json")? {
-        Some(bytes) => Some(crate::json::parse(&source.path().join("generation_config.json"), &bytes)?),
-        None => None,
-    };
-    let field = |config: Option<&Value>| config?.get("eos_token_id").filter(|id| !id.is_null()).cloned();
-    let ids = match field(generation.as_ref()).or_else(|| field(source.config())) {
-        None => return Ok(Vec::new()),
-        Some(Value::Array(ids)) => ids,
-        Some(id) => vec![id],
-    };
-    let valid = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
-    ids.iter().map(valid).collect::<Option<Vec<_>>>().ok_or_else(|| Error::Config {
-        path: source.path().to_owned(),
-        field: "eos_token_id",
-        why: "must be a token id or a list of token ids".into(),
-    })
-}
-
-/// Typed access to a JSON object; `null` is as good as absent.
-struct Fields<'a> {
-    path: &'a Path,
-    object: &'a Map<String, Value>,
-    /// The field that holds the object, where it is not the whole file.
-    parent: Option<&'static str>,
-}
-
-impl<'a> Fields<'a> {
-    fn new(path: &'a Path, config: &'a Value) -> Result<Self> {
-        match config {
-            Value::Object(object) => Ok(Self { path, object, parent: None }),
-            _ => Err(Error::Json { path: path.to_owned(), why: "config.json is not an object".into() }),
-        }
-    }
-
-    fn error(&self, key: &'static str, why: String) -> Error {
-        let path = self.path.to_owned();
-        match self.parent {
-            None => Error::Config { path, field: key, why },
-            Some(parent) => Error::Config { path, field: parent, why: format!("{key}: {why}") },
-        }
-    }
-
-    fn absent(&self, key: &'static str) -> Error {
-        self.error(key, "absent".into())
-    }
-
-    fn get(&self, key: &str) -> Option<&'a Value> {
-        self.object.get(key).filter(|value| !value.is_null())
-    }
-
-    /// Reads a field with `read`, which gives `None` for what is not `rule`.
-    fn read<T>(
-        &self,
-        key: &'static str,
-        read: impl FnOnce(&'a Value) -> Option<T>,
-        rule: impl FnOnce() -> String,
-    ) -> Result<Option<T>> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        read(value).map(Some).ok_or_else(|| self.error(key, format!("{} is not {}", excerpt(value), rule())))
-    }
-
-    fn integer(&self, key: &'static str, range: RangeInclusive<usize>) -> Result<Option<usize>> {
-        let read = |value: &Value| usize::try_from(value.as_u64()?).ok().filter(|value| range.contains(value));
-        self.read(key, read, || format!("an integer from {} to {}", range.start(), range.end()))
-    }
-
-    fn required(&self, key: &'static str, range: RangeInclusive<usize>) -> Result<usize> {
-        self.integer(key, range)?.ok_or_else(|| self.absent(key))
-    }
-
-    fn number(&self, key: &'static str, range: RangeInclusive<f64>) -> Result<Option<f64>> {
-        let read = |value: &Value| value.as_f64().filter(|value| range.contains(value));
-        self.read(key, read, || format!("a number from {} to {}", range.start(), range.end()))
-    }
-
-    fn flag(&self, key: &'static str) -> Result<bool> {
-        Ok(self.read(key, Value::as_bool, || "true or false".into())?.unwrap_or(false))
-    }
-
-    fn text(&self, key: &'static str) -> Result<Option<&'a str>> {
-        self.read(key, Value::as_str, || "a string".into())
-    }
-
-    fn object(&self, key: &'static str) -> Result<Option<Fields<'a>>> {
-        let object = self.read(key, Value::as_object, || "an object".into())?;
-        Ok(object.map(|object| Fields { path: self.path, object, parent: Some(key) }))
-    }
-}
-
-/// A value as JSON, cut where it is long.
-fn excerpt(value: &Value) -> String {
-    let text = value.to_string();
-    match text.char_indices().nth(40) {
-        Some((end, _)) => format!("{}...", &text[..end]),
-        None => text,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::error::Error;
 
     fn base() -> Value {
         json!({
@@ -284,7 +256,7 @@ mod tests {
     }
 
     fn parse(config: &Value) -> Result<LlamaConfig> {
-        LlamaConfig::parse(Path::new("model"), config)
+        LlamaConfig::parse(Path::new("model"), Architecture::Llama, config)
     }
 
     #[test]
@@ -324,7 +296,7 @@ mod tests {
         let config = parse(&config).unwrap();
         assert_eq!((config.kv_heads, config.head_dim, config.max_positions), (8, 32, 2048));
         assert_eq!(config.rope, Rope { theta: 10_000.0, scaling: RopeScaling::Default });
-        assert!(!config.attention_bias && !config.mlp_bias && !config.tie_word_embeddings);
+        assert!(!config.qkv_bias && !config.output_bias && !config.mlp_bias && !config.tie_word_embeddings);
         assert_eq!(parse(&with(json!({"head_dim": 64}))).unwrap().head_dim, 64);
     }
 

@@ -1,0 +1,112 @@
+//! The quantized activations of the Birman-Schwinger core of a ResNet-BK layer, and what they were before and after.
+
+use crate::{
+    error::{Error, Result},
+    ops::Ops,
+    tensor::{ActivationQuantization, TensorSource},
+};
+
+/// The component that [`ActivationQuantization`] records them under.
+pub const COMPONENT: &str = "bk_core";
+
+/// The name of the scales `[3, groups]` of one layer; rows v, Re G, Im G.
+pub fn scale_name(layer: usize) -> String {
+    format!("blocks.{layer}.bk_layer.activation_scale")
+}
+
+/// The largest code of a width: the grid is symmetric.
+pub fn largest_code(bits: u32) -> f32 {
+    ((1u32 << (bits - 1)) - 1) as f32
+}
+
+/// The grid of one layer's activations.
+pub(super) struct CoreGrid {
+    potential: Vec<f32>, // [positions]
+    resolvent: Vec<f32>, // [positions, 2]
+    largest: f32,
+}
+
+impl CoreGrid {
+    /// The grid of a layer, where the model has one for `positions` positions at least.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] where the record leaves out the layer, [`Error::ActivationRange`] where it has too few
+    /// positions.
+    pub fn load<O: Ops>(source: &dyn TensorSource, ops: &O, layer: usize, positions: usize) -> Result<Option<Self>> {
+        let Some(record) = source.activations().iter().find(|record| record.component == COMPONENT) else {
+            return Ok(None);
+        };
+        let (name, path) = (scale_name(layer), || source.path().to_owned());
+        if !record.scales.contains(&name) {
+            return Err(Error::MissingTensor { path: path(), tensor: name });
+        }
+        if record.positions < positions as u64 {
+            let (component, found) = (COMPONENT.to_owned(), record.positions);
+            let expected = "the model's context or more";
+            return Err(Error::ActivationRange { path: path(), component, field: "positions", found, expected });
+        }
+        let mut scales = Vec::new(); // [3, groups]
+        ops.read(&ops.parameter(source, &name)?, &mut scales)?;
+        Ok(Some(Self::new(record, &scales, positions)))
+    }
+
+    fn new(record: &ActivationQuantization, scales: &[f32], positions: usize) -> Self {
+        let groups = scales.len() / 3;
+        // A record may claim a group larger than any model; its scale serves all positions.
+        let group = usize::try_from(record.group_size).unwrap_or(usize::MAX);
+        let scale = |row: usize, position: usize| scales[row * groups + position / group];
+        Self {
+            potential: (0..positions).map(|position| scale(0, position)).collect(),
+            resolvent: (0..positions).flat_map(|position| [scale(1, position), scale(2, position)]).collect(),
+            largest: largest_code(record.bits),
+        }
+    }
+
+    /// Rounds the potential `[tokens, 1]` of the positions from `first`.
+    pub fn round_potential<O: Ops>(&self, ops: &O, v: O::Tensor, first: usize, tokens: usize) -> Result<O::Tensor> {
+        let scales = ops.constant(self.potential[first..first + tokens].to_vec(), 1)?;
+        ops.round_to_grid(v, &scales, self.largest)
+    }
+
+    /// Rounds the resolvent `[tokens, 2]` of the positions from `first`.
+    pub fn round_resolvent<O: Ops>(&self, ops: &O, g: O::Tensor, first: usize, tokens: usize) -> Result<O::Tensor> {
+        let scales = ops.constant(self.resolvent[2 * first..2 * (first + tokens)].to_vec(), 2)?;
+        ops.round_to_grid(g, &scales, self.largest)
+    }
+}
+
+/// v, Re G and Im G of one layer over the tokens of a call.
+#[derive(Clone, Debug, Default)]
+pub struct CoreValues {
+    pub v: Vec<f32>,    // [tokens]
+    pub re_g: Vec<f32>, // [tokens]
+    pub im_g: Vec<f32>, // [tokens]
+}
+
+impl CoreValues {
+    pub(super) fn read<O: Ops>(ops: &O, potential: &O::Tensor, resolvent: &O::Tensor) -> Result<Self> {
+        let (mut v, mut g) = (Vec::new(), Vec::new());
+        ops.read(potential, &mut v)?;
+        ops.read(resolvent, &mut g)?;
+        let (pairs, _) = g.as_chunks::<2>();
+        Ok(Self {
+            v,
+            re_g: pairs.iter().map(|pair| pair[0]).collect(),
+            im_g: pairs.iter().map(|pair| pair[1]).collect(),
+        })
+    }
+
+    /// In the order of the rows of the scales.
+    pub fn rows(&self) -> [&[f32]; 3] {
+        [&self.v, &self.re_g, &self.im_g]
+    }
+}
+
+/// What one layer's core computed in the last call.
+#[derive(Clone, Debug, Default)]
+pub struct CoreTrace {
+    /// Without rounding: neither of v nor of G.
+    pub exact: CoreValues,
+    /// What the layer went on with.
+    pub used: CoreValues,
+}

@@ -1,0 +1,232 @@
+//! ResNet-BK: the whole architecture.
+
+use super::{
+    Architecture, ExpectedTensor, LayerState, State, check_expected,
+    config::ResNetBkConfig,
+    core_activations::{CoreGrid, CoreTrace, CoreValues},
+    linear::Linear,
+    mixture::mixture,
+};
+use crate::{error::Result, ops::Ops, tensor::TensorSource};
+
+const TOKEN_EMBEDDING: &str = "token_embedding.weight";
+const POSITION_EMBEDDING: &str = "position_embedding.weight";
+const FINAL_NORM: &str = "layer_norm_final";
+const HEAD: &str = "lm_head";
+
+/// A ResNet-BK model: blocks of a sparse mixture of experts whose output sets the potential of a tridiagonal operator;
+/// the diagonal of the operator's resolvent (the Birman-Schwinger core) mixes the positions in linear time.
+pub struct ResNetBk<'a, O: Ops> {
+    ops: &'a O,
+    config: ResNetBkConfig,
+    token_embedding: O::Weight<'a>,    // [vocab, hidden]
+    position_embedding: O::Weight<'a>, // [max_positions, hidden]
+    layers: Vec<Layer<'a, O>>,
+    final_norm: Norm<O>,
+    head: Linear<'a, O>, // [vocab, hidden]
+}
+
+struct Layer<'a, O: Ops> {
+    norm: Norm<O>,
+    router: Linear<'a, O>, // [experts, hidden]
+    experts: Vec<Expert<'a, O>>,
+    potential: Linear<'a, O>, // [1, hidden]
+    output: Linear<'a, O>,    // [hidden, 2]
+    scale: O::Tensor,         // [1, 1]
+    /// Where the activations of the core are quantized.
+    grid: Option<CoreGrid>,
+}
+
+struct Norm<O: Ops> {
+    gain: O::Tensor, // [1, hidden]
+    bias: O::Tensor, // [1, hidden]
+}
+
+struct Expert<'a, O: Ops> {
+    up: Linear<'a, O>,   // [2 * hidden, hidden]
+    down: Linear<'a, O>, // [hidden, 2 * hidden]
+}
+
+/// The tensors that the model needs.
+pub(super) fn expected_tensors(config: &ResNetBkConfig) -> Vec<ExpectedTensor> {
+    let hidden = config.hidden_size;
+    let mut expected = Vec::new();
+    let mut expect = |name: String, shape: &[usize]| expected.push(ExpectedTensor { name, shape: shape.to_vec() });
+    expect(TOKEN_EMBEDDING.into(), &[config.vocab_size, hidden]);
+    expect(POSITION_EMBEDDING.into(), &[config.max_positions, hidden]);
+    for layer in 0..config.layers {
+        expect(format!("blocks.{layer}.bk_layer.bk_scale"), &[]);
+    }
+    let mut both = |name: String, weight: &[usize], bias: usize| {
+        expect(format!("{name}.weight"), weight);
+        expect(format!("{name}.bias"), &[bias]);
+    };
+    for layer in 0..config.layers {
+        let name = |part: &str| format!("blocks.{layer}.{part}");
+        both(name("layer_norm"), &[hidden], hidden);
+        both(name("bk_layer.moe_ffn.gating_network"), &[config.experts.count, hidden], config.experts.count);
+        for expert in 0..config.experts.count {
+            let name = |part: &str| name(&format!("bk_layer.moe_ffn.experts.{expert}.{part}"));
+            both(name("0"), &[2 * hidden, hidden], 2 * hidden);
+            both(name("3"), &[hidden, 2 * hidden], hidden);
+        }
+        both(name("bk_layer.v_proj"), &[1, hidden], 1);
+        both(name("bk_layer.output_proj"), &[hidden, 2], hidden);
+    }
+    both(FINAL_NORM.into(), &[hidden], hidden);
+    both(HEAD.into(), &[config.vocab_size, hidden], config.vocab_size);
+    expected
+}
+
+impl<'a, O: Ops> ResNetBk<'a, O> {
+    /// Loads the model; every tensor's shape is checked against config.json first.
+    ///
+    /// # Errors
+    /// As [`check_shapes`](super::check_shapes) and [`Ops::weight`].
+    pub fn load(source: &'a dyn TensorSource, ops: &'a O) -> Result<Self> {
+        let (_, config) = Architecture::of(source)?;
+        let config = ResNetBkConfig::parse(source.path(), config)?;
+        check_expected(source, &expected_tensors(&config))?;
+        Ok(Self {
+            ops,
+            token_embedding: ops.weight(source, TOKEN_EMBEDDING)?,
+            position_embedding: ops.weight(source, POSITION_EMBEDDING)?,
+            layers: (0..config.layers).map(|layer| Layer::load(source, ops, &config, layer)).collect::<Result<_>>()?,
+            final_norm: Norm::load(source, ops, FINAL_NORM)?,
+            head: Linear::load(source, ops, HEAD, true)?,
+            config,
+        })
+    }
+
+    /// What config.json says.
+    pub fn config(&self) -> &ResNetBkConfig {
+        &self.config
+    }
+
+    /// Whether the activations of the core are rounded.
+    pub(super) fn quantizes_core(&self) -> bool {
+        self.layers.iter().any(|layer| layer.grid.is_some())
+    }
+
+    pub(super) fn keep_core_exact(&mut self) {
+        self.layers.iter_mut().for_each(|layer| layer.grid = None);
+    }
+
+    /// What one layer remembers before a text.
+    pub(super) fn layer_state(&self) -> Result<LayerState<O>> {
+        Ok(LayerState::Resolvent { last: self.ops.constant(vec![0.0; 2], 2)? })
+    }
+
+    /// Runs the next tokens of a text: the final hidden states, `[tokens, hidden]`.
+    pub(super) fn forward(&self, tokens: &[u32], state: &mut State<O>) -> Result<O::Tensor> {
+        let ops = self.ops;
+        let positions: Vec<u32> = (state.positions as u32..).take(tokens.len()).collect();
+        let embedded = ops.embed(&self.token_embedding, tokens)?;
+        let mut x = ops.add(embedded, ops.embed(&self.position_embedding, &positions)?)?; // [tokens, hidden]
+        let first = state.positions;
+        if let Some(core) = &mut state.core {
+            core.clear();
+        }
+        for (layer, layer_state) in self.layers.iter().zip(&mut state.layers) {
+            let LayerState::Resolvent { last } = layer_state else { unreachable!("a state belongs to its model") };
+            let normed = layer.norm.apply(ops, &x, self.config.norm_eps)?;
+            let features = self.experts(layer, &normed, tokens.len())?; // [tokens, hidden]
+            let potential = layer.potential.apply(ops, &features)?;
+            let potential = ops.clamp(potential, self.config.v_max)?; // [tokens, 1]
+            let exact = match &state.core {
+                Some(_) if first == 0 => Some(self.exact_core(&potential)?),
+                _ => None,
+            };
+            let (potential, resolvent) = self.core(layer, potential, last, (first, tokens.len()))?;
+            if let (Some(core), Some(exact)) = (&mut state.core, exact) {
+                core.push(CoreTrace { exact, used: CoreValues::read(ops, &potential, &resolvent)? });
+            }
+            let mixed = layer.output.apply(ops, &resolvent)?; // [tokens, hidden]
+            x = ops.add(x, ops.add_scaled(features, &mixed, &layer.scale)?)?;
+        }
+        self.final_norm.apply(ops, &x, self.config.norm_eps)
+    }
+
+    /// The mixture of experts of one block: `[tokens, hidden]` to `[tokens, hidden]`.
+    fn experts(&self, layer: &Layer<'a, O>, x: &O::Tensor, tokens: usize) -> Result<O::Tensor> {
+        let logits = layer.router.apply(self.ops, x)?; // [tokens, experts]
+        let shape = (tokens, self.config.hidden_size);
+        let expert = |index: usize, x: &O::Tensor| layer.experts[index].apply(self.ops, x);
+        mixture(self.ops, x, &logits, self.config.experts.chosen, shape, expert)
+    }
+
+    /// The potential `[tokens, 1]` and its resolvent `[tokens, 2]`, rounded where the layer's activations are quantized.
+    fn core(
+        &self,
+        layer: &Layer<'a, O>,
+        potential: O::Tensor,
+        last: &mut O::Tensor,
+        (first, tokens): (usize, usize),
+    ) -> Result<(O::Tensor, O::Tensor)> {
+        let Some(grid) = &layer.grid else {
+            let resolvent = self.resolvent(&potential, last)?;
+            return Ok((potential, resolvent));
+        };
+        let potential = grid.round_potential(self.ops, potential, first, tokens)?;
+        let resolvent = self.resolvent(&potential, last)?;
+        Ok((potential, grid.round_resolvent(self.ops, resolvent, first, tokens)?))
+    }
+
+    /// What the core computes without rounding, at the start of a text.
+    fn exact_core(&self, potential: &O::Tensor) -> Result<CoreValues> {
+        let mut last = self.ops.constant(vec![0.0; 2], 2)?;
+        CoreValues::read(self.ops, potential, &self.resolvent(potential, &mut last)?)
+    }
+
+    /// `[tokens, 1]` to `[tokens, 2]`.
+    fn resolvent(&self, potential: &O::Tensor, last: &mut O::Tensor) -> Result<O::Tensor> {
+        let resolvent = match self.config.causal {
+            true => self.ops.causal_resolvent(potential, self.config.z, last)?,
+            false => self.ops.resolvent(potential, self.config.z)?,
+        };
+        self.ops.clamp(resolvent, self.config.feature_clamp)
+    }
+
+    /// The logits of the rows `first..first + count` of final hidden states: `[count, vocab]`.
+    pub(super) fn logits(&self, hidden: &O::Tensor, first: usize, count: usize) -> Result<O::Tensor> {
+        self.head.apply(self.ops, &self.ops.rows(hidden, first, count)?)
+    }
+}
+
+impl<'a, O: Ops> Layer<'a, O> {
+    fn load(source: &'a dyn TensorSource, ops: &O, config: &ResNetBkConfig, layer: usize) -> Result<Self> {
+        let name = |part: &str| format!("blocks.{layer}.{part}");
+        let linear = |part: &str| Linear::load(source, ops, &name(part), true);
+        let expert = |expert: usize| {
+            let linear = |part: &str| linear(&format!("bk_layer.moe_ffn.experts.{expert}.{part}"));
+            Ok(Expert { up: linear("0")?, down: linear("3")? })
+        };
+        Ok(Self {
+            norm: Norm::load(source, ops, &name("layer_norm"))?,
+            router: linear("bk_layer.moe_ffn.gating_network")?,
+            experts: (0..config.experts.count).map(expert).collect::<Result<_>>()?,
+            potential: linear("bk_layer.v_proj")?,
+            output: linear("bk_layer.output_proj")?,
+            scale: ops.parameter(source, &name("bk_layer.bk_scale"))?,
+            grid: CoreGrid::load(source, ops, layer, config.max_positions)?,
+        })
+    }
+}
+
+impl<O: Ops> Norm<O> {
+    fn load(source: &dyn TensorSource, ops: &O, name: &str) -> Result<Self> {
+        let parameter = |part: &str| ops.parameter(source, &format!("{name}.{part}"));
+        Ok(Self { gain: parameter("weight")?, bias: parameter("bias")? })
+    }
+
+    fn apply(&self, ops: &O, x: &O::Tensor, epsilon: f32) -> Result<O::Tensor> {
+        ops.layer_norm(x, &self.gain, &self.bias, epsilon)
+    }
+}
+
+impl<O: Ops> Expert<'_, O> {
+    /// `[tokens, hidden]` to `[tokens, hidden]`.
+    fn apply(&self, ops: &O, x: &O::Tensor) -> Result<O::Tensor> {
+        self.down.apply(ops, &ops.relu(self.up.apply(ops, x)?)?)
+    }
+}
