@@ -43,8 +43,38 @@ pub enum Error {
     /// Two shards hold the same tensor, or a shard holds one that the index does not name.
     #[error("{}: tensor {tensor} is in {shard}, where the index does not put it", path.display())]
     StrayTensor { path: PathBuf, tensor: String, shard: String },
+    /// The file breaks a rule of zip archives.
+    #[error("{}: zip archive: {why}", path.display())]
+    Zip { path: PathBuf, why: String },
+    /// A member of an NPZ file breaks a rule of NumPy's array format.
+    #[error("{}: {member}: {why}", path.display())]
+    Npy { path: PathBuf, member: String, why: String },
+    /// A PyTorch file is broken, or holds no state dict.
+    #[error("{}: PyTorch file: {why}", path.display())]
+    Torch { path: PathBuf, why: String },
+    /// A pickle names a global that no state dict needs.
+    #[error(
+        "{}: global {global} is not allowed; nothing from a checkpoint is executed; save the state dict alone",
+        path.display()
+    )]
+    Global { path: PathBuf, global: String },
+    /// A tensor's values are not within the bytes that are stored for it.
+    #[error("{}: tensor {tensor}: {why}", path.display())]
+    Extent { path: PathBuf, tensor: String, why: String },
+    /// Two tensors have the same name, after renaming or as the part of a complex one.
+    #[error("{}: two tensors are named {tensor}; rename one of them", path.display())]
+    SharedName { path: PathBuf, tensor: String },
+    /// An 8-bit tensor whose values are meant to be multiplied by another tensor.
+    #[error(
+        "{}: tensor {tensor} is an 8-bit float whose true values need {scale}; multiply them and save it as BF16",
+        path.display()
+    )]
+    ScaledFloat8 { path: PathBuf, tensor: String, scale: String },
+    /// An F64 that is too large for F32.
+    #[error("{}: tensor {tensor} holds {value:e}, which F32 cannot hold; F64 is rounded to F32", path.display())]
+    NarrowingRange { path: PathBuf, tensor: String, value: f64 },
     /// A tensor's type is not one that can be packed.
-    #[error("{}: tensor {tensor} is {dtype}; only F32, F16 and BF16 can be packed", path.display())]
+    #[error("{}: tensor {tensor} is {dtype}; only floats of 8 to 64 bits and complex numbers of them can be packed", path.display())]
     UnsupportedDtype { path: PathBuf, tensor: String, dtype: String },
     /// A tensor without elements.
     #[error("{}: tensor {tensor} has shape {shape:?}, which holds no element; remove it from the checkpoint", path.display())]

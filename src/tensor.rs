@@ -136,6 +136,11 @@ pub trait TensorSource: Send + Sync {
     /// Bytes on disk, everything counted.
     fn file_bytes(&self) -> u64;
 
+    /// What the user should know of how it was read, a sentence each.
+    fn notices(&self) -> &[String] {
+        &[]
+    }
+
     /// Which half of a complex tensor this tensor is; `None` if it is real through and through.
     fn complex_part(&self, _name: &str) -> Option<ComplexPart> {
         None

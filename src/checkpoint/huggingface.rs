@@ -1,4 +1,4 @@
-//! A Hugging Face folder: config.json beside one safetensors file, or beside shards and their index.
+//! A Hugging Face folder: config.json beside one file of weights, or beside shards and their index.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,14 +7,15 @@ use std::{
 
 use serde::Deserialize;
 
-use super::{Checkpoint, CheckpointKind, safetensors::open_weights};
+use super::WeightFile;
 use crate::{
     error::{Error, Result},
     json,
 };
 
-const SINGLE: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+/// The index or the one file of weights, in the order in which they are looked for.
+const WEIGHTS: [(&str, &str); 2] =
+    [("model.safetensors.index.json", "model.safetensors"), ("pytorch_model.bin.index.json", "pytorch_model.bin")];
 
 /// The part of the index that says where each tensor is.
 #[derive(Deserialize)]
@@ -22,37 +23,26 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Opens a folder. The index, where there is one, must agree with the shards tensor by tensor.
-pub(super) fn open(folder: &Path) -> Result<Checkpoint> {
-    let config_path = folder.join("config.json");
-    let config = match std::fs::read(&config_path) {
-        Ok(bytes) => Some(json::parse(&config_path, &bytes)?),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
-        Err(error) => return Err(Error::io(config_path)(error)),
-    };
-    let index_path = folder.join(INDEX);
-    let files = match std::fs::read(&index_path) {
-        Ok(bytes) => open_shards(folder, &index_path, &bytes)?,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-            let single = folder.join(SINGLE);
-            if !single.exists() {
-                return Err(Error::NotAModel {
-                    path: folder.to_owned(),
-                    why: format!("the folder has neither {SINGLE} nor {INDEX}"),
-                });
-            }
-            vec![open_weights(&single)?]
+/// Opens the files of weights. The index, where there is one, must agree with the shards tensor by tensor.
+pub(super) fn open(folder: &Path) -> Result<Vec<WeightFile>> {
+    for (index, single) in WEIGHTS {
+        let index = folder.join(index);
+        match std::fs::read(&index) {
+            Ok(bytes) => return open_shards(folder, &index, &bytes),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Error::io(index)(error)),
         }
-        Err(error) => return Err(Error::io(index_path)(error)),
-    };
-    Checkpoint::new(folder, CheckpointKind::HuggingFace, config, files)
+        let single = folder.join(single);
+        if single.exists() {
+            return Ok(vec![WeightFile::open(&single)?]);
+        }
+    }
+    let why = "the folder has none of model.safetensors, model.safetensors.index.json, pytorch_model.bin and \
+               pytorch_model.bin.index.json";
+    Err(Error::NotAModel { path: folder.to_owned(), why: why.into() })
 }
 
-fn open_shards(
-    folder: &Path,
-    index_path: &Path,
-    bytes: &[u8],
-) -> Result<Vec<(super::WeightFile, super::header::Header)>> {
+fn open_shards(folder: &Path, index_path: &Path, bytes: &[u8]) -> Result<Vec<WeightFile>> {
     let index: Index = json::parse(index_path, bytes)?;
     let shards: BTreeSet<&String> = index.weight_map.values().collect();
     let mut files = Vec::with_capacity(shards.len());
@@ -68,8 +58,8 @@ fn open_shards(
         if !path.exists() {
             return Err(Error::MissingShard { path: index_path.to_owned(), shard: shard.clone() });
         }
-        let file = open_weights(&path)?;
-        let held: BTreeSet<&str> = file.1.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+        let file = WeightFile::open(&path)?;
+        let held: BTreeSet<&str> = file.contents.tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         for (tensor, owner) in &index.weight_map {
             let (path, tensor, shard) = (index_path.to_owned(), tensor.clone(), shard.clone());
             match (*owner == shard, held.contains(tensor.as_str())) {

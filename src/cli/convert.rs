@@ -14,7 +14,7 @@ use bkpack::{
 use bkpack_kernels::{Cpu, FloatType, Grid, cpu::quantize::Rounding};
 use clap::{Args, ValueEnum};
 
-use super::{Common, print, refuse_file_of_checkpoint, refuse_same_file};
+use super::{Common, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -31,7 +31,7 @@ Examples:
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct ConvertArgs {
-    /// Hugging Face folder or safetensors file
+    /// Hugging Face folder, or file of weights: safetensors, NPZ or PyTorch
     source: PathBuf,
 
     /// Packed file to write
@@ -89,6 +89,9 @@ pub struct ConvertArgs {
     /// Print one JSON object for machines
     #[arg(long)]
     json: bool,
+
+    #[command(flatten)]
+    checkpoint: SourceArgs,
 
     #[command(flatten)]
     common: Common,
@@ -168,7 +171,9 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         let why = "is packed already; convert the checkpoint that it came from".into();
         return Err(Error::NotAModel { path: args.source.clone(), why });
     }
-    let checkpoint = checkpoint::open(&args.source)?;
+    let open_options = args.checkpoint.options(&[&args.source])?;
+    let checkpoint = checkpoint::open_with(&args.source, &open_options[0])?;
+    checkpoint.notices().iter().for_each(|notice| args.common.notice(notice));
     refuse_same_file(&args.source, &args.output)?;
     refuse_file_of_checkpoint(&args.source, &args.output)?;
     format::check_output(&args.output, args.force || args.dry_run)?;
@@ -222,7 +227,9 @@ fn default_request(args: &ConvertArgs) -> Result<Request> {
 /// A known architecture must have its tensors; an unknown one is packed all the same.
 fn note_architecture(args: &ConvertArgs, checkpoint: &checkpoint::Checkpoint) -> Result<()> {
     match checkpoint.config() {
-        None => args.common.notice("no config.json: packed by generic rules; eval will not be able to run it"),
+        None => args.common.notice(
+            "no config.json: packed by generic rules; eval will not be able to run it (--config FILE names one)",
+        ),
         Some(config) if model::Architecture::from_config(config).is_none() => {
             let name = config["architectures"][0].as_str().unwrap_or("(none)");
             args.common

@@ -10,7 +10,10 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, open_source, print};
+use super::{
+    Common, print,
+    source::{SourceArgs, open_source},
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -38,13 +41,18 @@ pub struct DiffArgs {
     json: bool,
 
     #[command(flatten)]
+    checkpoint: SourceArgs,
+
+    #[command(flatten)]
     common: Common,
 }
 
 /// Runs the subcommand.
 pub fn run(args: &DiffArgs) -> Result<()> {
     let observer = args.common.observer();
-    let (first, second) = (open_source(&args.first)?, open_source(&args.second)?);
+    let options = args.checkpoint.options(&[&args.first, &args.second])?;
+    let first = open_source(&args.first, &options[0], &args.common)?;
+    let second = open_source(&args.second, &options[1], &args.common)?;
     let mut differences = compare(Cpu::from_environment()?, &*first, &*second, &observer)?;
     let compared = differences.tensors.len();
     if args.top > 0 {

@@ -16,7 +16,10 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, open_model, open_source, print};
+use super::{
+    Common, print,
+    source::{SourceArgs, open_model, open_source},
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -77,14 +80,19 @@ pub struct EvalArgs {
     json: bool,
 
     #[command(flatten)]
+    checkpoint: SourceArgs,
+
+    #[command(flatten)]
     common: Common,
 }
 
 /// Runs the subcommand.
 pub fn run(args: &EvalArgs) -> Result<()> {
     let observer = args.common.observer();
-    let source = open_model(&args.model, args.verify_hashes, &observer)?;
-    let baseline = args.baseline.as_deref().map(open_source).transpose()?;
+    let paths: Vec<&Path> = std::iter::once(&args.model).chain(&args.baseline).map(PathBuf::as_path).collect();
+    let options = args.checkpoint.options(&paths)?;
+    let source = open_model(&args.model, &options[0], args.verify_hashes, &args.common, &observer)?;
+    let baseline = args.baseline.as_deref().map(|path| open_source(path, &options[1], &args.common)).transpose()?;
     let mut tokens = match (&args.text, &args.tokens) {
         (Some(path), _) => tokenize(&*source, path)?,
         (None, Some(path)) => read_tokens(path)?,

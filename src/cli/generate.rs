@@ -19,7 +19,10 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, open_model};
+use super::{
+    Common,
+    source::{SourceArgs, open_model},
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -66,6 +69,9 @@ pub struct GenerateArgs {
     verify_hashes: bool,
 
     #[command(flatten)]
+    checkpoint: SourceArgs,
+
+    #[command(flatten)]
     common: Common,
 }
 
@@ -75,7 +81,8 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let cpu = Cpu::from_environment()?;
     let seed = args.seed.unwrap_or_else(rand::random);
     let mut sampler = Sampler::new(cpu, args.temperature, args.top_p, seed)?;
-    let source = open_model(&args.model, args.verify_hashes, &observer)?;
+    let options = args.checkpoint.options(&[&args.model])?;
+    let source = open_model(&args.model, &options[0], args.verify_hashes, &args.common, &observer)?;
     let tokenizer = Tokenizer::load(&*source)?;
     let ops = CpuOps::new(cpu, args.activations);
     let model = Model::load(&*source, &ops)?;

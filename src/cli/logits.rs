@@ -11,7 +11,10 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, open_model, refuse_same_file};
+use super::{
+    Common, refuse_same_file,
+    source::{SourceArgs, open_model},
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -48,6 +51,9 @@ pub struct LogitsArgs {
     verify_hashes: bool,
 
     #[command(flatten)]
+    checkpoint: SourceArgs,
+
+    #[command(flatten)]
     common: Common,
 }
 
@@ -56,7 +62,8 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     let observer = args.common.observer();
     refuse_same_file(&args.model, &args.output)?;
     refuse_same_file(&args.tokens, &args.output)?;
-    let source = open_model(&args.model, args.verify_hashes, &observer)?;
+    let options = args.checkpoint.options(&[&args.model])?;
+    let source = open_model(&args.model, &options[0], args.verify_hashes, &args.common, &observer)?;
     let tokens = read_tokens(&args.tokens)?;
     let ops = CpuOps::new(Cpu::from_environment()?, args.activations);
     let model = Model::load(&*source, &ops)?;

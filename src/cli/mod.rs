@@ -9,6 +9,7 @@ mod generate;
 mod inspect;
 mod logits;
 mod progress;
+mod source;
 mod synth;
 mod unpack;
 mod verify;
@@ -19,7 +20,7 @@ use std::{
     process::ExitCode,
 };
 
-use bkpack::{Error, Result, format, tensor::TensorSource};
+use bkpack::{Error, Result, format};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use progress::ProgressObserver;
 
@@ -118,21 +119,6 @@ pub fn run() -> ExitCode {
         eprintln!("error: {error}");
         ExitCode::from(if matches!(error, Error::Cancelled) { INTERRUPTED } else { BAD_INPUT })
     })
-}
-
-/// Opens a packed file or a checkpoint.
-pub fn open_source(path: &Path) -> Result<Box<dyn TensorSource>> {
-    format::open_any(path)
-}
-
-/// Opens a packed file or a checkpoint to run it; with `verify_hashes` every byte of a packed file is checked first.
-fn open_model(path: &Path, verify_hashes: bool, observer: &ProgressObserver) -> Result<Box<dyn TensorSource>> {
-    if verify_hashes && format::is_packed(path)? {
-        let packed = format::PackedFile::open(path)?;
-        packed.check_contents(observer)?;
-        return Ok(Box::new(packed));
-    }
-    open_source(path)
 }
 
 /// Writes a line to standard output; a reader that has gone away is no error.

@@ -1,6 +1,9 @@
 //! `bkpack verify`: every hash of a packed file, then each target with what was measured.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use bkpack::{
     Error, Result,
@@ -18,7 +21,12 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::json;
 
-use super::{CHECK_FAILED, Common, eval::tokenize, open_source, print};
+use super::{
+    CHECK_FAILED, Common,
+    eval::tokenize,
+    print,
+    source::{SourceArgs, open_source},
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -86,6 +94,9 @@ pub struct VerifyArgs {
     /// Print one JSON object for machines
     #[arg(long)]
     json: bool,
+
+    #[command(flatten)]
+    checkpoint: SourceArgs,
 
     #[command(flatten)]
     common: Common,
@@ -164,7 +175,10 @@ fn quality(
     observer: &super::ProgressObserver,
     checks: &mut Vec<Check>,
 ) -> Result<()> {
-    let baseline = args.baseline.as_deref().map(open_source).transpose()?;
+    let paths: Vec<&Path> = std::iter::once(&args.packed).chain(&args.baseline).map(PathBuf::as_path).collect();
+    let open_options = args.checkpoint.options(&paths)?;
+    let baseline =
+        args.baseline.as_deref().map(|path| open_source(path, &open_options[1], &args.common)).transpose()?;
     let mut tokens = match (&args.text, &args.tokens) {
         (Some(path), _) => tokenize(packed, path)?,
         (None, Some(path)) => read_tokens(path)?,

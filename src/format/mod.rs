@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::{
-    checkpoint::{self, header::Header},
+    checkpoint::{self, OpenOptions, header::Header},
     error::Result,
     mmap::FileMap,
     tensor::TensorSource,
@@ -46,9 +46,12 @@ const ARCHIVE_KEY: &str = "bkpack_archive";
 /// The seal and every hash before it is known: as long as the real one, so sizes are exact beforehand.
 const ZERO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 
-/// Opens whatever holds a model: a packed file, or a checkpoint.
-pub fn open_any(path: &Path) -> Result<Box<dyn TensorSource>> {
-    if is_packed(path)? { Ok(Box::new(PackedFile::open(path)?)) } else { Ok(Box::new(checkpoint::open(path)?)) }
+/// Opens whatever holds a model: a packed file, or a checkpoint, to which the options apply.
+pub fn open_any(path: &Path, options: &OpenOptions) -> Result<Box<dyn TensorSource>> {
+    if is_packed(path)? {
+        return Ok(Box::new(PackedFile::open(path)?));
+    }
+    Ok(Box::new(checkpoint::open_with(path, options)?))
 }
 
 /// Whether a path is a packed model, told by its header's metadata, not by its name.
@@ -59,7 +62,11 @@ pub fn is_packed(path: &Path) -> Result<bool> {
     if path.is_dir() {
         return Ok(false);
     }
-    let metadata = Header::read(path, &FileMap::open(path)?)?.metadata;
+    let file = FileMap::open(path)?;
+    if !checkpoint::may_be_safetensors(&file) {
+        return Ok(false);
+    }
+    let metadata = Header::read(path, &file)?.metadata;
     Ok(metadata.contains_key(MANIFEST_KEY) || metadata.contains_key(ARCHIVE_KEY))
 }
 

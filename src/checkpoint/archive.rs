@@ -1,0 +1,130 @@
+//! Zip archives: what NPZ and PyTorch files are made of. Stored members are read from the memory map, deflated ones
+//! are inflated one at a time into exactly as many bytes as the directory declares.
+
+use std::{
+    io::{Cursor, ErrorKind, Read},
+    ops::Range,
+    path::Path,
+};
+
+use flate2::{Crc, read::DeflateDecoder};
+use zip::{CompressionMethod, ZipArchive, result::ZipError};
+
+use super::stored::Place;
+use crate::error::{Error, Result};
+
+/// Deflate cannot shrink by more than this: a match of 258 bytes takes at least two bits.
+const MAX_RATIO: u64 = 1032;
+
+/// One file of an archive.
+#[derive(Debug)]
+pub(super) struct Member {
+    pub name: String,
+    pub place: Place,
+}
+
+/// A compressed member.
+#[derive(Clone, Debug)]
+pub(super) struct Deflated {
+    /// Its compressed bytes in the file.
+    range: Range<usize>,
+    /// Bytes that it must inflate to.
+    pub size: usize,
+    crc: u32,
+}
+
+impl Deflated {
+    /// All its bytes, checked against the declared size and the CRC.
+    ///
+    /// # Errors
+    /// A sentence that says which of them it does not match.
+    pub fn inflate(&self, file: &[u8]) -> Result<Vec<u8>, String> {
+        let mut decoder = DeflateDecoder::new(&file[self.range.clone()]);
+        let mut bytes = vec![0; self.size];
+        decoder.read_exact(&mut bytes).map_err(|error| self.broken(&error))?;
+        match decoder.read(&mut [0]) {
+            Ok(0) => {}
+            Ok(_) => return Err(format!("its compressed data inflates past the declared {} bytes", self.size)),
+            Err(error) => return Err(self.broken(&error)),
+        }
+        let mut crc = Crc::new();
+        crc.update(&bytes);
+        if crc.sum() != self.crc {
+            return Err("its bytes do not match their CRC: the archive was changed or damaged".into());
+        }
+        Ok(bytes)
+    }
+
+    /// Its first bytes, at most `limit` of them.
+    pub fn inflate_head(&self, file: &[u8], limit: usize) -> Result<Vec<u8>, String> {
+        let limit = limit.min(self.size);
+        let mut bytes = vec![0; limit];
+        let mut decoder = DeflateDecoder::new(&file[self.range.clone()]);
+        decoder.read_exact(&mut bytes).map_err(|error| self.broken(&error))?;
+        Ok(bytes)
+    }
+
+    fn broken(&self, error: &std::io::Error) -> String {
+        match error.kind() {
+            ErrorKind::UnexpectedEof => format!("its compressed data ends before the declared {} bytes", self.size),
+            _ => format!("its compressed data is broken: {error}"),
+        }
+    }
+}
+
+/// Every member of an archive, in the order of its directory; folders are left out.
+///
+/// # Errors
+/// A broken directory, members that share bytes or a name, an encrypted member, a compression other than deflate, a
+/// declared size that deflate cannot reach.
+pub(super) fn members(path: &Path, file: &[u8]) -> Result<Vec<Member>> {
+    let refuse = |why: String| Error::Zip { path: path.to_owned(), why };
+    let broken = |error: ZipError| refuse(format!("not valid, perhaps truncated: {error}"));
+    let mut archive = ZipArchive::new(Cursor::new(file)).map_err(broken)?;
+    if archive.has_duplicate_names() {
+        return Err(refuse("two members have the same name".into()));
+    }
+    if archive.has_overlapping_entries().map_err(broken)? {
+        return Err(refuse("two members overlap".into()));
+    }
+    let mut members = Vec::with_capacity(archive.len());
+    for index in 0..archive.len() {
+        let entry = archive.by_index_raw(index).map_err(broken)?;
+        let name = entry.name().map_err(broken)?.into_owned();
+        if entry.is_dir() {
+            continue;
+        }
+        let refuse = |why: &str| refuse(format!("member {name}: {why}"));
+        if entry.encrypted() {
+            return Err(refuse("is encrypted"));
+        }
+        let start = entry.data_start().and_then(|start| usize::try_from(start).ok());
+        let range = start.zip(usize::try_from(entry.compressed_size()).ok()).and_then(|(start, size)| {
+            let range = start..start.checked_add(size)?;
+            file.get(range.clone()).map(|_| range)
+        });
+        let range = range.ok_or_else(|| refuse("lies beyond the end of the file"))?;
+        let place = match entry.compression() {
+            CompressionMethod::Stored if entry.size() == entry.compressed_size() => Place::Mapped(range),
+            CompressionMethod::Stored => return Err(refuse("is stored, but its two sizes differ")),
+            CompressionMethod::Deflated => {
+                let size = usize::try_from(entry.size()).ok();
+                let reachable = entry.compressed_size().saturating_mul(MAX_RATIO);
+                match size.filter(|_| entry.size() <= reachable) {
+                    Some(size) => Place::Deflated(Deflated { range, size, crc: entry.crc32() }),
+                    None => {
+                        return Err(refuse(&format!(
+                            "declares {} bytes, which {} compressed bytes cannot inflate to",
+                            entry.size(),
+                            entry.compressed_size()
+                        )));
+                    }
+                }
+            }
+            other => return Err(refuse(&format!("is compressed by {other}; only stored and deflated are read"))),
+        };
+        drop(entry);
+        members.push(Member { name, place });
+    }
+    Ok(members)
+}
