@@ -1,7 +1,7 @@
 //! The Llama family: the whole architecture.
 
 use super::{
-    Architecture, ExpectedTensor, LayerState, State, check_expected, config::LlamaConfig, linear::Linear,
+    Architecture, ExpectedTensor, LayerState, Pass, check_expected, config::LlamaConfig, linear::Linear,
     mixture::mixture, rope,
 };
 use crate::{error::Result, ops::Ops, tensor::TensorSource};
@@ -167,22 +167,30 @@ impl<'a, O: Ops> Llama<'a, O> {
         self.ops.cache(self.config.kv_heads, self.config.head_dim, capacity).map(LayerState::Attention)
     }
 
-    /// Runs the next tokens of a text: the final hidden states, `[tokens, hidden]`.
-    pub(super) fn forward(&self, tokens: &[u32], state: &mut State<O>) -> Result<O::Tensor> {
-        let ops = self.ops;
-        let (cos, sin) = rope::rotations(&self.inverse_frequencies, state.positions, tokens.len());
-        let pairs = self.inverse_frequencies.len();
-        let (cos, sin) = (ops.constant(cos, pairs)?, ops.constant(sin, pairs)?); // [tokens, head_dim / 2]
+    /// The input of the first block, `[tokens, hidden]`.
+    pub(super) fn embed(&self, tokens: &[u32]) -> Result<O::Tensor> {
+        self.ops.embed(&self.embedding, tokens)
+    }
 
-        let mut x = ops.embed(&self.embedding, tokens)?; // [tokens, hidden]
-        for ((layer, state), &window) in self.layers.iter().zip(&mut state.layers).zip(&self.config.windows) {
-            let LayerState::Attention(cache) = state else { unreachable!("a state belongs to its model") };
-            let attended = self.attention(layer, &x, (&cos, &sin), cache, window)?;
-            x = ops.add(x, attended)?;
-            let transformed = self.mlp(layer, &x, tokens.len())?;
-            x = ops.add(x, transformed)?;
-        }
-        ops.rms_norm(&x, &self.final_norm, self.config.rms_norm_eps)
+    /// Cosines and sines of `tokens` positions from `first`, `[tokens, head_dim / 2]`.
+    pub(super) fn rotation(&self, first: usize, tokens: usize) -> Result<(O::Tensor, O::Tensor)> {
+        let (cos, sin) = rope::rotations(&self.inverse_frequencies, first, tokens);
+        let pairs = self.inverse_frequencies.len();
+        Ok((self.ops.constant(cos, pairs)?, self.ops.constant(sin, pairs)?))
+    }
+
+    /// One block: `[tokens, hidden]` to `[tokens, hidden]`.
+    pub(super) fn block(&self, layer: usize, x: O::Tensor, pass: &Pass<O>, cache: &mut O::Cache) -> Result<O::Tensor> {
+        let (layer, window) = (&self.layers[layer], self.config.windows[layer]);
+        let attended = self.attention(layer, &x, pass, cache, window)?;
+        let x = self.ops.add(x, attended)?;
+        let transformed = self.mlp(layer, &x, pass.tokens)?;
+        self.ops.add(x, transformed)
+    }
+
+    /// The final hidden states, `[tokens, hidden]`.
+    pub(super) fn finish(&self, x: &O::Tensor) -> Result<O::Tensor> {
+        self.ops.rms_norm(x, &self.final_norm, self.config.rms_norm_eps)
     }
 
     /// Grouped-query attention of one block: `[tokens, hidden]` to `[tokens, hidden]`.
@@ -190,7 +198,7 @@ impl<'a, O: Ops> Llama<'a, O> {
         &self,
         layer: &Layer<'a, O>,
         x: &O::Tensor,
-        (cos, sin): (&O::Tensor, &O::Tensor),
+        pass: &Pass<O>,
         cache: &mut O::Cache,
         window: usize,
     ) -> Result<O::Tensor> {
@@ -202,6 +210,7 @@ impl<'a, O: Ops> Llama<'a, O> {
             query = ops.rms_norm(&query, query_norm, config.rms_norm_eps)?;
             key = ops.rms_norm(&key, key_norm, config.rms_norm_eps)?;
         }
+        let (cos, sin) = pass.rotation.as_ref().expect("made for this architecture");
         let query = ops.rope(query, config.heads, cos, sin)?;
         let key = ops.rope(key, config.kv_heads, cos, sin)?;
         let value = layer.value.apply(ops, &x)?; // [tokens, kv_heads * head_dim]

@@ -1,6 +1,6 @@
 //! Mamba: the whole architecture.
 
-use super::{Architecture, ExpectedTensor, LayerState, State, check_expected, config::MambaConfig, linear::Linear};
+use super::{Architecture, ExpectedTensor, LayerState, check_expected, config::MambaConfig, linear::Linear};
 use crate::{
     error::Result,
     ops::{Ops, Scan},
@@ -98,39 +98,38 @@ impl<'a, O: Ops> Mamba<'a, O> {
         Ok(LayerState::Mamba { history: zeros(conv_kernel - 1, channels)?, scan: zeros(channels, state_size)? })
     }
 
-    /// Runs the next tokens of a text: the final hidden states, `[tokens, hidden]`.
-    pub(super) fn forward(&self, tokens: &[u32], state: &mut State<O>) -> Result<O::Tensor> {
-        let ops = self.ops;
-        let mut x = ops.embed(&self.embedding, tokens)?; // [tokens, hidden]
-        for (layer, state) in self.layers.iter().zip(&mut state.layers) {
-            let LayerState::Mamba { history, scan } = state else { unreachable!("a state belongs to its model") };
-            let mixed = self.mixer(layer, &x, history, scan)?;
-            x = ops.add(x, mixed)?;
-        }
-        ops.rms_norm(&x, &self.final_norm, self.config.norm_eps)
+    /// The input of the first block, `[tokens, hidden]`.
+    pub(super) fn embed(&self, tokens: &[u32]) -> Result<O::Tensor> {
+        self.ops.embed(&self.embedding, tokens)
+    }
+
+    /// The final hidden states, `[tokens, hidden]`.
+    pub(super) fn finish(&self, x: &O::Tensor) -> Result<O::Tensor> {
+        self.ops.rms_norm(x, &self.final_norm, self.config.norm_eps)
     }
 
     /// One block: `[tokens, hidden]` to `[tokens, hidden]`.
-    fn mixer(
+    pub(super) fn block(
         &self,
-        layer: &Layer<'a, O>,
-        x: &O::Tensor,
+        layer: usize,
+        x: O::Tensor,
         history: &mut O::Tensor,
         state: &mut O::Tensor,
     ) -> Result<O::Tensor> {
-        let (ops, config) = (self.ops, &self.config);
+        let (ops, config, layer) = (self.ops, &self.config, &self.layers[layer]);
         let (channels, states, rank) = (config.intermediate_size, config.state_size, config.time_step_rank);
-        let x = ops.rms_norm(x, &layer.norm, config.norm_eps)?;
-        let projected = layer.input.apply(ops, &x)?; // [tokens, 2 * channels]
-        let (x, gate) = (ops.columns(&projected, 0, channels)?, ops.columns(&projected, channels, channels)?);
-        let x = ops.silu(ops.depthwise_conv(&x, &layer.conv, layer.conv_bias.as_ref(), history)?)?;
-        let selected = ops.linear(&x, &layer.selection, None)?; // [tokens, rank + 2 * states]
+        let normed = ops.rms_norm(&x, &layer.norm, config.norm_eps)?;
+        let projected = layer.input.apply(ops, &normed)?; // [tokens, 2 * channels]
+        let (inner, gate) = (ops.columns(&projected, 0, channels)?, ops.columns(&projected, channels, channels)?);
+        let inner = ops.silu(ops.depthwise_conv(&inner, &layer.conv, layer.conv_bias.as_ref(), history)?)?;
+        let selected = ops.linear(&inner, &layer.selection, None)?; // [tokens, rank + 2 * states]
         let time_step = layer.time_step.apply(ops, &ops.columns(&selected, 0, rank)?)?; // [tokens, channels]
         let delta = ops.softplus(time_step)?;
         let (b, c) = (ops.columns(&selected, rank, states)?, ops.columns(&selected, rank + states, states)?);
-        let scan = Scan { x: &x, delta: &delta, a: &layer.a, b: &b, c: &c, d: &layer.d };
+        let scan = Scan { x: &inner, delta: &delta, a: &layer.a, b: &b, c: &c, d: &layer.d };
         let y = ops.selective_scan(scan, state)?; // [tokens, channels]
-        layer.output.apply(ops, &ops.silu_multiply(gate, y)?)
+        let mixed = layer.output.apply(ops, &ops.silu_multiply(gate, y)?)?; // [tokens, hidden]
+        ops.add(x, mixed)
     }
 
     /// The logits of the rows `first..first + count` of final hidden states: `[count, vocab]`.

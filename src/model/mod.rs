@@ -136,6 +136,15 @@ enum Network<'a, O: Ops> {
     ResNetBk(ResNetBk<'a, O>),
 }
 
+/// What all blocks are told of the tokens that run through them.
+struct Pass<O: Ops> {
+    /// The position of the first token.
+    first: usize,
+    tokens: usize,
+    /// Cosines and sines of the rotary embedding, where the architecture has one.
+    rotation: Option<(O::Tensor, O::Tensor)>, // [tokens, head_dim / 2]
+}
+
 /// What a model remembers of one text: the state that its next tokens continue.
 pub struct State<O: Ops> {
     layers: Vec<LayerState<O>>,
@@ -255,14 +264,13 @@ impl<'a, O: Ops> Model<'a, O> {
 
     /// The state before a text of at most `capacity` tokens.
     pub fn state(&self, capacity: usize) -> Result<State<O>> {
-        let layers = match &self.network {
-            Network::Llama(model) => {
-                (0..model.config().layers).map(|_| model.layer_state(capacity)).collect::<Result<_>>()
-            }
-            Network::Mamba(model) => (0..model.config().layers).map(|_| model.layer_state()).collect(),
-            Network::ResNetBk(model) => (0..model.config().layers).map(|_| model.layer_state()).collect(),
+        let layer_state = |_| match &self.network {
+            Network::Llama(model) => model.layer_state(capacity),
+            Network::Mamba(model) => model.layer_state(),
+            Network::ResNetBk(model) => model.layer_state(),
         };
-        Ok(State { layers: layers?, positions: 0, capacity, core: None })
+        let layers = (0..self.layers()).map(layer_state).collect::<Result<_>>()?;
+        Ok(State { layers, positions: 0, capacity, core: None })
     }
 
     /// Runs the next tokens of a text: the final hidden states, `[tokens, hidden_size]`, for [`logits`](Self::logits).
@@ -284,13 +292,56 @@ impl<'a, O: Ops> Model<'a, O> {
         if seen > 0 {
             self.check_sequential()?;
         }
-        let hidden = match &self.network {
-            Network::Llama(model) => model.forward(tokens, state),
-            Network::Mamba(model) => model.forward(tokens, state),
-            Network::ResNetBk(model) => model.forward(tokens, state),
-        }?;
+        if let Some(core) = &mut state.core {
+            core.clear();
+        }
+        let (mut x, pass) = self.embed(tokens, seen)?;
+        for layer in 0..self.layers() {
+            x = self.block(layer, x, &pass, state)?;
+        }
         state.positions += tokens.len();
-        Ok(hidden)
+        self.finish(&x)
+    }
+
+    /// The number of blocks.
+    pub fn layers(&self) -> usize {
+        match &self.network {
+            Network::Llama(model) => model.config().layers,
+            Network::Mamba(model) => model.config().layers,
+            Network::ResNetBk(model) => model.config().layers,
+        }
+    }
+
+    /// The input of the first block, `[tokens, hidden_size]`, for tokens of the vocabulary from position `first` on, and
+    /// what all blocks are told.
+    fn embed(&self, tokens: &[u32], first: usize) -> Result<(O::Tensor, Pass<O>)> {
+        let (x, rotation) = match &self.network {
+            Network::Llama(model) => (model.embed(tokens)?, Some(model.rotation(first, tokens.len())?)),
+            Network::Mamba(model) => (model.embed(tokens)?, None),
+            Network::ResNetBk(model) => (model.embed(tokens, first)?, None),
+        };
+        Ok((x, Pass { first, tokens: tokens.len(), rotation }))
+    }
+
+    /// One block: `[tokens, hidden_size]` to `[tokens, hidden_size]`.
+    fn block(&self, layer: usize, x: O::Tensor, pass: &Pass<O>, state: &mut State<O>) -> Result<O::Tensor> {
+        match (&self.network, &mut state.layers[layer]) {
+            (Network::Llama(model), LayerState::Attention(cache)) => model.block(layer, x, pass, cache),
+            (Network::Mamba(model), LayerState::Mamba { history, scan }) => model.block(layer, x, history, scan),
+            (Network::ResNetBk(model), LayerState::Resolvent { last }) => {
+                model.block(layer, x, pass, last, state.core.as_mut())
+            }
+            _ => panic!("a state belongs to its model"),
+        }
+    }
+
+    /// The final hidden states.
+    fn finish(&self, x: &O::Tensor) -> Result<O::Tensor> {
+        match &self.network {
+            Network::Llama(model) => model.finish(x),
+            Network::Mamba(model) => model.finish(x),
+            Network::ResNetBk(model) => model.finish(x),
+        }
     }
 
     /// The logits of the rows `first..first + count` of hidden states: `[count, vocab_size]`.

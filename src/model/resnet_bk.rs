@@ -1,7 +1,7 @@
 //! ResNet-BK: the whole architecture.
 
 use super::{
-    Architecture, ExpectedTensor, LayerState, State, check_expected,
+    Architecture, ExpectedTensor, LayerState, Pass, check_expected,
     config::ResNetBkConfig,
     core_activations::{CoreGrid, CoreTrace, CoreValues},
     linear::Linear,
@@ -117,34 +117,42 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
         Ok(LayerState::Resolvent { last: self.ops.constant(vec![0.0; 2], 2)? })
     }
 
-    /// Runs the next tokens of a text: the final hidden states, `[tokens, hidden]`.
-    pub(super) fn forward(&self, tokens: &[u32], state: &mut State<O>) -> Result<O::Tensor> {
-        let ops = self.ops;
-        let positions: Vec<u32> = (state.positions as u32..).take(tokens.len()).collect();
-        let embedded = ops.embed(&self.token_embedding, tokens)?;
-        let mut x = ops.add(embedded, ops.embed(&self.position_embedding, &positions)?)?; // [tokens, hidden]
-        let first = state.positions;
-        if let Some(core) = &mut state.core {
-            core.clear();
+    /// The input of the first block, `[tokens, hidden]`, for positions from `first`.
+    pub(super) fn embed(&self, tokens: &[u32], first: usize) -> Result<O::Tensor> {
+        let positions: Vec<u32> = (first as u32..).take(tokens.len()).collect();
+        let embedded = self.ops.embed(&self.token_embedding, tokens)?;
+        self.ops.add(embedded, self.ops.embed(&self.position_embedding, &positions)?)
+    }
+
+    /// One block: `[tokens, hidden]` to `[tokens, hidden]`; what its core computes goes to `core` where a text begins.
+    pub(super) fn block(
+        &self,
+        layer: usize,
+        x: O::Tensor,
+        pass: &Pass<O>,
+        last: &mut O::Tensor,
+        core: Option<&mut Vec<CoreTrace>>,
+    ) -> Result<O::Tensor> {
+        let (ops, layer) = (self.ops, &self.layers[layer]);
+        let normed = layer.norm.apply(ops, &x, self.config.norm_eps)?;
+        let features = self.experts(layer, &normed, pass.tokens)?; // [tokens, hidden]
+        let potential = layer.potential.apply(ops, &features)?;
+        let potential = ops.clamp(potential, self.config.v_max)?; // [tokens, 1]
+        let traced = match core {
+            Some(core) if pass.first == 0 => Some((core, self.exact_core(&potential)?)),
+            _ => None,
+        };
+        let (potential, resolvent) = self.core(layer, potential, last, pass)?;
+        if let Some((core, exact)) = traced {
+            core.push(CoreTrace { exact, used: CoreValues::read(ops, &potential, &resolvent)? });
         }
-        for (layer, layer_state) in self.layers.iter().zip(&mut state.layers) {
-            let LayerState::Resolvent { last } = layer_state else { unreachable!("a state belongs to its model") };
-            let normed = layer.norm.apply(ops, &x, self.config.norm_eps)?;
-            let features = self.experts(layer, &normed, tokens.len())?; // [tokens, hidden]
-            let potential = layer.potential.apply(ops, &features)?;
-            let potential = ops.clamp(potential, self.config.v_max)?; // [tokens, 1]
-            let exact = match &state.core {
-                Some(_) if first == 0 => Some(self.exact_core(&potential)?),
-                _ => None,
-            };
-            let (potential, resolvent) = self.core(layer, potential, last, (first, tokens.len()))?;
-            if let (Some(core), Some(exact)) = (&mut state.core, exact) {
-                core.push(CoreTrace { exact, used: CoreValues::read(ops, &potential, &resolvent)? });
-            }
-            let mixed = layer.output.apply(ops, &resolvent)?; // [tokens, hidden]
-            x = ops.add(x, ops.add_scaled(features, &mixed, &layer.scale)?)?;
-        }
-        self.final_norm.apply(ops, &x, self.config.norm_eps)
+        let mixed = layer.output.apply(ops, &resolvent)?; // [tokens, hidden]
+        ops.add(x, ops.add_scaled(features, &mixed, &layer.scale)?)
+    }
+
+    /// The final hidden states, `[tokens, hidden]`.
+    pub(super) fn finish(&self, x: &O::Tensor) -> Result<O::Tensor> {
+        self.final_norm.apply(self.ops, x, self.config.norm_eps)
     }
 
     /// The mixture of experts of one block: `[tokens, hidden]` to `[tokens, hidden]`.
@@ -161,7 +169,7 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
         layer: &Layer<'a, O>,
         potential: O::Tensor,
         last: &mut O::Tensor,
-        (first, tokens): (usize, usize),
+        &Pass { first, tokens, .. }: &Pass<O>,
     ) -> Result<(O::Tensor, O::Tensor)> {
         let Some(grid) = &layer.grid else {
             let resolvent = self.resolvent(&potential, last)?;
