@@ -24,7 +24,7 @@ Examples:
       3 bits, embeddings and head as they are
   bkpack convert ./model -o model.bkpack --tensor 'embed=int8' --tensor 'v_proj=int6:g64:asym'
       Exceptions by name; the last pattern that matches decides
-  bkpack convert weights.pt --config config.json --rename '^net\.=model.' -o model.bkpack
+  bkpack convert weights.pt --config config.json --rename '^net=model' -o model.bkpack
       One file of weights with its config beside it, its tensors renamed
   bkpack convert ./model -o model.bkpack --bits 4 --dry-run
       The exact size, without writing anything";

@@ -86,6 +86,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let tokenizer = Tokenizer::load(&*source)?;
     let ops = CpuOps::new(cpu, args.activations);
     let model = Model::load(&*source, &ops)?;
+    model.check_sequential()?;
     let prompt = tokenizer.encode_prompt(&*source, &args.prompt)?;
     let eos = eos_tokens(&*source)?;
     let limits = Limits { max_tokens: args.max_tokens, eos: &eos };
