@@ -113,13 +113,14 @@ pub fn calibrate_core(
 
 /// The scale whose grid of `2 * largest + 1` values is nearest to the values, in mean absolute error.
 ///
-/// Zero where all values are zero; not finite where one of them is not.
+/// Zero where all values are zero, NaN where one of them is not finite.
 fn least_error_scale(values: &[f32], largest: f32) -> f32 {
-    let magnitude = values
-        .iter()
-        .fold(0.0f32, |magnitude, value| if value.is_nan() { f32::NAN } else { magnitude.max(value.abs()) });
-    if magnitude == 0.0 || !magnitude.is_finite() {
-        return magnitude;
+    if values.iter().any(|value| !value.is_finite()) {
+        return f32::NAN;
+    }
+    let magnitude = values.iter().fold(0.0f32, |magnitude, value| magnitude.max(value.abs()));
+    if magnitude == 0.0 {
+        return 0.0;
     }
     let error = |scale: f32| -> f64 {
         values
@@ -130,6 +131,7 @@ fn least_error_scale(values: &[f32], largest: f32) -> f32 {
             })
             .sum()
     };
+    // A share of the smallest floats vanishes.
     let candidates = SHARES.map(|share| magnitude * share as f32 / 100.0 / largest).filter(|&scale| scale > 0.0);
     candidates.map(|scale| (error(scale), scale)).min_by(|a, b| a.0.total_cmp(&b.0)).map_or(0.0, |(_, scale)| scale)
 }
