@@ -141,7 +141,7 @@ fn render(evaluation: &Evaluation) -> String {
         ("file bytes".into(), count(evaluation.file_bytes)),
         ("tokens/s".into(), format!("{:.1}", evaluation.tokens_per_second)),
         ("scored tokens".into(), format!("{scored} ({} windows of {})", evaluation.windows, evaluation.ctx)),
-        ("activations".into(), evaluation.activations.name().to_owned()),
+        ("activations".into(), activations(evaluation)),
     ]);
     if let Some(error) = &evaluation.core_error {
         let percent = |error: f64| format!("{:.3} %", 100.0 * error);
@@ -152,4 +152,12 @@ fn render(evaluation: &Evaluation) -> String {
         ]);
     }
     facts(rows.iter().map(|(name, value)| (name.as_str(), value.clone()))).trim_fmt()
+}
+
+fn activations(evaluation: &Evaluation) -> String {
+    let name = evaluation.activations.name();
+    match &evaluation.core_error {
+        Some(error) => format!("{name}; bk_core at INT{}", error.bits),
+        None => name.to_owned(),
+    }
 }
