@@ -10,6 +10,7 @@ use bkpack_kernels::{
     cpu::quantize::{QuantizeOptions, Range, Rounding},
 };
 use half::f16;
+use serde::Serialize;
 use serde_json::json;
 
 use crate::{
@@ -19,8 +20,11 @@ use crate::{
     format::{self, FilePlan, PackedWriter, PlannedFile, PlannedTensor, Source, SourceFile},
     policy::{ComponentRules, Uniform},
     progress::{Observer, Unit},
-    quant::{self, Quantized},
-    tensor::{Tensor, TensorSource, matrix_shape},
+    quant::{
+        self, Quantized,
+        gptq::{self, Factor},
+    },
+    tensor::{CalibrationText, Tensor, TensorData, TensorSource, matrix_shape},
 };
 
 /// Files of a model's folder that travel inside the packed file.
@@ -46,11 +50,22 @@ pub const DEFAULT_TERNARY_THRESHOLD: f32 = 0.5;
 pub struct PackOptions {
     pub policy: Uniform,
     pub rounding: Rounding,
+    /// Where weights are rounded with error feedback: what the inputs come from.
+    pub calibration: Option<Calibration>,
     pub ternary_threshold: f32,
     /// Keep a tensor with NaN or infinite values as FP32 instead of refusing it.
     pub allow_nonfinite: bool,
     /// The most bytes of data in one file.
     pub shard_bytes: Option<u64>,
+}
+
+/// The text that calibrated rounding sees, for the manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Calibration {
+    pub text: CalibrationText,
+    pub windows: usize,
+    /// Tokens of a window.
+    pub ctx: usize,
 }
 
 /// A conversion whose every size is known.
@@ -130,15 +145,26 @@ impl<'a> Packing<'a> {
         let files = files.map(|file| SourceFile::unhashed(file.name(), file.bytes().len() as u64));
         let source = Source { kind: self.checkpoint.kind().name().into(), files: files.collect() };
         let mut policy = self.options.policy.record();
-        policy["rounding"] = match self.options.rounding {
-            Rounding::Nearest => json!("rtn"),
-            Rounding::Search => json!("search"),
+        policy["rounding"] = match (&self.options.calibration, self.options.rounding) {
+            (Some(calibration), _) => {
+                policy["calibration"] = json!(calibration);
+                json!("gptq")
+            }
+            (None, Rounding::Nearest) => json!("rtn"),
+            (None, Rounding::Search) => json!("search"),
         };
         if self.tensors.iter().any(|tensor| matches!(tensor.encoding, Encoding::Ternary { .. })) {
             policy["ternary_threshold"] = json!(self.options.ternary_threshold);
         }
         let config = self.checkpoint.config().cloned();
         format::plan(&self.output, source, policy, config, &self.tensors, &self.travelling, self.options.shard_bytes)
+    }
+
+    /// How a tensor is quantized; `None` for plain values.
+    fn quantize_options(&self, planned: &PlannedTensor) -> Option<QuantizeOptions> {
+        let (layout, scale_type) = planned.encoding.layout()?;
+        let PackOptions { rounding, ternary_threshold, .. } = *self.options;
+        Some(QuantizeOptions { layout, scale_type, rounding, ternary_threshold })
     }
 
     /// Every tensor with its encoding.
@@ -155,51 +181,115 @@ impl<'a> Packing<'a> {
     ///
     /// # Errors
     /// A target that exists (unless `force`), a full disk, cancellation.
-    pub fn write(mut self, cpu: Cpu, force: bool, observer: &dyn Observer) -> Result<Vec<PathBuf>> {
-        let mut writer = PackedWriter::create(&self.output, std::mem::take(&mut self.files), force)?;
-        observer.begin("Packing", self.checkpoint.tensor_bytes(), Unit::Bytes);
+    pub fn write(self, cpu: Cpu, force: bool, observer: &dyn Observer) -> Result<Vec<PathBuf>> {
+        self.begin(cpu, force)?.finish(observer)
+    }
+
+    /// Begins to write; the caller may have some tensors written before the others.
+    ///
+    /// # Errors
+    /// A target that exists (unless `force`), a full disk.
+    pub fn begin(mut self, cpu: Cpu, force: bool) -> Result<Writing<'a>> {
+        let writer = PackedWriter::create(&self.output, std::mem::take(&mut self.files), force)?;
+        Ok(Writing { packing: self, writer, cpu, written: HashSet::new() })
+    }
+}
+
+/// A packing under way.
+pub struct Writing<'a> {
+    packing: Packing<'a>,
+    writer: PackedWriter,
+    cpu: Cpu,
+    /// Names of the tensors whose parts are written.
+    written: HashSet<String>,
+}
+
+impl<'a> Writing<'a> {
+    /// The checkpoint that is packed.
+    pub fn checkpoint(&self) -> &'a Checkpoint {
+        self.packing.checkpoint
+    }
+
+    /// Whether a tensor will be quantized and is not written yet.
+    pub fn is_pending(&self, name: &str) -> bool {
+        let quantized = |tensor: &&PlannedTensor| tensor.name == name && tensor.encoding.layout().is_some();
+        !self.written.contains(name) && self.packing.tensors.iter().any(|tensor| quantized(&tensor))
+    }
+
+    /// Quantizes one tensor with error feedback, given what its inputs look like, and writes it; returns it.
+    ///
+    /// # Panics
+    /// If the tensor [is not pending](Self::is_pending), or its inputs have another width.
+    pub fn write_calibrated(&mut self, name: &str, factor: &Factor) -> Result<Tensor<'static>> {
+        let found = self.packing.tensors.iter().position(|tensor| tensor.name == name);
+        let planned = self.packing.tensors[found.expect("a pending tensor")].clone();
+        let options = self.packing.quantize_options(&planned).expect("a pending tensor is quantized");
+        let tensor = self.packing.checkpoint.tensor(name)?;
+        let mut quantized = Quantized::default();
+        gptq::quantize(self.cpu, &tensor.matrix(), factor, &options, &mut quantized);
+        self.write_quantized(&planned, &quantized)?;
+        let Quantized { codes, scales, zeros } = quantized;
+        let data = TensorData::Quantized {
+            layout: options.layout,
+            codes: codes.into(),
+            scale_type: options.scale_type,
+            scales: scales.into(),
+            zeros: zeros.into(),
+        };
+        Ok(Tensor::new(planned.shape, data).expect("quantized to the planned layout"))
+    }
+
+    /// Writes what is left and gives the files their names.
+    ///
+    /// # Errors
+    /// A full disk, cancellation.
+    pub fn finish(mut self, observer: &dyn Observer) -> Result<Vec<PathBuf>> {
+        let checkpoint = self.packing.checkpoint;
+        observer.begin("Packing", checkpoint.tensor_bytes(), Unit::Bytes);
         // Hashing the source keeps the pool busy while this thread writes.
-        let files = self.checkpoint.weight_files();
+        let files = checkpoint.weight_files();
         let hash_source =
             || files.iter().map(|file| hash_in_pieces(file.bytes(), observer)).collect::<Result<Vec<_>>>();
-        let (written, source) = rayon::join(|| self.write_parts(&mut writer, cpu, observer), hash_source);
+        let (written, source) = rayon::join(|| self.write_rest(observer), hash_source);
         written?;
-        let written = writer.finish(&source?)?;
+        let written = self.writer.finish(&source?)?;
         observer.end();
         Ok(written)
     }
 
-    fn write_parts(&self, writer: &mut PackedWriter, cpu: Cpu, observer: &dyn Observer) -> Result<()> {
+    fn write_rest(&mut self, observer: &dyn Observer) -> Result<()> {
         let mut quantized = Quantized::default();
-        for planned in &self.tensors {
+        for planned in self.packing.tensors.clone() {
             observer.check()?;
-            let tensor = self.checkpoint.tensor(&planned.name)?;
+            let tensor = self.packing.checkpoint.tensor(&planned.name)?;
             let matrix = tensor.matrix();
-            match (planned.encoding, planned.encoding.layout()) {
-                (_, Some((layout, scale_type))) => {
-                    let options = QuantizeOptions {
-                        layout,
-                        scale_type,
-                        rounding: self.options.rounding,
-                        ternary_threshold: self.options.ternary_threshold,
-                    };
-                    quant::quantize(cpu, &matrix, &options, &mut quantized);
-                    writer.write_part(&format!("{}_packed", planned.name), &quantized.codes)?;
-                    writer.write_part(&format!("{}_scale", planned.name), &quantized.scales)?;
-                    if layout.grid.has_zero_points() {
-                        writer.write_part(&format!("{}_zero_point", planned.name), &quantized.zeros)?;
-                    }
+            match (planned.encoding, self.packing.quantize_options(&planned)) {
+                _ if self.written.contains(&planned.name) => {}
+                (_, Some(options)) => {
+                    quant::quantize(self.cpu, &matrix, &options, &mut quantized);
+                    self.write_quantized(&planned, &quantized)?;
                 }
                 (Encoding::Float { dtype }, _) => {
-                    writer.write_part(&planned.name, &quant::convert_float(cpu, &matrix, dtype.into()))?;
+                    let values = quant::convert_float(self.cpu, &matrix, dtype.into());
+                    self.writer.write_part(&planned.name, &values)?;
                 }
                 (_, None) => unreachable!("every encoding but plain values has a layout"),
             }
             observer.advance(matrix.bytes() as u64);
         }
-        for file in &self.travelling {
-            writer.write_part(&format!("{}{}", format::FILE_PREFIX, file.name), &file.bytes)?;
+        for file in &self.packing.travelling {
+            self.writer.write_part(&format!("{}{}", format::FILE_PREFIX, file.name), &file.bytes)?;
         }
+        Ok(())
+    }
+
+    fn write_quantized(&mut self, planned: &PlannedTensor, quantized: &Quantized) -> Result<()> {
+        self.writer.write_part(&format!("{}_packed", planned.name), &quantized.codes)?;
+        self.writer.write_part(&format!("{}_scale", planned.name), &quantized.scales)?;
+        if planned.encoding.layout().is_some_and(|(layout, _)| layout.grid.has_zero_points()) {
+            self.writer.write_part(&format!("{}_zero_point", planned.name), &quantized.zeros)?;
+        }
+        self.written.insert(planned.name.clone());
         Ok(())
     }
 }

@@ -41,6 +41,22 @@ impl<'a> Tensor<'a> {
         Ok(tensor)
     }
 
+    /// The same tensor, its bytes borrowed from this one.
+    pub fn borrowed(&self) -> Tensor<'_> {
+        let borrow = |bytes: &'_ Cow<'a, [u8]>| -> Cow<'_, [u8]> { Cow::Borrowed(bytes.as_ref()) };
+        let data = match &self.data {
+            TensorData::Float { dtype, values } => TensorData::Float { dtype: *dtype, values: borrow(values) },
+            TensorData::Quantized { layout, codes, scale_type, scales, zeros } => TensorData::Quantized {
+                layout: *layout,
+                codes: borrow(codes),
+                scale_type: *scale_type,
+                scales: borrow(scales),
+                zeros: borrow(zeros),
+            },
+        };
+        Tensor { shape: self.shape.clone(), data }
+    }
+
     /// Its dimensions, outermost first.
     pub fn shape(&self) -> &[usize] {
         &self.shape

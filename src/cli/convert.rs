@@ -64,9 +64,26 @@ pub struct ConvertArgs {
     #[arg(long, value_name = "REGEX=ENCODING")]
     tensor: Vec<String>,
 
-    /// How scales are chosen: rtn is round-to-nearest from the largest magnitude, search looks for the least squared error
+    /// How weights are rounded: rtn is round-to-nearest from the largest magnitude, search looks for the scales of least
+    /// squared error, gptq also makes up for errors by what the layers' inputs look like on a calibration text
     #[arg(long, value_enum, default_value_t = RoundingName::Search)]
     rounding: RoundingName,
+
+    /// Calibration text for --rounding gptq (UTF-8); never the text that the model is tested on
+    #[arg(long, value_name = "FILE", conflicts_with = "calib_tokens")]
+    calib: Option<PathBuf>,
+
+    /// Token ids instead of a calibration text: a JSON array
+    #[arg(long, value_name = "FILE")]
+    calib_tokens: Option<PathBuf>,
+
+    /// Windows of the calibration text to look at; fewer if the text is shorter
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    samples: u32,
+
+    /// Tokens in a window of the calibration text [default: 512, or the model's context if that is shorter]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    ctx: Option<u32>,
 
     /// Ternary weights below this share of their scale are zero
     #[arg(long, value_name = "SHARE", default_value_t = DEFAULT_TERNARY_THRESHOLD)]
@@ -109,6 +126,7 @@ enum Policy {
 enum RoundingName {
     Rtn,
     Search,
+    Gptq,
 }
 
 /// A uniform width before group and symmetry are known.
@@ -163,7 +181,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         policy: Uniform::new(default_request(args)?, &args.keep, &args.tensor)?,
         rounding: match args.rounding {
             RoundingName::Rtn => Rounding::Nearest,
-            RoundingName::Search => Rounding::Search,
+            RoundingName::Search | RoundingName::Gptq => Rounding::Search,
         },
         ternary_threshold: args.ternary_threshold,
         allow_nonfinite: args.allow_nonfinite,

@@ -162,6 +162,11 @@ impl<'a, O: Ops> Llama<'a, O> {
         &self.config
     }
 
+    /// The name of the matrix that gives the logits.
+    pub(super) fn head_name(&self) -> &'static str {
+        if self.config.tie_word_embeddings { EMBEDDING } else { HEAD }
+    }
+
     /// What one layer remembers before a text of at most `capacity` tokens.
     pub(super) fn layer_state(&self, capacity: usize) -> Result<LayerState<O>> {
         self.ops.cache(self.config.kv_heads, self.config.head_dim, capacity).map(LayerState::Attention)

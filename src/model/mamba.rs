@@ -91,6 +91,11 @@ impl<'a, O: Ops> Mamba<'a, O> {
         &self.config
     }
 
+    /// The name of the matrix that gives the logits.
+    pub(super) fn head_name(&self) -> &'static str {
+        if self.config.tie_word_embeddings { EMBEDDING } else { HEAD }
+    }
+
     /// What one layer remembers before a text.
     pub(super) fn layer_state(&self) -> Result<LayerState<O>> {
         let MambaConfig { intermediate_size: channels, state_size, conv_kernel, .. } = self.config;

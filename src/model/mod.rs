@@ -137,7 +137,7 @@ enum Network<'a, O: Ops> {
 }
 
 /// What all blocks are told of the tokens that run through them.
-struct Pass<O: Ops> {
+pub(crate) struct Pass<O: Ops> {
     /// The position of the first token.
     first: usize,
     tokens: usize,
@@ -312,9 +312,28 @@ impl<'a, O: Ops> Model<'a, O> {
         }
     }
 
+    /// What the names of each block's tensors begin with.
+    pub fn block_prefixes(&self) -> Vec<String> {
+        let root = match &self.network {
+            Network::Llama(_) => "model.layers",
+            Network::Mamba(_) => "backbone.layers",
+            Network::ResNetBk(_) => "blocks",
+        };
+        (0..self.layers()).map(|layer| format!("{root}.{layer}.")).collect()
+    }
+
+    /// The name of the matrix that gives the logits: that of the embedding where the two are tied.
+    pub fn head_name(&self) -> &'static str {
+        match &self.network {
+            Network::Llama(model) => model.head_name(),
+            Network::Mamba(model) => model.head_name(),
+            Network::ResNetBk(_) => "lm_head.weight",
+        }
+    }
+
     /// The input of the first block, `[tokens, hidden_size]`, for tokens of the vocabulary from position `first` on, and
     /// what all blocks are told.
-    fn embed(&self, tokens: &[u32], first: usize) -> Result<(O::Tensor, Pass<O>)> {
+    pub(crate) fn embed(&self, tokens: &[u32], first: usize) -> Result<(O::Tensor, Pass<O>)> {
         let (x, rotation) = match &self.network {
             Network::Llama(model) => (model.embed(tokens)?, Some(model.rotation(first, tokens.len())?)),
             Network::Mamba(model) => (model.embed(tokens)?, None),
@@ -324,7 +343,7 @@ impl<'a, O: Ops> Model<'a, O> {
     }
 
     /// One block: `[tokens, hidden_size]` to `[tokens, hidden_size]`.
-    fn block(&self, layer: usize, x: O::Tensor, pass: &Pass<O>, state: &mut State<O>) -> Result<O::Tensor> {
+    pub(crate) fn block(&self, layer: usize, x: O::Tensor, pass: &Pass<O>, state: &mut State<O>) -> Result<O::Tensor> {
         match (&self.network, &mut state.layers[layer]) {
             (Network::Llama(model), LayerState::Attention(cache)) => model.block(layer, x, pass, cache),
             (Network::Mamba(model), LayerState::Mamba { history, scan }) => model.block(layer, x, history, scan),
@@ -336,7 +355,7 @@ impl<'a, O: Ops> Model<'a, O> {
     }
 
     /// The final hidden states.
-    fn finish(&self, x: &O::Tensor) -> Result<O::Tensor> {
+    pub(crate) fn finish(&self, x: &O::Tensor) -> Result<O::Tensor> {
         match &self.network {
             Network::Llama(model) => model.finish(x),
             Network::Mamba(model) => model.finish(x),

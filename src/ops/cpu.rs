@@ -8,7 +8,7 @@ use bkpack_kernels::{
 };
 use serde::Serialize;
 
-use super::{Ops, Place, Routing, Scan};
+use super::{Ops, Place, Routing, Scan, recorder::InputRecorder};
 use crate::{
     error::Result,
     tensor::{Tensor, TensorSource},
@@ -41,12 +41,39 @@ pub struct CpuOps {
     cpu: Cpu,
     activations: Activations,
     free: Arc<FreeBuffers>,
+    recorder: Option<Arc<InputRecorder>>,
+}
+
+/// A matrix as it is stored, under its name where it is a whole tensor.
+#[derive(Debug)]
+pub struct CpuWeight<'a> {
+    tensor: Tensor<'a>,
+    name: Option<String>,
 }
 
 impl CpuOps {
     /// A back end on the instruction set of `cpu`, in the caller's thread pool.
     pub fn new(cpu: Cpu, activations: Activations) -> Self {
-        Self { cpu, activations, free: Arc::default() }
+        Self { cpu, activations, free: Arc::default(), recorder: None }
+    }
+
+    /// The same, showing the inputs of linear layers to a recorder.
+    pub fn recording(cpu: Cpu, recorder: Arc<InputRecorder>) -> Self {
+        Self { recorder: Some(recorder), ..Self::new(cpu, Activations::Exact) }
+    }
+
+    /// The same values in a buffer of their own.
+    pub fn copy(&self, x: &Values) -> Values {
+        let mut out = self.scratch(x.rows(), x.cols);
+        out.buffer.copy_from_slice(&x.buffer);
+        out
+    }
+
+    /// Shows the recorder, if there is one, the input of a weight.
+    pub fn record(&self, weight: &str, x: &Values) {
+        if let Some(recorder) = &self.recorder {
+            recorder.record(self.cpu, weight, &x.buffer, x.cols);
+        }
     }
 
     /// Values yet to be written, `[rows, cols]`.
@@ -100,15 +127,15 @@ impl FreeBuffers {
 
 impl Ops for CpuOps {
     type Tensor = Values;
-    type Weight<'a> = Tensor<'a>;
+    type Weight<'a> = CpuWeight<'a>;
     type Cache = KeyValueCache;
 
-    fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<Tensor<'a>> {
-        source.tensor(name)
+    fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<CpuWeight<'a>> {
+        Ok(CpuWeight { tensor: source.tensor(name)?, name: Some(name.to_owned()) })
     }
 
     fn split<'a>(&self, weight: Self::Weight<'a>, parts: usize) -> Result<Vec<Self::Weight<'a>>> {
-        Ok(weight.split(parts))
+        Ok(weight.tensor.split(parts).into_iter().map(|tensor| CpuWeight { tensor, name: None }).collect())
     }
 
     fn parameter(&self, source: &dyn TensorSource, name: &str) -> Result<Values> {
@@ -151,15 +178,18 @@ impl Ops for CpuOps {
         Ok(out)
     }
 
-    fn embed(&self, table: &Tensor<'_>, tokens: &[u32]) -> Result<Values> {
-        let table = table.matrix();
+    fn embed(&self, table: &CpuWeight<'_>, tokens: &[u32]) -> Result<Values> {
+        let table = table.tensor.matrix();
         let mut out = self.scratch(tokens.len(), table.cols());
         self.cpu.gather_rows(&table, tokens, &mut out.buffer);
         Ok(out)
     }
 
-    fn linear(&self, x: &Values, weight: &Tensor<'_>, bias: Option<&Values>) -> Result<Values> {
-        let weight = weight.matrix();
+    fn linear(&self, x: &Values, weight: &CpuWeight<'_>, bias: Option<&Values>) -> Result<Values> {
+        if let Some(name) = &weight.name {
+            self.record(name, x);
+        }
+        let weight = weight.tensor.matrix();
         let mut out = self.scratch(x.rows(), weight.rows());
         match (self.activations, weight.data()) {
             (Activations::Int8, Data::Quantized { .. }) => self.cpu.matmul_int8(&x.buffer, &weight, &mut out.buffer),

@@ -1,0 +1,3 @@
+//! What learns from a text: calibrated rounding.
+
+pub mod rounding;
