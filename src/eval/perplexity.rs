@@ -137,8 +137,8 @@ pub struct Options {
 ///
 /// # Errors
 /// As [`Model::load`] and [`Protocol::new`]; [`Error::Synthetic`] for random weights; [`Error::Tokens`] for ids outside
-/// of the vocabulary or too few for one window; [`Error::Incomparable`] for a baseline of another vocabulary; [`Error::Output`] where a model computes what is
-/// not finite; [`Error::LooksAhead`] for a model or baseline that sees later tokens, unless allowed; [`Error::Cancelled`].
+/// of the vocabulary or too few for one window; [`Error::Incomparable`] for a baseline of another vocabulary;
+/// [`Error::Output`] where a model computes what is not finite; [`Error::LooksAhead`] for a model or baseline that sees later tokens, unless allowed; [`Error::Cancelled`].
 pub fn evaluate(
     cpu: Cpu,
     source: &dyn TensorSource,
