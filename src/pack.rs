@@ -336,7 +336,15 @@ fn decide(
             check_float_range(checkpoint, name, range, to)?;
             Encoding::Float { dtype: to.into() }
         }
-        (_, Some(layout)) => Encoding::quantized(layout, quant::scale_type(layout, range)),
+        (_, Some(layout)) => {
+            let scale = quant::scale_type(layout, range);
+            let row = layout.code_bytes(cols) + layout.groups(cols) * scale.bytes() + layout.zero_bytes(cols);
+            if row * matrix.rows() >= matrix.bytes() {
+                notices.push(format!("{name} would grow and is kept: its rows of {cols} are too short for scales"));
+                return Ok(Encoding::Float { dtype: source.into() });
+            }
+            Encoding::quantized(layout, scale)
+        }
         (_, None) => Encoding::Float { dtype: source.into() },
     })
 }

@@ -38,14 +38,20 @@ impl Random {
     fn new(config: Value) -> Self {
         let mut source = Self { config, names: Vec::new(), tensors: HashMap::new() };
         let mut state = 1u64;
-        for expected in model::expected_tensors(&source).unwrap() {
+        let mut expected = Vec::new();
+        let mut visit = |name: String, shape: &[usize]| {
+            expected.push((name, shape.to_vec()));
+            Ok(())
+        };
+        model::visit_tensors(&source, &mut visit).unwrap();
+        for (name, shape) in expected {
             let mut next = || {
                 state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
                 (state >> 40) as f32 / (1 << 24) as f32 - 0.5
             };
-            let values = (0..expected.shape.iter().product()).map(|_| next()).collect();
-            source.names.push(expected.name.clone());
-            source.tensors.insert(expected.name, (expected.shape, values));
+            let values = (0..shape.iter().product()).map(|_| next()).collect();
+            source.names.push(name.clone());
+            source.tensors.insert(name, (shape, values));
         }
         source
     }
@@ -188,6 +194,23 @@ fn tensors_that_do_not_fit_the_configuration_are_named() {
     assert!(
         matches!(model::check_shapes(&untied), Err(Error::MissingTensor { tensor, .. }) if tensor == "lm_head.weight")
     );
+}
+
+#[test]
+fn a_config_that_claims_millions_of_tensors_is_refused_at_the_first() {
+    let start = std::time::Instant::now();
+    for claims in [
+        json!({"architectures": ["MixtralForCausalLM"], "num_local_experts": 4096, "num_experts_per_tok": 2,
+            "num_hidden_layers": 4096}),
+        json!({"architectures": ["ResNetBKForCausalLM"], "d_model": 20, "n_layers": 4096, "n_seq": 1 << 24,
+            "num_experts": 4096}),
+        json!({"architectures": ["MambaForCausalLM"], "num_hidden_layers": 4096}),
+    ] {
+        let mut source = Random::new(config(json!({})));
+        source.config = config(claims);
+        assert!(matches!(model::check_shapes(&source), Err(Error::MissingTensor { .. } | Error::ShapeMismatch { .. })));
+    }
+    assert!(start.elapsed() < std::time::Duration::from_secs(2));
 }
 
 #[test]

@@ -80,6 +80,10 @@ fn parse_width(text: &str) -> Result<u32, &'static str> {
 pub fn run(args: &CalibrateArgs) -> Result<()> {
     let observer = args.common.observer();
     let packed = PackedFile::open(&args.packed)?;
+    if packed.manifest().shard.is_some() {
+        let why = "is sharded; activation scales can only be added to a model of one file".into();
+        return Err(Error::ShardSet { path: args.packed.clone(), why });
+    }
     if args.output.is_none() && !packed.activations().is_empty() && !args.force {
         let why = "the packed file has activation scales already; pass --force to replace them, or --output".into();
         return Err(Error::Option { option: "--activations", why });

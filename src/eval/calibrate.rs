@@ -3,6 +3,7 @@
 use bkpack_kernels::Cpu;
 use rayon::prelude::*;
 
+use super::text::window_bos;
 use crate::{
     error::{Error, Result},
     model::{
@@ -70,10 +71,15 @@ pub fn calibrate_core(
     state.record_core();
     let mut traces: Vec<Vec<CoreTrace>> = Vec::with_capacity(windows.len()); // [windows, layers]
     observer.begin("Calibrating", (windows.len() * positions) as u64, Unit::Tokens);
+    let bos = window_bos(source)?;
     for window in &windows {
         observer.check()?;
+        let mut window = window.to_vec();
+        if let Some(bos) = bos {
+            window[0] = bos;
+        }
         state.clear(&ops)?;
-        model.forward(window, &mut state)?;
+        model.forward(&window, &mut state)?;
         traces.push(state.core().to_vec());
         observer.advance(positions as u64);
     }

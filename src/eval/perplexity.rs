@@ -17,7 +17,7 @@ use crate::{
     model::{
         Model, State, check_tokens,
         config::check_not_synthetic,
-        core_activations::{self, CoreTrace},
+        core_activations::{CoreTrace, core_record},
     },
     ops::{
         Ops,
@@ -137,8 +137,8 @@ pub struct Options {
 ///
 /// # Errors
 /// As [`Model::load`] and [`Protocol::new`]; [`Error::Synthetic`] for random weights; [`Error::Tokens`] for ids outside
-/// of the vocabulary or too few for one window; [`Error::Incomparable`] for a baseline of another vocabulary; [`Error::Output`] where a model computes what is
-/// not finite; [`Error::LooksAhead`] for a model or baseline that sees later tokens, unless allowed; [`Error::Cancelled`].
+/// of the vocabulary or too few for one window; [`Error::Incomparable`] for a baseline of another vocabulary;
+/// [`Error::Output`] where a model computes what is not finite; [`Error::LooksAhead`] for a model or baseline that sees later tokens, unless allowed; [`Error::Cancelled`].
 pub fn evaluate(
     cpu: Cpu,
     source: &dyn TensorSource,
@@ -364,7 +364,7 @@ impl CoreErrors {
 
     /// `None` where the model's activations are not quantized.
     fn relative(&self, source: &dyn TensorSource) -> Option<CoreError> {
-        let record = source.activations().iter().find(|record| record.component == core_activations::COMPONENT)?;
+        let record = core_record(source)?;
         // No error in what is zero throughout.
         let relative = |row: usize| self.difference[row] / self.magnitude[row].max(f64::MIN_POSITIVE);
         Some(CoreError { bits: record.bits, v: relative(0), re_g: relative(1), im_g: relative(2) })

@@ -1,7 +1,7 @@
 //! The quantized activations of the Birman-Schwinger core of a ResNet-BK layer, and what they were before and after.
 
 use crate::{
-    error::{Error, Result},
+    error::Result,
     ops::Ops,
     tensor::{ActivationQuantization, TensorSource},
 };
@@ -19,6 +19,11 @@ pub fn largest_code(bits: u32) -> f32 {
     ((1u32 << (bits - 1)) - 1) as f32
 }
 
+/// The record of the core's quantized activations, where the model has one.
+pub fn core_record(source: &dyn TensorSource) -> Option<&ActivationQuantization> {
+    source.activations().iter().find(|record| record.component == COMPONENT)
+}
+
 /// The grid of one layer's activations.
 pub(super) struct CoreGrid {
     potential: Vec<f32>, // [positions]
@@ -27,24 +32,13 @@ pub(super) struct CoreGrid {
 }
 
 impl CoreGrid {
-    /// The grid of a layer, where the model has one for `positions` positions at least.
+    /// The grid of a layer for `positions` positions, where the model has one.
     ///
-    /// # Errors
-    /// [`Error::MissingTensor`] where the record leaves out the layer, [`Error::ActivationRange`] where it has too few
-    /// positions.
+    /// # Panics
+    /// If the record has fewer positions.
     pub fn load<O: Ops>(source: &dyn TensorSource, ops: &O, layer: usize, positions: usize) -> Result<Option<Self>> {
-        let Some(record) = source.activations().iter().find(|record| record.component == COMPONENT) else {
-            return Ok(None);
-        };
-        let (name, path) = (scale_name(layer), || source.path().to_owned());
-        if !record.scales.contains(&name) {
-            return Err(Error::MissingTensor { path: path(), tensor: name });
-        }
-        if record.positions < positions as u64 {
-            let (component, found) = (COMPONENT.to_owned(), record.positions);
-            let expected = "the model's context or more";
-            return Err(Error::ActivationRange { path: path(), component, field: "positions", found, expected });
-        }
+        let name = scale_name(layer);
+        let Some(record) = core_record(source).filter(|record| record.scales.contains(&name)) else { return Ok(None) };
         let mut scales = Vec::new(); // [3, groups]
         ops.read(&ops.parameter(source, &name)?, &mut scales)?;
         Ok(Some(Self::new(record, &scales, positions)))

@@ -1,8 +1,7 @@
 //! The Llama family: the whole architecture.
 
 use super::{
-    Architecture, ExpectedTensor, LayerState, Pass, check_expected, config::LlamaConfig, linear::Linear,
-    mixture::mixture, rope,
+    Architecture, LayerState, Pass, Visit, check_shapes, config::LlamaConfig, linear::Linear, mixture::mixture, rope,
 };
 use crate::{error::Result, ops::Ops, tensor::TensorSource};
 
@@ -81,59 +80,55 @@ impl ExpertNames {
     }
 }
 
-/// The tensors that the model needs; a tied head is none of them.
-pub(super) fn expected_tensors(source: &dyn TensorSource, config: &LlamaConfig) -> Vec<ExpectedTensor> {
+/// Tells each tensor that the model needs; a tied head is none of them.
+pub(super) fn visit_tensors(source: &dyn TensorSource, config: &LlamaConfig, visit: &mut Visit) -> Result<()> {
     let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
     let (query, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
-    let mut expected = Vec::new();
-    let mut expect = |name: String, shape: &[usize]| expected.push(ExpectedTensor { name, shape: shape.to_vec() });
-    expect(EMBEDDING.into(), &[config.vocab_size, hidden]);
+    visit(EMBEDDING.into(), &[config.vocab_size, hidden])?;
     for layer in 0..config.layers {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
-        expect(name("input_layernorm.weight"), &[hidden]);
-        expect(name("post_attention_layernorm.weight"), &[hidden]);
+        visit(name("input_layernorm.weight"), &[hidden])?;
+        visit(name("post_attention_layernorm.weight"), &[hidden])?;
         if config.head_norms {
-            expect(name("self_attn.q_norm.weight"), &[config.head_dim]);
-            expect(name("self_attn.k_norm.weight"), &[config.head_dim]);
+            visit(name("self_attn.q_norm.weight"), &[config.head_dim])?;
+            visit(name("self_attn.k_norm.weight"), &[config.head_dim])?;
         }
         let mut linear = |part: &str, rows: usize, cols: usize, biased: bool| {
-            expect(name(&format!("{part}.weight")), &[rows, cols]);
-            if biased {
-                expect(name(&format!("{part}.bias")), &[rows]);
-            }
+            visit(name(&format!("{part}.weight")), &[rows, cols])?;
+            if biased { visit(name(&format!("{part}.bias")), &[rows]) } else { Ok(()) }
         };
-        linear("self_attn.q_proj", query, hidden, config.qkv_bias);
-        linear("self_attn.k_proj", kv, hidden, config.qkv_bias);
-        linear("self_attn.v_proj", kv, hidden, config.qkv_bias);
-        linear("self_attn.o_proj", hidden, query, config.output_bias);
+        linear("self_attn.q_proj", query, hidden, config.qkv_bias)?;
+        linear("self_attn.k_proj", kv, hidden, config.qkv_bias)?;
+        linear("self_attn.v_proj", kv, hidden, config.qkv_bias)?;
+        linear("self_attn.o_proj", hidden, query, config.output_bias)?;
         let Some(experts) = config.experts else {
-            linear("mlp.gate_proj", intermediate, hidden, config.mlp_bias);
-            linear("mlp.up_proj", intermediate, hidden, config.mlp_bias);
-            linear("mlp.down_proj", hidden, intermediate, config.mlp_bias);
+            linear("mlp.gate_proj", intermediate, hidden, config.mlp_bias)?;
+            linear("mlp.up_proj", intermediate, hidden, config.mlp_bias)?;
+            linear("mlp.down_proj", hidden, intermediate, config.mlp_bias)?;
             continue;
         };
         let names = ExpertNames::of(source);
-        expect(name(names.router()), &[experts.count, hidden]);
+        visit(name(names.router()), &[experts.count, hidden])?;
         match names {
             ExpertNames::Stacked => {
-                expect(name("mlp.experts.gate_up_proj"), &[experts.count, 2 * intermediate, hidden]);
-                expect(name("mlp.experts.down_proj"), &[experts.count, hidden, intermediate]);
+                visit(name("mlp.experts.gate_up_proj"), &[experts.count, 2 * intermediate, hidden])?;
+                visit(name("mlp.experts.down_proj"), &[experts.count, hidden, intermediate])?;
             }
             ExpertNames::Single => {
                 for expert in 0..experts.count {
                     let name = |part: &str| name(&format!("block_sparse_moe.experts.{expert}.{part}.weight"));
-                    expect(name("w1"), &[intermediate, hidden]);
-                    expect(name("w3"), &[intermediate, hidden]);
-                    expect(name("w2"), &[hidden, intermediate]);
+                    visit(name("w1"), &[intermediate, hidden])?;
+                    visit(name("w3"), &[intermediate, hidden])?;
+                    visit(name("w2"), &[hidden, intermediate])?;
                 }
             }
         }
     }
-    expect(FINAL_NORM.into(), &[hidden]);
+    visit(FINAL_NORM.into(), &[hidden])?;
     if !config.tie_word_embeddings {
-        expect(HEAD.into(), &[config.vocab_size, hidden]);
+        visit(HEAD.into(), &[config.vocab_size, hidden])?;
     }
-    expected
+    Ok(())
 }
 
 impl<'a, O: Ops> Llama<'a, O> {
@@ -142,9 +137,9 @@ impl<'a, O: Ops> Llama<'a, O> {
     /// # Errors
     /// As [`check_shapes`](super::check_shapes) and [`Ops::weight`].
     pub fn load(source: &'a dyn TensorSource, ops: &'a O) -> Result<Self> {
+        check_shapes(source)?;
         let (architecture, config) = Architecture::of(source)?;
         let config = LlamaConfig::parse(source.path(), architecture, config)?;
-        check_expected(source, &expected_tensors(source, &config))?;
         let head = if config.tie_word_embeddings { None } else { Some(ops.weight(source, HEAD)?) };
         Ok(Self {
             ops,

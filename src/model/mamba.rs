@@ -1,6 +1,6 @@
 //! Mamba: the whole architecture.
 
-use super::{Architecture, ExpectedTensor, LayerState, check_expected, config::MambaConfig, linear::Linear};
+use super::{Architecture, LayerState, Visit, check_shapes, config::MambaConfig, linear::Linear};
 use crate::{
     error::Result,
     ops::{Ops, Scan},
@@ -34,36 +34,34 @@ struct Layer<'a, O: Ops> {
     output: Linear<'a, O>,        // [hidden, channels]
 }
 
-/// The tensors that the model needs; a tied head is none of them.
-pub(super) fn expected_tensors(config: &MambaConfig) -> Vec<ExpectedTensor> {
+/// Tells each tensor that the model needs; a tied head is none of them.
+pub(super) fn visit_tensors(config: &MambaConfig, visit: &mut Visit) -> Result<()> {
     let MambaConfig { vocab_size, hidden_size, intermediate_size: channels, state_size, time_step_rank, .. } = *config;
-    let mut expected = Vec::new();
-    let mut expect = |name: String, shape: &[usize]| expected.push(ExpectedTensor { name, shape: shape.to_vec() });
-    expect(EMBEDDING.into(), &[vocab_size, hidden_size]);
+    visit(EMBEDDING.into(), &[vocab_size, hidden_size])?;
     for layer in 0..config.layers {
         let name = |part: &str| format!("backbone.layers.{layer}.{part}");
-        expect(name("norm.weight"), &[hidden_size]);
-        expect(name("mixer.in_proj.weight"), &[2 * channels, hidden_size]);
-        expect(name("mixer.conv1d.weight"), &[channels, 1, config.conv_kernel]);
-        expect(name("mixer.x_proj.weight"), &[time_step_rank + 2 * state_size, channels]);
-        expect(name("mixer.dt_proj.weight"), &[channels, time_step_rank]);
-        expect(name("mixer.dt_proj.bias"), &[channels]);
-        expect(name("mixer.A_log"), &[channels, state_size]);
-        expect(name("mixer.D"), &[channels]);
-        expect(name("mixer.out_proj.weight"), &[hidden_size, channels]);
+        visit(name("norm.weight"), &[hidden_size])?;
+        visit(name("mixer.in_proj.weight"), &[2 * channels, hidden_size])?;
+        visit(name("mixer.conv1d.weight"), &[channels, 1, config.conv_kernel])?;
+        visit(name("mixer.x_proj.weight"), &[time_step_rank + 2 * state_size, channels])?;
+        visit(name("mixer.dt_proj.weight"), &[channels, time_step_rank])?;
+        visit(name("mixer.dt_proj.bias"), &[channels])?;
+        visit(name("mixer.A_log"), &[channels, state_size])?;
+        visit(name("mixer.D"), &[channels])?;
+        visit(name("mixer.out_proj.weight"), &[hidden_size, channels])?;
         if config.use_conv_bias {
-            expect(name("mixer.conv1d.bias"), &[channels]);
+            visit(name("mixer.conv1d.bias"), &[channels])?;
         }
         if config.use_bias {
-            expect(name("mixer.in_proj.bias"), &[2 * channels]);
-            expect(name("mixer.out_proj.bias"), &[hidden_size]);
+            visit(name("mixer.in_proj.bias"), &[2 * channels])?;
+            visit(name("mixer.out_proj.bias"), &[hidden_size])?;
         }
     }
-    expect(FINAL_NORM.into(), &[hidden_size]);
+    visit(FINAL_NORM.into(), &[hidden_size])?;
     if !config.tie_word_embeddings {
-        expect(HEAD.into(), &[vocab_size, hidden_size]);
+        visit(HEAD.into(), &[vocab_size, hidden_size])?;
     }
-    expected
+    Ok(())
 }
 
 impl<'a, O: Ops> Mamba<'a, O> {
@@ -72,9 +70,9 @@ impl<'a, O: Ops> Mamba<'a, O> {
     /// # Errors
     /// As [`check_shapes`](super::check_shapes) and [`Ops::weight`].
     pub fn load(source: &'a dyn TensorSource, ops: &'a O) -> Result<Self> {
+        check_shapes(source)?;
         let (_, config) = Architecture::of(source)?;
         let config = MambaConfig::parse(source.path(), config)?;
-        check_expected(source, &expected_tensors(&config))?;
         let head = if config.tie_word_embeddings { None } else { Some(ops.weight(source, HEAD)?) };
         Ok(Self {
             ops,
@@ -99,8 +97,8 @@ impl<'a, O: Ops> Mamba<'a, O> {
     /// What one layer remembers before a text.
     pub(super) fn layer_state(&self) -> Result<LayerState<O>> {
         let MambaConfig { intermediate_size: channels, state_size, conv_kernel, .. } = self.config;
-        let zeros = |rows: usize, cols: usize| self.ops.constant(vec![0.0; rows * cols], cols);
-        Ok(LayerState::Mamba { history: zeros(conv_kernel - 1, channels)?, scan: zeros(channels, state_size)? })
+        let history = self.ops.zeros(conv_kernel - 1, channels)?;
+        Ok(LayerState::Mamba { history, scan: self.ops.zeros(channels, state_size)? })
     }
 
     /// The input of the first block, `[tokens, hidden]`.

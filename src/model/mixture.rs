@@ -14,7 +14,7 @@ pub(super) fn mixture<O: Ops>(
     expert: impl Fn(usize, &O::Tensor) -> Result<O::Tensor>,
 ) -> Result<O::Tensor> {
     let routing = ops.route(logits, chosen)?;
-    let mut sum = ops.constant(vec![0.0; tokens * width], width)?;
+    let mut sum = ops.zeros(tokens, width)?;
     for (index, places) in routing.places.iter().enumerate().filter(|(_, places)| !places.is_empty()) {
         let rows: Vec<u32> = places.iter().map(|place| place.token).collect();
         let y = expert(index, &ops.gather(x, &rows)?)?; // [places, width]

@@ -81,47 +81,39 @@ fn architecture_name(config: &Value) -> Option<&str> {
     config.get("architectures")?.get(0)?.as_str()
 }
 
-/// A tensor that an architecture needs.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ExpectedTensor {
-    pub name: String,
-    pub shape: Vec<usize>,
-}
+/// Is told the name and shape of each tensor that an architecture needs; its error ends the telling.
+pub type Visit<'a> = dyn FnMut(String, &[usize]) -> Result<()> + 'a;
 
-/// The tensors that a model needs according to its config.json, with their exact shapes.
-///
-/// A tied output head is not among them: the embedding stands in for it.
+/// Tells the tensors that a model needs according to its config.json. A tied output head is not among them: the embedding
+/// stands in for it.
 ///
 /// # Errors
-/// As [`LlamaConfig::parse`]; [`Error::MissingConfig`] and [`Error::UnknownArchitecture`].
-pub fn expected_tensors(source: &dyn TensorSource) -> Result<Vec<ExpectedTensor>> {
+/// As [`LlamaConfig::parse`]; [`Error::MissingConfig`] and [`Error::UnknownArchitecture`]; the first that `visit` returns.
+pub fn visit_tensors(source: &dyn TensorSource, visit: &mut Visit) -> Result<()> {
     let (architecture, config) = Architecture::of(source)?;
     let path = source.path();
-    Ok(match architecture {
-        Architecture::Mamba => mamba::expected_tensors(&MambaConfig::parse(path, config)?),
-        Architecture::ResNetBk => resnet_bk::expected_tensors(&ResNetBkConfig::parse(path, config)?),
-        family => llama::expected_tensors(source, &LlamaConfig::parse(path, family, config)?),
-    })
+    match architecture {
+        Architecture::Mamba => mamba::visit_tensors(&MambaConfig::parse(path, config)?, visit),
+        Architecture::ResNetBk => resnet_bk::visit_tensors(&ResNetBkConfig::parse(path, config)?, visit),
+        family => llama::visit_tensors(source, &LlamaConfig::parse(path, family, config)?, visit),
+    }
 }
 
 /// Checks that a model of a known architecture has every tensor it needs, in the shape that config.json asks for.
 ///
 /// # Errors
-/// As [`expected_tensors`]; [`Error::MissingTensor`] and [`Error::ShapeMismatch`].
+/// As [`visit_tensors`]; [`Error::MissingTensor`] and [`Error::ShapeMismatch`] for the first tensor at fault.
 pub fn check_shapes(source: &dyn TensorSource) -> Result<()> {
-    check_expected(source, &expected_tensors(source)?)
-}
-
-fn check_expected(source: &dyn TensorSource, expected: &[ExpectedTensor]) -> Result<()> {
-    for ExpectedTensor { name, shape } in expected {
-        let path = || source.path().to_owned();
-        let found = source.shape(name).ok_or_else(|| Error::MissingTensor { path: path(), tensor: name.clone() })?;
-        if found != shape {
-            let (found, expected) = (found.to_vec(), shape.clone());
-            return Err(Error::ShapeMismatch { path: path(), tensor: name.clone(), found, expected });
+    let path = || source.path().to_owned();
+    // One by one: a config may claim more tensors than memory has room for their names.
+    visit_tensors(source, &mut |name, expected| match source.shape(&name) {
+        None => Err(Error::MissingTensor { path: path(), tensor: name }),
+        Some(found) if found != expected => {
+            let (found, expected) = (found.to_vec(), expected.to_vec());
+            Err(Error::ShapeMismatch { path: path(), tensor: name, found, expected })
         }
-    }
-    Ok(())
+        Some(_) => Ok(()),
+    })
 }
 
 /// A model that can be run, its weights borrowed from its source.
@@ -162,8 +154,8 @@ enum LayerState<O: Ops> {
     Attention(O::Cache),
     /// The last inputs of the convolution, `[kernel - 1, channels]`, and the scan's state, `[channels, states]`.
     Mamba { history: O::Tensor, scan: O::Tensor },
-    /// The last position's value of the resolvent, `[1, 2]`.
-    Resolvent { last: O::Tensor },
+    /// The last position's value of the resolvent.
+    Resolvent { last: [f64; 2] },
 }
 
 impl<O: Ops> State<O> {
@@ -191,7 +183,7 @@ impl<O: Ops> State<O> {
                     ops.zero(history)?;
                     ops.zero(scan)?;
                 }
-                LayerState::Resolvent { last } => ops.zero(last)?,
+                LayerState::Resolvent { last } => *last = [0.0; 2],
             }
         }
         self.positions = 0;
@@ -228,7 +220,7 @@ impl<'a, O: Ops> Model<'a, O> {
         match &self.network {
             Network::Llama(model) => model.config().max_positions,
             Network::Mamba(_) => usize::MAX,
-            Network::ResNetBk(model) => model.config().max_positions,
+            Network::ResNetBk(model) => model.max_positions(),
         }
     }
 
@@ -267,7 +259,7 @@ impl<'a, O: Ops> Model<'a, O> {
         let layer_state = |_| match &self.network {
             Network::Llama(model) => model.layer_state(capacity),
             Network::Mamba(model) => model.layer_state(),
-            Network::ResNetBk(model) => model.layer_state(),
+            Network::ResNetBk(model) => Ok(model.layer_state()),
         };
         let layers = (0..self.layers()).map(layer_state).collect::<Result<_>>()?;
         Ok(State { layers, positions: 0, capacity, core: None })

@@ -1,9 +1,9 @@
 //! ResNet-BK: the whole architecture.
 
 use super::{
-    Architecture, ExpectedTensor, LayerState, Pass, check_expected,
+    Architecture, LayerState, Pass, Visit, check_shapes,
     config::ResNetBkConfig,
-    core_activations::{CoreGrid, CoreTrace, CoreValues},
+    core_activations::{CoreGrid, CoreTrace, CoreValues, core_record},
     linear::Linear,
     mixture::mixture,
 };
@@ -19,6 +19,7 @@ const HEAD: &str = "lm_head";
 pub struct ResNetBk<'a, O: Ops> {
     ops: &'a O,
     config: ResNetBkConfig,
+    max_positions: usize,
     token_embedding: O::Weight<'a>,    // [vocab, hidden]
     position_embedding: O::Weight<'a>, // [max_positions, hidden]
     layers: Vec<Layer<'a, O>>,
@@ -47,35 +48,33 @@ struct Expert<'a, O: Ops> {
     down: Linear<'a, O>, // [hidden, 2 * hidden]
 }
 
-/// The tensors that the model needs.
-pub(super) fn expected_tensors(config: &ResNetBkConfig) -> Vec<ExpectedTensor> {
+/// Tells each tensor that the model needs.
+pub(super) fn visit_tensors(config: &ResNetBkConfig, visit: &mut Visit) -> Result<()> {
     let hidden = config.hidden_size;
-    let mut expected = Vec::new();
-    let mut expect = |name: String, shape: &[usize]| expected.push(ExpectedTensor { name, shape: shape.to_vec() });
-    expect(TOKEN_EMBEDDING.into(), &[config.vocab_size, hidden]);
-    expect(POSITION_EMBEDDING.into(), &[config.max_positions, hidden]);
+    visit(TOKEN_EMBEDDING.into(), &[config.vocab_size, hidden])?;
+    visit(POSITION_EMBEDDING.into(), &[config.max_positions, hidden])?;
     for layer in 0..config.layers {
-        expect(format!("blocks.{layer}.bk_layer.bk_scale"), &[]);
+        visit(format!("blocks.{layer}.bk_layer.bk_scale"), &[])?;
     }
     let mut both = |name: String, weight: &[usize], bias: usize| {
-        expect(format!("{name}.weight"), weight);
-        expect(format!("{name}.bias"), &[bias]);
+        visit(format!("{name}.weight"), weight)?;
+        visit(format!("{name}.bias"), &[bias])
     };
     for layer in 0..config.layers {
         let name = |part: &str| format!("blocks.{layer}.{part}");
-        both(name("layer_norm"), &[hidden], hidden);
-        both(name("bk_layer.moe_ffn.gating_network"), &[config.experts.count, hidden], config.experts.count);
+        both(name("layer_norm"), &[hidden], hidden)?;
+        both(name("bk_layer.moe_ffn.gating_network"), &[config.experts.count, hidden], config.experts.count)?;
         for expert in 0..config.experts.count {
             let name = |part: &str| name(&format!("bk_layer.moe_ffn.experts.{expert}.{part}"));
-            both(name("0"), &[2 * hidden, hidden], 2 * hidden);
-            both(name("3"), &[hidden, 2 * hidden], hidden);
+            both(name("0"), &[2 * hidden, hidden], 2 * hidden)?;
+            both(name("3"), &[hidden, 2 * hidden], hidden)?;
         }
-        both(name("bk_layer.v_proj"), &[1, hidden], 1);
-        both(name("bk_layer.output_proj"), &[hidden, 2], hidden);
+        both(name("bk_layer.v_proj"), &[1, hidden], 1)?;
+        both(name("bk_layer.output_proj"), &[hidden, 2], hidden)?;
     }
-    both(FINAL_NORM.into(), &[hidden], hidden);
-    both(HEAD.into(), &[config.vocab_size, hidden], config.vocab_size);
-    expected
+    both(FINAL_NORM.into(), &[hidden], hidden)?;
+    both(HEAD.into(), &[config.vocab_size, hidden], config.vocab_size)?;
+    Ok(())
 }
 
 impl<'a, O: Ops> ResNetBk<'a, O> {
@@ -84,14 +83,19 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
     /// # Errors
     /// As [`check_shapes`](super::check_shapes) and [`Ops::weight`].
     pub fn load(source: &'a dyn TensorSource, ops: &'a O) -> Result<Self> {
+        check_shapes(source)?;
         let (_, config) = Architecture::of(source)?;
         let config = ResNetBkConfig::parse(source.path(), config)?;
-        check_expected(source, &expected_tensors(&config))?;
+        // Positions without scales cannot be run with quantized activations.
+        let scaled = core_record(source).map_or(u64::MAX, |record| record.positions);
+        let max_positions = config.max_positions.min(usize::try_from(scaled).unwrap_or(usize::MAX));
+        let layers = (0..config.layers).map(|layer| Layer::load(source, ops, &config, layer, max_positions));
         Ok(Self {
             ops,
             token_embedding: ops.weight(source, TOKEN_EMBEDDING)?,
             position_embedding: ops.weight(source, POSITION_EMBEDDING)?,
-            layers: (0..config.layers).map(|layer| Layer::load(source, ops, &config, layer)).collect::<Result<_>>()?,
+            layers: layers.collect::<Result<_>>()?,
+            max_positions,
             final_norm: Norm::load(source, ops, FINAL_NORM)?,
             head: Linear::load(source, ops, HEAD, true)?,
             config,
@@ -103,6 +107,11 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
         &self.config
     }
 
+    /// The longest context, in tokens.
+    pub(super) fn max_positions(&self) -> usize {
+        self.max_positions
+    }
+
     /// Whether the activations of the core are rounded.
     pub(super) fn quantizes_core(&self) -> bool {
         self.layers.iter().any(|layer| layer.grid.is_some())
@@ -110,11 +119,12 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
 
     pub(super) fn keep_core_exact(&mut self) {
         self.layers.iter_mut().for_each(|layer| layer.grid = None);
+        self.max_positions = self.config.max_positions;
     }
 
     /// What one layer remembers before a text.
-    pub(super) fn layer_state(&self) -> Result<LayerState<O>> {
-        Ok(LayerState::Resolvent { last: self.ops.constant(vec![0.0; 2], 2)? })
+    pub(super) fn layer_state(&self) -> LayerState<O> {
+        LayerState::Resolvent { last: [0.0; 2] }
     }
 
     /// The input of the first block, `[tokens, hidden]`, for positions from `first`.
@@ -130,7 +140,7 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
         layer: usize,
         x: O::Tensor,
         pass: &Pass<O>,
-        last: &mut O::Tensor,
+        last: &mut [f64; 2],
         core: Option<&mut Vec<CoreTrace>>,
     ) -> Result<O::Tensor> {
         let (ops, layer) = (self.ops, &self.layers[layer]);
@@ -168,7 +178,7 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
         &self,
         layer: &Layer<'a, O>,
         potential: O::Tensor,
-        last: &mut O::Tensor,
+        last: &mut [f64; 2],
         &Pass { first, tokens, .. }: &Pass<O>,
     ) -> Result<(O::Tensor, O::Tensor)> {
         let Some(grid) = &layer.grid else {
@@ -182,12 +192,11 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
 
     /// What the core computes without rounding, at the start of a text.
     fn exact_core(&self, potential: &O::Tensor) -> Result<CoreValues> {
-        let mut last = self.ops.constant(vec![0.0; 2], 2)?;
-        CoreValues::read(self.ops, potential, &self.resolvent(potential, &mut last)?)
+        CoreValues::read(self.ops, potential, &self.resolvent(potential, &mut [0.0; 2])?)
     }
 
     /// `[tokens, 1]` to `[tokens, 2]`.
-    fn resolvent(&self, potential: &O::Tensor, last: &mut O::Tensor) -> Result<O::Tensor> {
+    fn resolvent(&self, potential: &O::Tensor, last: &mut [f64; 2]) -> Result<O::Tensor> {
         let resolvent = match self.config.causal {
             true => self.ops.causal_resolvent(potential, self.config.z, last)?,
             false => self.ops.resolvent(potential, self.config.z)?,
@@ -202,7 +211,13 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
 }
 
 impl<'a, O: Ops> Layer<'a, O> {
-    fn load(source: &'a dyn TensorSource, ops: &O, config: &ResNetBkConfig, layer: usize) -> Result<Self> {
+    fn load(
+        source: &'a dyn TensorSource,
+        ops: &O,
+        config: &ResNetBkConfig,
+        layer: usize,
+        positions: usize,
+    ) -> Result<Self> {
         let name = |part: &str| format!("blocks.{layer}.{part}");
         let linear = |part: &str| Linear::load(source, ops, &name(part), true);
         let expert = |expert: usize| {
@@ -216,7 +231,7 @@ impl<'a, O: Ops> Layer<'a, O> {
             potential: linear("bk_layer.v_proj")?,
             output: linear("bk_layer.output_proj")?,
             scale: ops.parameter(source, &name("bk_layer.bk_scale"))?,
-            grid: CoreGrid::load(source, ops, layer, config.max_positions)?,
+            grid: CoreGrid::load(source, ops, layer, positions)?,
         })
     }
 }

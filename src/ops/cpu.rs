@@ -78,16 +78,17 @@ impl CpuOps {
 
     /// Values yet to be written, `[rows, cols]`.
     fn scratch(&self, rows: usize, cols: usize) -> Values {
-        Values { buffer: self.free.take(rows * cols), cols, free: self.free.clone() }
+        Values { buffer: self.free.take(rows * cols), cols, free: Some(self.free.clone()) }
     }
 }
 
-/// Values in memory, `[rows, cols]`; their buffer is used again once they are dropped.
+/// Values in memory, `[rows, cols]`.
 #[derive(Debug)]
 pub struct Values {
     buffer: Vec<f32>, // [rows, cols]
     cols: usize,
-    free: Arc<FreeBuffers>,
+    /// Where the buffer came from, to be used again once the values are dropped.
+    free: Option<Arc<FreeBuffers>>,
 }
 
 impl Values {
@@ -98,7 +99,9 @@ impl Values {
 
 impl Drop for Values {
     fn drop(&mut self) {
-        self.free.give(std::mem::take(&mut self.buffer));
+        if let Some(free) = &self.free {
+            free.give(std::mem::take(&mut self.buffer));
+        }
     }
 }
 
@@ -147,7 +150,13 @@ impl Ops for CpuOps {
     }
 
     fn constant(&self, values: Vec<f32>, cols: usize) -> Result<Values> {
-        Ok(Values { buffer: values, cols, free: self.free.clone() })
+        Ok(Values { buffer: values, cols, free: None })
+    }
+
+    fn zeros(&self, rows: usize, cols: usize) -> Result<Values> {
+        let mut out = self.scratch(rows, cols);
+        out.buffer.fill(0.0);
+        Ok(out)
     }
 
     fn read(&self, x: &Values, out: &mut Vec<f32>) -> Result<()> {
@@ -326,11 +335,9 @@ impl Ops for CpuOps {
         Ok(out)
     }
 
-    fn causal_resolvent(&self, v: &Values, z: [f32; 2], last: &mut Values) -> Result<Values> {
+    fn causal_resolvent(&self, v: &Values, z: [f32; 2], last: &mut [f64; 2]) -> Result<Values> {
         let mut out = self.scratch(v.rows(), 2);
-        let mut value = [f64::from(last.buffer[0]), f64::from(last.buffer[1])];
-        self.cpu.resolvent_causal(&v.buffer, z, &mut value, &mut out.buffer);
-        last.buffer.copy_from_slice(&value.map(|part| part as f32));
+        self.cpu.resolvent_causal(&v.buffer, z, last, &mut out.buffer);
         Ok(out)
     }
 
@@ -356,5 +363,23 @@ impl Ops for CpuOps {
             self.cpu.add_scaled(&mut sum.buffer[token * cols..][..cols], from, weight);
         }
         Ok(sum)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pool_of_buffers_does_not_grow_with_the_work() {
+        let ops = CpuOps::new(Cpu::detect(), Activations::Exact);
+        let work = || {
+            let x = ops.constant(vec![1.0; 64], 8).unwrap();
+            let sum = ops.add(ops.zeros(8, 8).unwrap(), ops.rows(&x, 0, 8).unwrap()).unwrap();
+            ops.relu(sum).unwrap();
+            ops.free.0.lock().unwrap().len()
+        };
+        let first = work();
+        assert!(first > 0 && (0..100).all(|_| work() == first));
     }
 }

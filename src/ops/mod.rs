@@ -36,6 +36,9 @@ pub trait Ops {
     /// A tensor of given values, whose number is a multiple of `cols`.
     fn constant(&self, values: Vec<f32>, cols: usize) -> Result<Self::Tensor>;
 
+    /// A tensor of zeros.
+    fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Tensor>;
+
     /// Copies a tensor's values to `out`, row-major.
     fn read(&self, x: &Self::Tensor, out: &mut Vec<f32>) -> Result<()>;
 
@@ -149,8 +152,8 @@ pub trait Ops {
 
     /// The same with each position's matrix cut off after it, so that none sees a later one.
     ///
-    /// `last` `[1, 2]` is the value of the position before the first (zero at the start), and then of the last.
-    fn causal_resolvent(&self, v: &Self::Tensor, z: [f32; 2], last: &mut Self::Tensor) -> Result<Self::Tensor>;
+    /// `last` is the value of the position before the first (zero at the start), and then of the last.
+    fn causal_resolvent(&self, v: &Self::Tensor, z: [f32; 2], last: &mut [f64; 2]) -> Result<Self::Tensor>;
 
     /// Chooses for each token the `chosen` experts with the largest logits `[tokens, experts]`.
     fn route(&self, logits: &Self::Tensor, chosen: usize) -> Result<Routing<Self::Tensor>>;

@@ -44,7 +44,7 @@ impl Cpu {
     /// sequence in pieces gives the same bits as in one call. `out` is `[tokens, channels]`.
     ///
     /// # Panics
-    /// If the lengths do not fit together there are no channels, or states have no values.
+    /// If the lengths do not fit together, or there are no channels or no states.
     pub fn selective_scan(self, scan: &SelectiveScan, state: &mut [f32], out: &mut [f32]) {
         let SelectiveScan { x, delta, a, b, c, d } = *scan;
         let channels = d.len();

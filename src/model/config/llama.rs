@@ -64,7 +64,12 @@ impl LlamaConfig {
         let defaults = Defaults::of(architecture);
         let hidden_size = fields.required("hidden_size", 1..=MAX_DIMENSION)?;
         let heads = fields.required("num_attention_heads", 1..=hidden_size)?;
-        let kv_heads = fields.integer("num_key_value_heads", 1..=heads)?.unwrap_or(defaults.kv_heads.unwrap_or(heads));
+        let kv_heads = match fields.integer("num_key_value_heads", 1..=heads)? {
+            Some(kv_heads) => kv_heads,
+            // Hugging Face reads null as one for each head, and a missing field as the architecture's default.
+            None if fields.has("num_key_value_heads") => heads,
+            None => defaults.kv_heads.unwrap_or(heads),
+        };
         if !heads.is_multiple_of(kv_heads) {
             return Err(fields.error("num_key_value_heads", format!("{kv_heads} does not divide the {heads} heads")));
         }
@@ -89,7 +94,9 @@ impl LlamaConfig {
         let max_positions =
             fields.integer("max_position_embeddings", 1..=MAX_POSITIONS)?.unwrap_or(defaults.max_positions);
         let layers = fields.required("num_hidden_layers", 1..=MAX_LAYERS)?;
-        let biased = fields.flag("attention_bias")?;
+        // The others have no such fields: Hugging Face's models do not look at them.
+        let biased =
+            matches!(architecture, Architecture::Llama | Architecture::Qwen3) && fields.flag("attention_bias")?;
         Ok(Self {
             vocab_size: fields.required("vocab_size", 1..=MAX_DIMENSION)?,
             hidden_size,
@@ -103,8 +110,8 @@ impl LlamaConfig {
             rms_norm_eps: fields.number("rms_norm_eps", 0.0..=1.0)?.unwrap_or(defaults.rms_norm_eps) as f32,
             rope: parse_rope(&fields, max_positions, defaults.rope_theta)?,
             qkv_bias: biased || architecture == Architecture::Qwen2,
-            output_bias: biased && architecture != Architecture::Qwen2,
-            mlp_bias: fields.flag("mlp_bias")?,
+            output_bias: biased,
+            mlp_bias: architecture == Architecture::Llama && fields.flag("mlp_bias")?,
             head_norms: architecture == Architecture::Qwen3,
             experts: if architecture == Architecture::Mixtral { Some(parse_experts(&fields)?) } else { None },
             tie_word_embeddings: fields.flag("tie_word_embeddings")?,
@@ -139,15 +146,18 @@ impl Defaults {
 
 /// The window of each layer. Mistral and Mixtral have one for all layers; Qwen lists the layers that have it.
 fn parse_windows(fields: &Fields, architecture: Architecture, layers: usize) -> Result<Vec<usize>> {
-    const MISTRAL_WINDOW: usize = 4096;
+    const DEFAULT_WINDOW: usize = 4096;
     const FIRST_WINDOWED_LAYER: usize = 28;
     let window = fields.integer("sliding_window", 1..=MAX_POSITIONS)?;
     match architecture {
         // Hugging Face reads a missing field as 4096, and null as no window.
-        Architecture::Mistral if !fields.names("sliding_window") => Ok(vec![MISTRAL_WINDOW; layers]),
+        Architecture::Mistral if !fields.has("sliding_window") => Ok(vec![DEFAULT_WINDOW; layers]),
         Architecture::Mistral | Architecture::Mixtral => Ok(vec![window.unwrap_or(usize::MAX); layers]),
         Architecture::Qwen2 | Architecture::Qwen3 if fields.flag("use_sliding_window")? => {
-            let window = window.unwrap_or(MISTRAL_WINDOW);
+            let window = match window {
+                None if fields.has("sliding_window") => usize::MAX,
+                window => window.unwrap_or(DEFAULT_WINDOW),
+            };
             let of_kind = |windowed: bool| if windowed { window } else { usize::MAX };
             let Some(kinds) = fields.array("layer_types")? else {
                 let first = fields.integer("max_window_layers", 0..=MAX_LAYERS)?.unwrap_or(FIRST_WINDOWED_LAYER);
@@ -361,6 +371,46 @@ mod tests {
             }
         }
         assert!(matches!(parse(&json!([])), Err(Error::Json { .. })));
+    }
+
+    #[test]
+    fn null_and_absent_are_what_hugging_face_takes_them_for() {
+        let of = |architecture, changes| LlamaConfig::parse(Path::new("model"), architecture, &with(changes)).unwrap();
+        let windows = |architecture, changes| of(architecture, changes).windows[0];
+        let null = || json!({"sliding_window": null, "use_sliding_window": true, "max_window_layers": 0});
+        assert_eq!(windows(Architecture::Mistral, json!({})), 4096);
+        assert_eq!(windows(Architecture::Mistral, null()), usize::MAX);
+        assert_eq!(windows(Architecture::Qwen2, null()), usize::MAX);
+        let used = json!({"use_sliding_window": true, "max_window_layers": 2, "sliding_window": 8});
+        let all = usize::MAX;
+        let windows = of(Architecture::Qwen2, used.clone()).windows;
+        assert_eq!((&windows[..2], &windows[2..]), (&[all; 2][..], &[8; 4][..]));
+        let mut kinds = used;
+        kinds["layer_types"] = json!([
+            "sliding_attention",
+            "full_attention",
+            "full_attention",
+            "full_attention",
+            "full_attention",
+            "sliding_attention"
+        ]);
+        assert_eq!(of(Architecture::Qwen3, kinds).windows, [8, all, all, all, all, 8]);
+        assert_eq!(of(Architecture::Qwen2, json!({"sliding_window": 8})).windows, [all; 6]);
+
+        assert_eq!(of(Architecture::Mistral, json!({"num_key_value_heads": null})).kv_heads, 8);
+        assert_eq!(
+            of(Architecture::Qwen3, json!({"num_attention_heads": 16, "num_key_value_heads": null})).kv_heads,
+            16
+        );
+        let biased = json!({"attention_bias": true, "mlp_bias": true});
+        let biases = |architecture| {
+            let config = of(architecture, biased.clone());
+            (config.qkv_bias, config.output_bias, config.mlp_bias)
+        };
+        assert_eq!(biases(Architecture::Llama), (true, true, true));
+        assert_eq!(biases(Architecture::Mistral), (false, false, false));
+        assert_eq!(biases(Architecture::Qwen2), (true, false, false));
+        assert_eq!(biases(Architecture::Qwen3), (true, true, false));
     }
 
     #[test]

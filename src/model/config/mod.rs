@@ -153,8 +153,8 @@ impl<'a> Fields<'a> {
         self.read(key, |value| value.as_array().map(Vec::as_slice), || "a list".into())
     }
 
-    /// Whether the object names the field at all, be it null.
-    fn names(&self, key: &str) -> bool {
+    /// Whether the object has the field at all, be it null.
+    fn has(&self, key: &str) -> bool {
         self.object.contains_key(key)
     }
 
