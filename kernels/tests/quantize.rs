@@ -124,7 +124,7 @@ fn quantize(cpu: Cpu, options: &QuantizeOptions, cols: usize, x: &[f32]) -> Pack
         scales: vec![0xa5; rows * options.layout.groups(cols) * options.scale_type.bytes()],
         zeros: vec![0xa5; rows * options.layout.zero_bytes(cols)],
     };
-    cpu.quantize_rows(options, cols, x, &mut packed.codes, &mut packed.scales, &mut packed.zeros);
+    cpu.quantize_rows(options, cols, x, None, &mut packed.codes, &mut packed.scales, &mut packed.zeros);
     packed
 }
 

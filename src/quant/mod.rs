@@ -1,5 +1,8 @@
 //! From a matrix of floats to the bytes of its parts. Pure functions of the matrix and the options.
 
+pub mod gptq;
+pub mod hessian;
+
 use std::borrow::Cow;
 
 use bkpack_kernels::{
@@ -51,6 +54,21 @@ pub fn scale_type(layout: Layout, range: Range) -> FloatType {
 
 /// Quantizes a matrix of floats on all threads of the pool; the bytes do not depend on their number.
 pub fn quantize(cpu: Cpu, matrix: &Matrix, options: &QuantizeOptions, output: &mut Quantized) {
+    quantize_calibrated(cpu, matrix, options, None, output);
+}
+
+/// As [`quantize`], where the mean squares of the inputs, up to a common factor, may weight the search for scales:
+/// `input_squares` is `[cols]`, finite and not negative.
+///
+/// # Panics
+/// If `input_squares` is of another length.
+pub fn quantize_calibrated(
+    cpu: Cpu,
+    matrix: &Matrix,
+    options: &QuantizeOptions,
+    input_squares: Option<&[f32]>,
+    output: &mut Quantized,
+) {
     let (rows, cols) = (matrix.rows(), matrix.cols());
     let layout = options.layout;
     let code_bytes = layout.code_bytes(cols);
@@ -72,7 +90,7 @@ pub fn quantize(cpu: Cpu, matrix: &Matrix, options: &QuantizeOptions, output: &m
     chunks.zip(zeros).enumerate().for_each_init(Vec::new, |scratch, (task, ((codes, scales), zeros))| {
         let first = task * step;
         let x = float_rows(cpu, matrix, first, step.min(rows - first), scratch);
-        cpu.quantize_rows(options, cols, x, codes, scales, zeros);
+        cpu.quantize_rows(options, cols, x, input_squares, codes, scales, zeros);
     });
 }
 

@@ -6,10 +6,13 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod cholesky;
 mod convolution;
 mod dequantize;
 mod elementwise;
+mod feedback;
 mod gemv;
+mod gram;
 mod loss;
 mod matmul;
 mod matmul_int8;
@@ -26,6 +29,8 @@ use std::fmt;
 use std::str::FromStr;
 
 pub use attention::KeyValueCache;
+pub use feedback::Feedback;
+pub use gram::{gram_index, gram_len};
 pub use loss::Comparison;
 pub use matmul_int8::activation_blocks;
 pub use route::top_k;

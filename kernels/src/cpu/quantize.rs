@@ -4,7 +4,7 @@ use half::f16;
 
 use super::{
     Cpu, Kernel,
-    scale_search::{magnitude_sum, search_asymmetric, search_symmetric, search_ternary},
+    scale_search::{Group, magnitude_sum, search_asymmetric, search_symmetric, search_ternary, weighted_mean},
     simd::{LANES, Simd},
 };
 use crate::matrix::{Data, FloatType, Grid, Layout, Matrix};
@@ -17,7 +17,8 @@ pub enum Rounding {
     Nearest,
     /// The scale of integers is searched for the least squared error of the group, each error weighted by the
     /// magnitude of its weight: large weights tend to meet large activations, and clipping them costs the most. The
-    /// scale of ternary weights is searched for the least squared error.
+    /// scale of ternary weights is searched for the least squared error. Where the mean squares of the inputs are known,
+    /// they weight the errors instead, for every grid.
     Search,
 }
 
@@ -72,19 +73,24 @@ impl Cpu {
     /// Quantizes rows `x` `[rows, cols]` into `codes` `[rows, code_bytes]`, `scales` `[rows, groups]` and `zeros`
     /// `[rows, zero_bytes]`. All values must be finite. Runs on the calling thread.
     ///
+    /// `input_squares` `[cols]` is what [`Rounding::Search`] weights errors by where it is known: the mean square of each
+    /// input, up to a common factor, finite and not negative. A group whose inputs are all zero is searched as without.
+    ///
     /// # Panics
     /// If a length does not fit the layout.
+    #[expect(clippy::too_many_arguments, reason = "three inputs and three outputs")]
     pub fn quantize_rows(
         self,
         options: &QuantizeOptions,
         cols: usize,
         x: &[f32],
+        input_squares: Option<&[f32]>,
         codes: &mut [u8],
         scales: &mut [u8],
         zeros: &mut [u8],
     ) {
         if cols > 0 {
-            self.dispatch(QuantizeRows { options, cols, x, codes, scales, zeros });
+            self.dispatch(QuantizeRows { options, cols, x, input_squares, codes, scales, zeros });
         }
     }
 }
@@ -191,6 +197,7 @@ struct QuantizeRows<'a> {
     options: &'a QuantizeOptions,
     cols: usize,
     x: &'a [f32],
+    input_squares: Option<&'a [f32]>, // [cols]
     codes: &'a mut [u8],
     scales: &'a mut [u8],
     zeros: &'a mut [u8],
@@ -207,7 +214,7 @@ impl Kernel for QuantizeRows<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { options, cols, x, codes, scales, zeros } = self;
+        let Self { options, cols, x, input_squares, codes, scales, zeros } = self;
         let layout = options.layout;
         let (groups, code_bytes, zero_bytes) = (layout.groups(cols), layout.code_bytes(cols), layout.zero_bytes(cols));
         let scale_bytes = groups * options.scale_type.bytes();
@@ -217,11 +224,13 @@ impl Kernel for QuantizeRows<'_> {
             (codes.len(), scales.len(), zeros.len()),
             (rows * code_bytes, rows * scale_bytes, rows * zero_bytes)
         );
+        assert!(input_squares.is_none_or(|squares| squares.len() == cols));
 
         // One row of unpacked codes, with room for the whole vectors that the last group is written in.
         let mut row_codes = vec![0u8; cols.next_multiple_of(64) + LANES];
         let mut row_zeros = vec![0u8; groups.next_multiple_of(64)];
         let mut padded: Vec<[f32; LANES]> = vec![[0.0; LANES]; layout.group.min(cols).div_ceil(LANES)];
+        let mut importance = padded.clone();
         for row in 0..rows {
             for (group, row_zero) in row_zeros[..groups].iter_mut().enumerate() {
                 let columns = layout.group_range(group, cols);
@@ -240,12 +249,19 @@ impl Kernel for QuantizeRows<'_> {
                 let (low, high) = extremes(s, weights);
                 let unit = unit(high.max(-low));
                 let ends = (low * unit, high * unit);
-                let chosen = if unit == 1.0 {
-                    choose_scale(s, options, weights, ends, count, unit)
+                let scaled: Vec<[f32; LANES]>;
+                let moderate = if unit == 1.0 {
+                    weights
                 } else {
-                    let scaled: Vec<_> = weights.iter().map(|lanes| lanes.map(|weight| weight * unit)).collect();
-                    choose_scale(s, options, &scaled, ends, count, unit)
+                    scaled = weights.iter().map(|lanes| lanes.map(|weight| weight * unit)).collect();
+                    &scaled
                 };
+                let importance = &mut importance[..weights.len()];
+                if options.rounding == Rounding::Search {
+                    let squares = input_squares.map(|squares| &squares[columns.clone()]);
+                    weigh(s, layout.grid, moderate, squares, count, importance);
+                }
+                let chosen = choose_scale(s, options, Group { weights: moderate, importance }, ends, count, unit);
                 // Whole vectors: what runs into the next group is overwritten by it.
                 let target = &mut row_codes[columns.start..columns.start + weights.len() * LANES];
                 write_codes(s, options, weights, &chosen, target);
@@ -271,7 +287,7 @@ impl Kernel for QuantizeRows<'_> {
 
 /// Packs a row of codes, zero after its end, into a dense stream.
 #[inline(always)]
-fn pack_row<S: Simd>(s: S, codes: &[u8], bits: u32, packed: &mut [u8]) {
+pub(super) fn pack_row<S: Simd>(s: S, codes: &[u8], bits: u32, packed: &mut [u8]) {
     let step = 8 * bits as usize;
     let mut blocks = packed.chunks_exact_mut(step);
     let mut index = 0;
@@ -309,12 +325,41 @@ fn stored_scale(scale: f32, scale_type: FloatType) -> f32 {
     if rounded == 0.0 { f16::from_bits(1).to_f32().copysign(scale) } else { rounded }
 }
 
+/// How much the error of each weight counts in the search, which see [`Rounding::Search`].
+#[inline(always)]
+fn weigh<S: Simd>(
+    s: S,
+    grid: Grid,
+    weights: &[[f32; LANES]],
+    input_squares: Option<&[f32]>,
+    count: usize,
+    importance: &mut [[f32; LANES]],
+) {
+    let largest = input_squares.map_or(0.0, |squares| squares.iter().copied().fold(0.0, f32::max));
+    let flat = importance.as_flattened_mut();
+    flat[count..].fill(0.0);
+    match (input_squares, grid) {
+        // The largest of a group is 1, so that no sum overflows or vanishes.
+        (Some(squares), _) if largest > 0.0 => {
+            for (importance, &square) in flat.iter_mut().zip(squares) {
+                *importance = square / largest;
+            }
+        }
+        (_, Grid::Int { .. }) => {
+            for (weight, importance) in weights.iter().zip(importance) {
+                s.store(s.abs(s.load(weight)), importance);
+            }
+        }
+        (_, Grid::Ternary | Grid::Binary) => flat[..count].fill(1.0),
+    }
+}
+
 /// The scale of weights that were multiplied by `unit`, and their zero point. `low` and `high` are their extremes.
 #[inline(always)]
 fn choose_scale<S: Simd>(
     s: S,
     options: &QuantizeOptions,
-    weights: &[[f32; LANES]],
+    group: Group,
     (low, high): (f32, f32),
     count: usize,
     unit: f32,
@@ -325,7 +370,7 @@ fn choose_scale<S: Simd>(
         Grid::Int { bits, symmetric: true } => {
             let half = 1 << (bits - 1);
             let nearest = largest / (half - 1) as f32;
-            let scale = if search { search_symmetric(s, weights, bits, low, high) } else { nearest };
+            let scale = if search { search_symmetric(s, group, bits, low, high) } else { nearest };
             (scale, half as u8)
         }
         Grid::Int { bits, symmetric: false } => {
@@ -334,13 +379,14 @@ fn choose_scale<S: Simd>(
             if scale == 0.0 {
                 (0.0, 0)
             } else if search {
-                search_asymmetric(s, weights, bits, low, high)
+                search_asymmetric(s, group, bits, low, high)
             } else {
                 (scale, (-low / scale).round_ties_even().clamp(0.0, top) as u8)
             }
         }
-        Grid::Ternary if search => (search_ternary(s, weights, count, options.ternary_threshold), 0),
-        Grid::Ternary | Grid::Binary => (magnitude_sum(s, weights) / count as f32, 0),
+        Grid::Ternary if search => (search_ternary(s, group, count, options.ternary_threshold), 0),
+        Grid::Binary if search => (weighted_mean(s, group), 0),
+        Grid::Ternary | Grid::Binary => (magnitude_sum(s, group.weights) / count as f32, 0),
     };
     GroupScale { scale: stored_scale(scale / unit, options.scale_type), zero }
 }

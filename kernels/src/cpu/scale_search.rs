@@ -1,4 +1,7 @@
 //! The search for a group's scale: candidates, what each takes off the error, and the best of them.
+//!
+//! Every error counts as much as its importance says; `importance` has the shape of `weights`, is nowhere negative, and
+//! is zero where a group is padded to whole vectors.
 
 use super::simd::{LANES, Simd};
 
@@ -12,18 +15,37 @@ pub(super) fn magnitude_sum<S: Simd>(s: S, weights: &[[f32; LANES]]) -> f32 {
     s.sum(sum)
 }
 
-/// With codes `q = clamp(round(w * inverse), low, high)`: the sums of `|w| w q` and of `|w| q q`.
-///
-/// The best scale for these codes is their quotient, and `(sum |w| w q)^2 / sum |w| q q` is what it takes off the
-/// squared error weighted by `|w|`.
+/// The weights of a group in whole vectors, and how much the error of each counts.
+#[derive(Clone, Copy)]
+pub(super) struct Group<'a> {
+    pub(super) weights: &'a [[f32; LANES]],
+    pub(super) importance: &'a [[f32; LANES]],
+}
+
+/// The mean magnitude of a group, each weight counted by its importance.
 #[inline(always)]
-fn fit<S: Simd>(s: S, weights: &[[f32; LANES]], inverse: f32, low: f32, high: f32) -> (f32, f32) {
+pub(super) fn weighted_mean<S: Simd>(s: S, group: Group) -> f32 {
+    let (mut sum, mut number) = (s.splat(0.0), s.splat(0.0));
+    for (weight, importance) in group.weights.iter().zip(group.importance) {
+        let importance = s.load(importance);
+        sum = s.mul_add(importance, s.abs(s.load(weight)), sum);
+        number = s.add(number, importance);
+    }
+    s.sum(sum) / s.sum(number)
+}
+
+/// With codes `q = clamp(round(w * inverse), low, high)` and importance `d`: the sums of `d w q` and of `d q q`.
+///
+/// The best scale for these codes is their quotient, and `(sum d w q)^2 / sum d q q` is what it takes off the squared
+/// error weighted by `d`.
+#[inline(always)]
+fn fit<S: Simd>(s: S, group: Group, inverse: f32, low: f32, high: f32) -> (f32, f32) {
     let (inverse, low, high) = (s.splat(inverse), s.splat(low), s.splat(high));
     let (mut products, mut squares) = (s.splat(0.0), s.splat(0.0));
-    for weight in weights {
+    for (weight, importance) in group.weights.iter().zip(group.importance) {
         let weight = s.load(weight);
         let level = s.min(s.max(s.round_even(s.mul(weight, inverse)), low), high);
-        let weighted = s.mul(s.abs(weight), level);
+        let weighted = s.mul(s.load(importance), level);
         products = s.mul_add(weight, weighted, products);
         squares = s.mul_add(level, weighted, squares);
     }
@@ -40,13 +62,13 @@ struct Best {
 impl Best {
     /// Tries codes of `scale`; keeps the scale that fits them best if it beats what is held.
     #[inline(always)]
-    fn consider<S: Simd>(&mut self, s: S, weights: &[[f32; LANES]], scale: f32, zero: u8, bits: u32) -> bool {
+    fn consider<S: Simd>(&mut self, s: S, group: Group, scale: f32, zero: u8, bits: u32) -> bool {
         let inverse = 1.0 / scale;
         if !inverse.is_finite() {
             return false;
         }
         let low = -f32::from(zero);
-        let (products, squares) = fit(s, weights, inverse, low, low + ((1u32 << bits) - 1) as f32);
+        let (products, squares) = fit(s, group, inverse, low, low + ((1u32 << bits) - 1) as f32);
         if squares == 0.0 {
             return false;
         }
@@ -60,9 +82,9 @@ impl Best {
 
     /// Alternates codes and scale until nothing improves, at most `rounds` times.
     #[inline(always)]
-    fn refine<S: Simd>(&mut self, s: S, weights: &[[f32; LANES]], bits: u32, rounds: usize) {
+    fn refine<S: Simd>(&mut self, s: S, group: Group, bits: u32, rounds: usize) {
         for _ in 0..rounds {
-            if !self.consider(s, weights, self.scale, self.zero, bits) {
+            if !self.consider(s, group, self.scale, self.zero, bits) {
                 break;
             }
         }
@@ -80,32 +102,32 @@ fn clip(step: usize, bits: u32) -> f32 {
 
 /// The grid has one more level below zero than above, so both signs of the scale are tried.
 #[inline(always)]
-pub(super) fn search_symmetric<S: Simd>(s: S, weights: &[[f32; LANES]], bits: u32, low: f32, high: f32) -> f32 {
+pub(super) fn search_symmetric<S: Simd>(s: S, group: Group, bits: u32, low: f32, high: f32) -> f32 {
     let half = (1u32 << (bits - 1)) as f32;
     let mut best = Best { gain: 0.0, scale: 0.0, zero: half as u8 };
     // Round-to-nearest is tried first: what is chosen is no worse, up to the rounding of the stored scale.
-    best.consider(s, weights, high.max(-low) / (half - 1.0), half as u8, bits);
+    best.consider(s, group, high.max(-low) / (half - 1.0), half as u8, bits);
     for step in 0..CLIP_STEPS {
         let clip = clip(step, bits);
         for (below, above, sign) in [(low, high, 1.0), (-high, -low, -1.0)] {
             // The scale at which both ends just fit, sign apart.
             let scale = clip * (-below / half).max(above / (half - 1.0));
-            best.consider(s, weights, sign * scale, half as u8, bits);
+            best.consider(s, group, sign * scale, half as u8, bits);
         }
     }
-    best.refine(s, weights, bits, 4);
+    best.refine(s, group, bits, 4);
     best.scale
 }
 
 /// Scale and zero point of an asymmetric group: clipping points, and zero points around the one that centres them.
 #[inline(always)]
-pub(super) fn search_asymmetric<S: Simd>(s: S, weights: &[[f32; LANES]], bits: u32, low: f32, high: f32) -> (f32, u8) {
+pub(super) fn search_asymmetric<S: Simd>(s: S, group: Group, bits: u32, low: f32, high: f32) -> (f32, u8) {
     let top = ((1u32 << bits) - 1) as f32;
     let mut best = Best { gain: 0.0, scale: 0.0, zero: 0 };
     // Round-to-nearest is tried first: what is chosen is no worse, up to the rounding of the stored scale. Its zero point
     // also serves a range far from zero.
     let nearest = (high - low) / top;
-    best.consider(s, weights, nearest, (-low / nearest).round_ties_even().clamp(0.0, top) as u8, bits);
+    best.consider(s, group, nearest, (-low / nearest).round_ties_even().clamp(0.0, top) as u8, bits);
     for step in 0..CLIP_STEPS {
         let scale = clip(step, bits) * (high - low) / top;
         // The clipped range keeps its middle in the middle.
@@ -113,30 +135,31 @@ pub(super) fn search_asymmetric<S: Simd>(s: S, weights: &[[f32; LANES]], bits: u
         for shift in [-1.0, 0.0, 1.0] {
             let zero = middle + shift;
             if (0.0..=top).contains(&zero) {
-                best.consider(s, weights, scale, zero as u8, bits);
+                best.consider(s, group, scale, zero as u8, bits);
             }
         }
     }
-    best.refine(s, weights, bits, 4);
+    best.refine(s, group, bits, 4);
     (best.scale, best.zero)
 }
 
 /// The scale of least squared error when weights below `threshold` times the scale are zero.
 #[inline(always)]
-pub(super) fn search_ternary<S: Simd>(s: S, weights: &[[f32; LANES]], count: usize, threshold: f32) -> f32 {
+pub(super) fn search_ternary<S: Simd>(s: S, group: Group, count: usize, threshold: f32) -> f32 {
     const STEPS: usize = 48;
-    let mean = magnitude_sum(s, weights) / count as f32;
+    let mean = magnitude_sum(s, group.weights) / count as f32;
     let (mut best_gain, mut best) = (0.0, mean);
     for step in 0..=STEPS {
         // Round-to-nearest is tried first: what is chosen is no worse, up to the rounding of the stored scale.
         let share = if step == 0 { 1.0 } else { 0.5 + 3.0 * (step - 1) as f32 / (STEPS - 1) as f32 };
         let scale = mean * share;
-        let (limit, zero, one) = (s.splat(threshold * scale), s.splat(0.0), s.splat(1.0));
+        let (limit, zero) = (s.splat(threshold * scale), s.splat(0.0));
         let (mut kept, mut number) = (zero, zero);
-        for weight in weights {
+        for (weight, importance) in group.weights.iter().zip(group.importance) {
             let magnitude = s.abs(s.load(weight));
-            kept = s.add(kept, s.select_ge(magnitude, limit, magnitude, zero));
-            number = s.add(number, s.select_ge(magnitude, limit, one, zero));
+            let importance = s.select_ge(magnitude, limit, s.load(importance), zero);
+            kept = s.mul_add(magnitude, importance, kept);
+            number = s.add(number, importance);
         }
         let gain = scale * (2.0 * s.sum(kept) - scale * s.sum(number));
         if gain > best_gain {
