@@ -6,7 +6,7 @@ use bkpack_kernels::{Data, FloatType, Layout, Matrix, MatrixError};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// A stored tensor: borrowed from a memory map where possible.
 ///
@@ -43,7 +43,9 @@ impl<'a> Tensor<'a> {
 
     /// The same tensor, its bytes borrowed from this one.
     pub fn borrowed(&self) -> Tensor<'_> {
-        let borrow = |bytes: &'_ Cow<'a, [u8]>| -> Cow<'_, [u8]> { Cow::Borrowed(bytes.as_ref()) };
+        fn borrow(bytes: &[u8]) -> Cow<'_, [u8]> {
+            Cow::Borrowed(bytes)
+        }
         let data = match &self.data {
             TensorData::Float { dtype, values } => TensorData::Float { dtype: *dtype, values: borrow(values) },
             TensorData::Quantized { layout, codes, scale_type, scales, zeros } => TensorData::Quantized {
@@ -243,6 +245,18 @@ pub struct CalibrationText {
     pub name: String,
     /// Of its bytes, in lowercase hex.
     pub blake3: String,
+}
+
+impl CalibrationText {
+    /// The record of a text file.
+    ///
+    /// # Errors
+    /// [`Error::Io`](crate::error::Error::Io).
+    pub fn of(path: &Path) -> Result<Self> {
+        let bytes = std::fs::read(path).map_err(Error::io(path))?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok(Self { name, blake3: blake3::hash(&bytes).to_hex().to_string() })
+    }
 }
 
 /// Orders names as people count: runs of digits by value, so `layers.2` comes before `layers.10`.

@@ -99,6 +99,7 @@ fn packed_fixture(output: &Path) {
     let options = PackOptions {
         policy: Uniform::new("int4".parse::<Request>().unwrap(), &[], &[]).unwrap(),
         rounding: Rounding::Nearest,
+        calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
         allow_nonfinite: false,
         shard_bytes: None,

@@ -595,6 +595,7 @@ fn options() -> PackOptions {
     PackOptions {
         policy: Uniform::new("int4:g32".parse().unwrap(), &[], &overrides).unwrap(),
         rounding: Rounding::Nearest,
+        calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
         allow_nonfinite: false,
         shard_bytes: None,

@@ -34,6 +34,7 @@ fn options(default: &str, overrides: &[&str]) -> PackOptions {
     PackOptions {
         policy: Uniform::new(default.parse::<Request>().unwrap(), &[], &overrides).unwrap(),
         rounding: Rounding::Search,
+        calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
         allow_nonfinite: false,
         shard_bytes: None,

@@ -44,6 +44,7 @@ fn pack(encoding: &str, keep: &[&str], rounding: Rounding) -> (TempDir, PackedFi
     let options = PackOptions {
         policy: Uniform::new(encoding.parse().unwrap(), &keep, &[]).unwrap(),
         rounding,
+        calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
         allow_nonfinite: false,
         shard_bytes: None,

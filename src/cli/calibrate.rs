@@ -97,9 +97,7 @@ pub fn run(args: &CalibrateArgs) -> Result<()> {
         (None, Some(path)) => (path, read_tokens(path)?),
         (None, None) => unreachable!("clap requires one of the two"),
     };
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let text = CalibrationText { name, blake3: blake3::hash(&bytes).to_hex().to_string() };
+    let text = CalibrationText::of(path)?;
     let cpu = Cpu::from_environment()?;
     let Calibration { record, scales } =
         calibrate_core(cpu, &packed, &tokens, (text, args.activations, args.samples), &observer)?;

@@ -3,18 +3,21 @@
 use std::{path::PathBuf, time::Instant};
 
 use bkpack::{
-    Error, Result, checkpoint,
+    Error, Result,
+    checkpoint::{self, Checkpoint},
     encoding::{GroupSize, Request},
+    eval::text::read_tokens,
     format, model,
-    pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
+    pack::{Calibration, DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
     policy::Uniform,
     report::convert::Summary,
-    tensor::TensorSource,
+    tensor::{CalibrationText, TensorSource},
+    train::rounding::{Samples, write_calibrated},
 };
 use bkpack_kernels::{Cpu, FloatType, Grid, cpu::quantize::Rounding};
 use clap::{Args, ValueEnum};
 
-use super::{Common, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs};
+use super::{Common, eval::tokenize, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -177,12 +180,18 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         let why = format!("{} is not between 0 and 1", args.ternary_threshold);
         return Err(Error::Option { option: "--ternary-threshold", why });
     }
-    let options = PackOptions {
+    let calibrated = matches!(args.rounding, RoundingName::Gptq);
+    if calibrated != (args.calib.is_some() || args.calib_tokens.is_some()) {
+        let why = "--rounding gptq needs --calib or --calib-tokens, and only it looks at them".into();
+        return Err(Error::Option { option: "--rounding", why });
+    }
+    let mut options = PackOptions {
         policy: Uniform::new(default_request(args)?, &args.keep, &args.tensor)?,
         rounding: match args.rounding {
             RoundingName::Rtn => Rounding::Nearest,
             RoundingName::Search | RoundingName::Gptq => Rounding::Search,
         },
+        calibration: None,
         ternary_threshold: args.ternary_threshold,
         allow_nonfinite: args.allow_nonfinite,
         shard_bytes: args.shard_size,
@@ -199,6 +208,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     format::check_output(&args.output, args.force || args.dry_run)?;
     note_architecture(args, &checkpoint)?;
     let cpu = Cpu::from_environment()?;
+    let tokens = if calibrated { read_calibration(args, &checkpoint, &mut options)? } else { Vec::new() };
     let packing = Packing::plan(&checkpoint, &options, &args.output, cpu, &observer)?;
     packing.notices.iter().for_each(|notice| args.common.notice(notice));
     let file_bytes = packing.file_bytes();
@@ -215,7 +225,13 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         })
         .collect();
     if !args.dry_run {
-        packing.write(cpu, args.force, &observer)?;
+        match &options.calibration {
+            Some(Calibration { windows, ctx, .. }) => {
+                let samples = Samples { windows: *windows, ctx: *ctx };
+                write_calibrated(packing, cpu, &tokens, samples, args.force, &observer)?;
+            }
+            None => drop(packing.write(cpu, args.force, &observer)?),
+        }
     }
     let source_bytes = checkpoint.file_bytes();
     let summary =
@@ -225,6 +241,28 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         (false, true) => Ok(()),
         (false, false) => print(&summary.render()),
     }
+}
+
+/// The tokens of the calibration text; its record goes into the options.
+fn read_calibration(args: &ConvertArgs, checkpoint: &Checkpoint, options: &mut PackOptions) -> Result<Vec<u32>> {
+    let (path, tokens) = match (&args.calib, &args.calib_tokens) {
+        (Some(path), _) => (path, tokenize(checkpoint, path)?),
+        (None, Some(path)) => (path, read_tokens(path)?),
+        (None, None) => unreachable!("checked when the options were read"),
+    };
+    let longest = model::max_positions(checkpoint)?;
+    let ctx = args.ctx.map_or(longest.min(512), |ctx| ctx as usize);
+    if ctx > longest {
+        let why = format!("{ctx} tokens exceed the model's context of {longest}");
+        return Err(Error::Option { option: "--ctx", why });
+    }
+    let windows = (tokens.len() / ctx).min(args.samples as usize);
+    if windows < args.samples as usize {
+        args.common.notice(&format!("the text fills {windows} windows of {ctx} tokens, not {}", args.samples));
+    }
+    let text = CalibrationText::of(path)?;
+    options.calibration = Some(Calibration { text, windows, ctx });
+    Ok(tokens)
 }
 
 fn default_request(args: &ConvertArgs) -> Result<Request> {
@@ -245,7 +283,7 @@ fn default_request(args: &ConvertArgs) -> Result<Request> {
 }
 
 /// A known architecture must have its tensors; an unknown one is packed all the same.
-fn note_architecture(args: &ConvertArgs, checkpoint: &checkpoint::Checkpoint) -> Result<()> {
+fn note_architecture(args: &ConvertArgs, checkpoint: &Checkpoint) -> Result<()> {
     match checkpoint.config() {
         None => args.common.notice(
             "no config.json: packed by generic rules; eval will not be able to run it (--config FILE names one)",

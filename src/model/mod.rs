@@ -116,6 +116,20 @@ pub fn check_shapes(source: &dyn TensorSource) -> Result<()> {
     })
 }
 
+/// The longest context of a model, in tokens; `usize::MAX` where its architecture sets no limit.
+///
+/// # Errors
+/// As [`visit_tensors`].
+pub fn max_positions(source: &dyn TensorSource) -> Result<usize> {
+    let (architecture, config) = Architecture::of(source)?;
+    let path = source.path();
+    Ok(match architecture {
+        Architecture::Mamba => usize::MAX,
+        Architecture::ResNetBk => ResNetBkConfig::parse(path, config)?.max_positions,
+        family => LlamaConfig::parse(path, family, config)?.max_positions,
+    })
+}
+
 /// A model that can be run, its weights borrowed from its source.
 pub struct Model<'a, O: Ops> {
     path: &'a Path,

@@ -14,10 +14,7 @@ use crate::{
     checkpoint::Checkpoint,
     error::{Error, Result},
     model::{Model, check_tokens},
-    ops::{
-        cpu::CpuOps,
-        recorder::InputRecorder,
-    },
+    ops::{cpu::CpuOps, recorder::InputRecorder},
     pack::{Packing, Writing},
     progress::{Observer, Unit},
     quant::gptq::Factor,
