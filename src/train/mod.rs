@@ -1,0 +1,3 @@
+//! Gradients of the loss, and what is made of them.
+
+pub mod gradients;
