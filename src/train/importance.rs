@@ -130,10 +130,7 @@ pub fn measure(
         let gradients = differentiator.gradients(window)?.gradients;
         let mut outputs = ops.take_outputs();
         for tensor in &quantizable {
-            let gradient = match gradients.get(&tensor.name)? {
-                Some(values) => values.iter().map(|value| value.abs()).sum::<f64>() / values.len() as f64,
-                None => 0.0,
-            };
+            let gradient = gradients.mean_absolute(&tensor.name)?;
             if !gradient.is_finite() {
                 let (path, tensor) = (source.path().to_owned(), tensor.name.clone());
                 return Err(Error::Gradient { path, tensor, window: index });

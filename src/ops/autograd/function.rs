@@ -178,29 +178,34 @@ pub(super) fn contiguous<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Lay
 
 /// Sums over a tensor's values.
 pub(super) fn moments(tensor: &Tensor) -> Result<Moments> {
+    let [sum, squares] = sums(tensor, |value| [value, value * value])?;
+    Ok(Moments { count: tensor.elem_count() as u64, sum, squares })
+}
+
+/// The mean absolute value of a tensor.
+pub(super) fn mean_absolute(tensor: &Tensor) -> Result<f64> {
+    let [sum] = sums(tensor, |value| [value.abs()])?;
+    Ok(sum / tensor.elem_count() as f64)
+}
+
+/// Sums of functions of each value, in place.
+fn sums<const N: usize>(tensor: &Tensor, of: impl Fn(f64) -> [f64; N] + Sync) -> Result<[f64; N]> {
     let tensor = tensor.contiguous()?;
     let (storage, layout) = tensor.storage_and_layout();
     let Storage::Cpu(storage) = &*storage else {
         return Err(Error::Msg("a tensor is not in the CPU's memory".into()));
     };
-    in_type!(tensor.dtype(), "moments", T => Ok(sum_up(contiguous::<T>(storage, layout)?)))
+    in_type!(tensor.dtype(), "sums", T => Ok(sum_up(contiguous::<T>(storage, layout)?, of)))
 }
 
-fn sum_up<T: WithDType>(values: &[T]) -> Moments {
+fn sum_up<T: WithDType, const N: usize>(values: &[T], of: impl Fn(f64) -> [f64; N] + Sync) -> [f64; N] {
     /// Values of one task, whose sums are added in order, so that they do not depend on the number of threads.
     const TASK: usize = 1 << 14;
-    let of_task = |values: &[T]| {
-        let (mut sum, mut squares) = (0.0, 0.0);
-        for value in values {
-            let value = value.to_f64();
-            sum += value;
-            squares += value * value;
-        }
-        Moments { count: values.len() as u64, sum, squares }
+    let add = |mut sums: [f64; N], more: [f64; N]| {
+        sums.iter_mut().zip(more).for_each(|(sum, more)| *sum += more);
+        sums
     };
-    let tasks: Vec<Moments> = values.par_chunks(TASK).map(of_task).collect();
-    tasks.into_iter().fold(Moments::default(), |mut all, task| {
-        all.add(task);
-        all
-    })
+    let of_task = |values: &[T]| values.iter().map(|value| of(value.to_f64())).fold([0.0; N], add);
+    let tasks: Vec<[f64; N]> = values.par_chunks(TASK).map(of_task).collect();
+    tasks.into_iter().fold([0.0; N], add)
 }
