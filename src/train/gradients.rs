@@ -72,7 +72,7 @@ impl<'a> Differentiator<'a> {
     /// # Errors
     /// As [`Model::forward`]; [`Error::Output`] where the loss is NaN or infinite.
     pub fn loss(&self, window: &[u32]) -> Result<f64> {
-        self.value(&self.recorded_loss(window)?)
+        self.finite(self.ops.value(|| self.recorded_loss(window))?)
     }
 
     /// The loss of one window of `ctx` tokens, and its gradients.
@@ -80,8 +80,8 @@ impl<'a> Differentiator<'a> {
     /// # Errors
     /// As [`loss`](Self::loss).
     pub fn gradients(&self, window: &[u32]) -> Result<WindowLoss> {
-        let loss = self.recorded_loss(window)?;
-        Ok(WindowLoss { nll: self.value(&loss)?, gradients: self.ops.gradients(&loss)? })
+        let (nll, gradients) = self.ops.gradients(|| self.recorded_loss(window))?;
+        Ok(WindowLoss { nll: self.finite(nll)?, gradients })
     }
 
     /// A scalar that remembers how it was computed.
@@ -97,8 +97,7 @@ impl<'a> Differentiator<'a> {
         self.ops.mean_cross_entropy(&logits, &window[skip..])
     }
 
-    fn value(&self, loss: &Tensor) -> Result<f64> {
-        let nll: f64 = loss.to_scalar()?;
+    fn finite(&self, nll: f64) -> Result<f64> {
         if !nll.is_finite() {
             let why = "the model computes logits that are NaN or infinite, so its loss has no gradient".into();
             return Err(Error::Output { path: self.source.path().to_owned(), why });

@@ -16,10 +16,11 @@ mod loss;
 mod norm;
 mod resolvent;
 mod scan;
+mod threads;
 
 use std::{
-    cell::RefCell,
     collections::{BTreeMap, HashMap},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use bkpack_kernels::{Cpu, cpu::top_k};
@@ -33,6 +34,7 @@ use self::{
     loss::CrossEntropy,
     resolvent::Resolvent,
     scan::StateScan,
+    threads::uncut,
 };
 use super::{Ops, Place, Routing, Scan};
 use crate::{
@@ -56,8 +58,8 @@ pub enum Precision {
 pub struct AutogradOps {
     cpu: Cpu,
     dtype: DType,
-    variables: RefCell<BTreeMap<String, Var>>,
-    outputs: RefCell<HashMap<String, Moments>>,
+    variables: Mutex<BTreeMap<String, Var>>,
+    outputs: Mutex<HashMap<String, Moments>>,
 }
 
 /// A matrix `[out, in]`: a variable, or a few of its rows.
@@ -94,6 +96,11 @@ impl Moments {
     }
 }
 
+/// What a thread that panicked left is whole: every change is one call.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl AutogradOps {
     /// A back end that knows no variables yet.
     pub fn new(cpu: Cpu, precision: Precision) -> Self {
@@ -101,22 +108,22 @@ impl AutogradOps {
             Precision::Single => DType::F32,
             Precision::Double => DType::F64,
         };
-        Self { cpu, dtype, variables: RefCell::default(), outputs: RefCell::default() }
+        Self { cpu, dtype, variables: Mutex::default(), outputs: Mutex::default() }
     }
 
     /// The variables' names.
     pub fn names(&self) -> Vec<String> {
-        self.variables.borrow().keys().cloned().collect()
+        locked(&self.variables).keys().cloned().collect()
     }
 
     /// The variable of a tensor, `[rows, last dimension]`; `None` if no model has loaded it.
     pub fn variable(&self, name: &str) -> Option<Var> {
-        self.variables.borrow().get(name).cloned()
+        locked(&self.variables).get(name).cloned()
     }
 
     /// The sums over all values that [`Ops::linear`] and [`Ops::embed`] computed from each tensor since the last call.
     pub fn take_outputs(&self) -> HashMap<String, Moments> {
-        std::mem::take(&mut self.outputs.borrow_mut())
+        std::mem::take(&mut locked(&self.outputs))
     }
 
     /// The mean negative log-likelihood of the targets, in nats: an f64 scalar from logits `[targets, vocabulary]`.
@@ -125,9 +132,24 @@ impl AutogradOps {
         Ok(losses.to_dtype(DType::F64)?.mean_all()?)
     }
 
-    /// The gradients of a scalar with respect to every variable.
-    pub fn gradients(&self, loss: &Tensor) -> Result<Gradients> {
-        Ok(Gradients { by_tensor: loss.backward()?, variables: self.variables.borrow().clone() })
+    /// A scalar that `loss` computes.
+    ///
+    /// # Errors
+    /// As `loss`.
+    pub fn value(&self, loss: impl FnOnce() -> Result<Tensor> + Send) -> Result<f64> {
+        uncut(|| Ok(loss()?.to_scalar()?))
+    }
+
+    /// A scalar that `loss` computes, and its gradients with respect to every variable.
+    ///
+    /// # Errors
+    /// As `loss`.
+    pub fn gradients(&self, loss: impl FnOnce() -> Result<Tensor> + Send) -> Result<(f64, Gradients)> {
+        let (value, by_tensor) = uncut(|| -> Result<_> {
+            let loss = loss()?;
+            Ok((loss.to_scalar()?, loss.backward()?))
+        })?;
+        Ok((value, Gradients { by_tensor, variables: locked(&self.variables).clone() }))
     }
 
     fn load(&self, source: &dyn TensorSource, name: &str) -> Result<Tensor> {
@@ -140,7 +162,7 @@ impl AutogradOps {
         let values = Tensor::from_vec(values, matrix_shape(tensor.shape()), &Device::Cpu)?.to_dtype(self.dtype)?;
         let variable = Var::from_tensor(&values)?;
         let tensor = variable.as_tensor().clone();
-        self.variables.borrow_mut().insert(name.to_owned(), variable);
+        locked(&self.variables).insert(name.to_owned(), variable);
         Ok(tensor)
     }
 
@@ -150,7 +172,7 @@ impl AutogradOps {
 
     fn record(&self, name: &str, output: &Tensor) -> Result<()> {
         let moments = function::moments(output)?;
-        self.outputs.borrow_mut().entry(name.to_owned()).or_default().add(moments);
+        locked(&self.outputs).entry(name.to_owned()).or_default().add(moments);
         Ok(())
     }
 }
