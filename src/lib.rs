@@ -31,5 +31,6 @@ pub mod quant;
 pub mod report;
 pub mod synth;
 pub mod tensor;
+pub mod train;
 
 pub use error::{Error, Result};

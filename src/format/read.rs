@@ -359,9 +359,11 @@ pub(super) fn read_manifest(path: &Path, file: &[u8], header: &Header) -> Result
     }
     serde_json::from_str(text).map_err(|error| match error.to_string() {
         // Of what is parsed here, only the part of a travelling file and a record of activations refuse unknown fields.
-        why if why.starts_with("unknown field") => {
-            Error::UnknownField { path: path.to_owned(), tensor: "(a travelling file or an activation record)".into(), why }
-        }
+        why if why.starts_with("unknown field") => Error::UnknownField {
+            path: path.to_owned(),
+            tensor: "(a travelling file or an activation record)".into(),
+            why,
+        },
         why => invalid(why),
     })
 }
