@@ -16,7 +16,12 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, eval::tokenize, open_source, print, refuse_file_of_checkpoint, refuse_same_file};
+use super::{
+    Common,
+    eval::tokenize,
+    print, refuse_file_of_checkpoint, refuse_same_file,
+    source::{SourceArgs, open_source},
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -69,13 +74,17 @@ pub struct ImportanceArgs {
     json: bool,
 
     #[command(flatten)]
+    checkpoint: SourceArgs,
+
+    #[command(flatten)]
     common: Common,
 }
 
 /// Runs the subcommand.
 pub fn run(args: &ImportanceArgs) -> Result<()> {
     let observer = args.common.observer();
-    let source = open_source(&args.model)?;
+    let open_options = args.checkpoint.options(&[&args.model])?;
+    let source = open_source(&args.model, &open_options[0], &args.common)?;
     refuse_file_of_checkpoint(&args.model, &args.output)?;
     check_output(&args.output, args.force)?;
     let (path, tokens) = match (&args.text, &args.tokens) {
