@@ -141,7 +141,7 @@ mod tests {
             std::fs::write(file.path(), serde_json::to_vec(importance).unwrap()).unwrap();
             Importance::read(file.path())
         };
-        let mut written = importance(vec![tensor("a", [1.0, 4.0, 0.5]), tensor("b", [3.0, 2.0, 0.25])]);
+        let mut written = importance(vec![tensor("a", [1.0, 4.0, 0.125]), tensor("b", [3.0, 2.0, 0.25])]);
         assert_eq!(read(&written).unwrap(), written);
         written.tensors[1].name = "b".into();
         assert!(matches!(read(&written), Err(Error::Importance { why, .. }) if why.contains("b is named twice")));
