@@ -229,6 +229,15 @@ pub enum Error {
     /// A model computes what cannot be measured.
     #[error("{}: {why}", path.display())]
     Output { path: PathBuf, why: String },
+    /// A gradient is NaN or infinite.
+    #[error("{}: the gradient of tensor {tensor} is NaN or infinite on window {window} of the text", path.display())]
+    Gradient { path: PathBuf, tensor: String, window: usize },
+    /// The library that differentiates refused an operation.
+    #[error("gradients cannot be computed: {0}")]
+    Autograd(Box<candle_core::Error>),
+    /// An importance file, or the partial one of an interrupted run, is not what it must be.
+    #[error("{}: {why}", path.display())]
+    Importance { path: PathBuf, why: String },
     /// Changing a token changes logits before it.
     #[error(
         "{}: looks ahead: changing a token changes the logits of earlier positions, so its perplexity is not that of a \
@@ -256,5 +265,11 @@ impl Error {
     /// An operating-system error about `path`; for `map_err`.
     pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Error {
         move |source| Error::Io { path: path.as_ref().to_owned(), source }
+    }
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Error::Autograd(Box::new(error))
     }
 }

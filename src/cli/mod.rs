@@ -6,6 +6,7 @@ mod convert;
 mod diff;
 mod eval;
 mod generate;
+mod importance;
 mod inspect;
 mod logits;
 mod progress;
@@ -52,6 +53,7 @@ enum Command {
     Inspect(inspect::InspectArgs),
     Diff(diff::DiffArgs),
     Calibrate(calibrate::CalibrateArgs),
+    Importance(importance::ImportanceArgs),
     Generate(generate::GenerateArgs),
     Logits(logits::LogitsArgs),
     Archive(archive::ArchiveArgs),
@@ -103,6 +105,7 @@ pub fn run() -> ExitCode {
         Command::Inspect(args) => inspect::run(args).map(|()| ExitCode::SUCCESS),
         Command::Diff(args) => diff::run(args).map(|()| ExitCode::SUCCESS),
         Command::Calibrate(args) => calibrate::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Importance(args) => importance::run(args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Logits(args) => logits::run(args).map(|()| ExitCode::SUCCESS),
         Command::Archive(args) => archive::run(args).map(|()| ExitCode::SUCCESS),

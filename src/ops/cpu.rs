@@ -346,13 +346,7 @@ impl Ops for CpuOps {
         let mut weights = self.scratch(tokens, chosen);
         let mut experts_of = vec![0; tokens * chosen]; // [tokens, chosen]
         top_k(&logits.buffer, experts, chosen, &mut experts_of, &mut weights.buffer);
-        let mut places = vec![Vec::new(); experts];
-        for (token, experts) in experts_of.chunks_exact(chosen).enumerate() {
-            for (slot, &expert) in experts.iter().enumerate() {
-                places[expert as usize].push(Place { token: token as u32, slot: slot as u32 });
-            }
-        }
-        Ok(Routing { places, weights })
+        Ok(Routing { places: Place::by_expert(&experts_of, chosen, experts), weights })
     }
 
     fn scatter_add(&self, mut sum: Values, y: &Values, places: &[Place], weights: &Values) -> Result<Values> {

@@ -1,5 +1,6 @@
 //! The operations that a model's forward pass is written in, and the back ends that run them.
 
+pub mod autograd;
 pub mod cpu;
 pub mod recorder;
 
@@ -194,4 +195,17 @@ pub struct Place {
     pub token: u32,
     /// Which of the token's choices the expert is.
     pub slot: u32,
+}
+
+impl Place {
+    /// Sorts the experts that tokens chose, `[tokens, chosen]`, by expert: for each of `experts` its tokens, in order.
+    pub(super) fn by_expert(choices: &[u32], chosen: usize, experts: usize) -> Vec<Vec<Place>> {
+        let mut places = vec![Vec::new(); experts];
+        for (token, choices) in choices.chunks_exact(chosen).enumerate() {
+            for (slot, &expert) in choices.iter().enumerate() {
+                places[expert as usize].push(Place { token: token as u32, slot: slot as u32 });
+            }
+        }
+        places
+    }
 }

@@ -1,3 +1,5 @@
-//! What learns from a text: calibrated rounding.
+//! What learns from a text: gradients, the importance of tensors, calibrated rounding.
 
+pub mod gradients;
+pub mod importance;
 pub mod rounding;

@@ -1,0 +1,132 @@
+//! `bkpack importance`: how much each tensor matters to the loss, for policies.
+
+use std::path::PathBuf;
+
+use bkpack::{
+    Error, Result,
+    eval::text::read_tokens,
+    format::check_output,
+    model::Model,
+    ops::cpu::{Activations, CpuOps},
+    policy::importance::Importance,
+    report::table::table,
+    tensor::CalibrationText,
+    train::importance::{Options, measure, write},
+};
+use bkpack_kernels::Cpu;
+use clap::Args;
+
+use super::{
+    Common,
+    eval::tokenize,
+    print, refuse_file_of_checkpoint, refuse_same_file,
+    source::{SourceArgs, open_source},
+};
+
+const EXAMPLES: &str = "\
+Examples:
+  bkpack importance ./model --text calibration.txt -o importance.json
+      50 windows of 512 tokens: gradient, output variance, weight and score of every tensor
+  bkpack importance ./model --tokens ids.json --batches 20 --ctx 256 -o importance.json
+      Token ids of your own, fewer and shorter windows
+  bkpack importance ./model --text calibration.txt -o importance.json --resume
+      Go on where an interrupted run was left
+
+Sums are saved every few windows in a file beside the output, whose name ends in .partial; it is removed at the end.";
+
+/// Measure how much each tensor matters to the loss
+#[derive(Args, Debug)]
+#[command(after_help = EXAMPLES)]
+pub struct ImportanceArgs {
+    /// Checkpoint or packed file
+    model: PathBuf,
+
+    /// Calibration text (UTF-8); never the text that the model is tested on
+    #[arg(long, value_name = "FILE", required_unless_present = "tokens", conflicts_with = "tokens")]
+    text: Option<PathBuf>,
+
+    /// Token ids instead of a text: a JSON array
+    #[arg(long, value_name = "FILE")]
+    tokens: Option<PathBuf>,
+
+    /// Windows to look at, from the start of the text
+    #[arg(long, value_name = "N", default_value_t = 50)]
+    batches: usize,
+
+    /// Tokens in a window [default: 512, or the model's context if that is shorter]
+    #[arg(long, value_name = "N")]
+    ctx: Option<usize>,
+
+    /// File to write
+    #[arg(short, long, value_name = "FILE")]
+    output: PathBuf,
+
+    /// Go on where an interrupted run with the same model, text and options was left
+    #[arg(long)]
+    resume: bool,
+
+    /// Replace the output file if it exists
+    #[arg(long)]
+    force: bool,
+
+    /// Print what was written as JSON
+    #[arg(long)]
+    json: bool,
+
+    #[command(flatten)]
+    checkpoint: SourceArgs,
+
+    #[command(flatten)]
+    common: Common,
+}
+
+/// Runs the subcommand.
+pub fn run(args: &ImportanceArgs) -> Result<()> {
+    let observer = args.common.observer();
+    let open_options = args.checkpoint.options(&[&args.model])?;
+    let source = open_source(&args.model, &open_options[0], &args.common)?;
+    refuse_file_of_checkpoint(&args.model, &args.output)?;
+    check_output(&args.output, args.force)?;
+    let (path, tokens) = match (&args.text, &args.tokens) {
+        (Some(path), _) => (path, tokenize(&*source, path)?),
+        (None, Some(path)) => (path, read_tokens(path)?),
+        (None, None) => unreachable!("clap requires one of the two"),
+    };
+    refuse_same_file(path, &args.output)?;
+    let cpu = Cpu::from_environment()?;
+    if Model::load(&*source, &CpuOps::new(cpu, Activations::Exact))?.runs_whole() {
+        args.common.notice("the model looks ahead: its loss, and so these figures, are not those of a language model");
+    }
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let text = CalibrationText { name, blake3: blake3::hash(&bytes).to_hex().to_string() };
+    let mut partial = args.output.clone().into_os_string();
+    partial.push(".partial");
+    let options = Options { batches: args.batches, ctx: args.ctx, partial: partial.into(), resume: args.resume };
+    if args.resume && !options.partial.exists() {
+        args.common.notice(&format!("{} does not exist: starting anew", options.partial.display()));
+    }
+    let importance = measure(cpu, &*source, text, &tokens, &options, &observer)?;
+    write(&importance, &args.output, &options.partial, args.force)?;
+    match (args.json, args.common.quiet) {
+        (true, _) => print(&serde_json::to_string_pretty(&importance).expect("plain numbers and strings")),
+        (false, true) => Ok(()),
+        (false, false) => print(&render(&importance)),
+    }
+}
+
+fn render(importance: &Importance) -> String {
+    let mut table = table(&["rank", "tensor", "component", "gradient", "output variance", "weight", "score"], 3);
+    for (index, tensor) in importance.tensors.iter().enumerate() {
+        table.add_row([
+            (index + 1).to_string(),
+            tensor.name.clone(),
+            tensor.component.clone(),
+            format!("{:.3e}", tensor.gradient),
+            format!("{:.3e}", tensor.output_variance),
+            format!("{:.3e}", tensor.weight),
+            format!("{:+.3}", tensor.score),
+        ]);
+    }
+    table.trim_fmt()
+}

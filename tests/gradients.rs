@@ -1,0 +1,208 @@
+//! Gradients of every architecture: the loss against the CPU back end's, the derivatives against differences of the
+//! loss in f64 and against PyTorch's.
+
+use std::path::{Path, PathBuf};
+
+use bkpack::{
+    checkpoint::{self, Checkpoint},
+    eval::perplexity::{Options, evaluate},
+    model::Model,
+    ops::{
+        Ops,
+        autograd::{AutogradOps, Precision},
+        cpu::{Activations, CpuOps},
+    },
+    progress::Silent,
+    tensor::{TensorSource, matrix_shape},
+    train::gradients::Differentiator,
+};
+use bkpack_kernels::Cpu;
+use candle_core::Tensor;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use serde_json::Value;
+
+const ARCHITECTURES: [&str; 11] = [
+    "mamba",
+    "mamba_bias",
+    "mistral",
+    "mistral_full",
+    "mixtral",
+    "mixtral_stacked",
+    "qwen2",
+    "qwen2_tied",
+    "qwen3",
+    "resnet_bk",
+    "resnet_bk_lookahead",
+];
+
+fn folder(name: &str) -> PathBuf {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    if name == "llama" { fixtures.join(name) } else { fixtures.join("architectures").join(name) }
+}
+
+/// Numbers below `limit`, the same in every run.
+fn numbers(seed: u64) -> impl FnMut(usize) -> usize {
+    let mut random = StdRng::seed_from_u64(seed);
+    move |limit| random.random_range(..limit)
+}
+
+fn open(name: &str) -> Checkpoint {
+    checkpoint::open(&folder(name)).unwrap()
+}
+
+fn tokens(count: usize, vocab_size: usize) -> Vec<u32> {
+    let mut below = numbers(3);
+    (0..count).map(|_| below(vocab_size) as u32).collect()
+}
+
+#[test]
+fn the_loss_is_that_of_the_evaluation() {
+    for (name, vocab_size) in ARCHITECTURES.map(|name| (name, 96)).into_iter().chain([("llama", 4096)]) {
+        let source = open(name);
+        let tokens = tokens(130, vocab_size);
+        for (ctx, skip) in [(40, 1), (32, 16)] {
+            let options = Options { ctx: Some(ctx), skip, activations: Activations::Exact, allow_lookahead: true };
+            let expected = evaluate(Cpu::detect(), &source, None, &tokens, &options, &Silent).unwrap();
+            let ops = AutogradOps::new(Cpu::detect(), Precision::Single);
+            let differentiator = Differentiator::new(&source, &ops, Some(ctx), skip).unwrap();
+            let windows = differentiator.windows(&tokens, expected.windows).unwrap();
+            let sum: f64 = windows.iter().map(|window| differentiator.loss(window).unwrap()).sum();
+            let nll = sum / windows.len() as f64;
+            println!("{name}: {nll} {}: {:e}", expected.nll, nll / expected.nll - 1.0);
+            assert!((nll / expected.nll - 1.0).abs() < 2e-6, "{name}: {nll} instead of {}", expected.nll);
+        }
+    }
+}
+
+/// The logits of all positions, computed in batches of so many tokens.
+fn logits<O: Ops>(source: &Checkpoint, ops: &O, tokens: &[u32], batch: usize) -> Vec<f32> {
+    let model = Model::load(source, ops).unwrap();
+    let mut state = model.state(tokens.len()).unwrap();
+    let mut all = Vec::new();
+    for batch in tokens.chunks(batch) {
+        let hidden = model.forward(batch, &mut state).unwrap();
+        let mut logits = Vec::new();
+        ops.read(&model.logits(&hidden, 0, batch.len()).unwrap(), &mut logits).unwrap();
+        all.extend(logits);
+    }
+    all
+}
+
+#[test]
+fn a_text_goes_on_from_call_to_call_as_on_the_cpu_back_end() {
+    for name in ARCHITECTURES {
+        let (source, tokens) = (open(name), tokens(24, 96));
+        let expected = logits(&source, &CpuOps::new(Cpu::detect(), Activations::Exact), &tokens, 24);
+        let largest = expected.iter().fold(0f32, |largest, logit| largest.max(logit.abs()));
+        let ops = AutogradOps::new(Cpu::detect(), Precision::Double);
+        let batches: &[usize] = if name == "resnet_bk_lookahead" { &[24] } else { &[24, 7, 1] };
+        for &batch in batches {
+            let found = logits(&source, &ops, &tokens, batch);
+            assert_eq!(found.len(), expected.len());
+            for (found, expected) in found.iter().zip(&expected) {
+                let close = (found - expected).abs() <= 2e-5 * largest;
+                assert!(close, "{name}, batches of {batch}: {found} instead of {expected}");
+            }
+        }
+    }
+}
+
+/// The loss with element `index` of a tensor moved by `step`.
+fn moved_loss(source: &Checkpoint, ops: &AutogradOps, window: &[u32], (name, index, step): (&str, usize, f64)) -> f64 {
+    let variable = ops.variable(name).unwrap();
+    let kept = variable.as_tensor().copy().unwrap();
+    let mut values: Vec<f64> = kept.flatten_all().unwrap().to_vec1().unwrap();
+    values[index] += step;
+    variable.set(&Tensor::from_vec(values, kept.dims(), kept.device()).unwrap()).unwrap();
+    // Loaded again on the same variables: what a model computes from them when it is loaded changes, too.
+    let loss = Differentiator::new(source, ops, Some(window.len()), 1).unwrap().loss(window).unwrap();
+    variable.set(&kept).unwrap();
+    loss
+}
+
+#[test]
+fn gradients_are_the_slopes_of_the_loss_in_f64() {
+    /// f64 rounds a loss of 8 to 1e-15, so that slopes over these are exact to 1e-10 and to 1e-8; the smaller ones pass
+    /// by a kink (of ReLU, of a clamp) where the larger one crosses it.
+    const STEPS: [f64; 3] = [1e-5, 1e-6, 1e-7];
+    for name in ARCHITECTURES {
+        let source = open(name);
+        let window = tokens(20, 96);
+        let ops = AutogradOps::new(Cpu::detect(), Precision::Double);
+        let differentiator = Differentiator::new(&source, &ops, Some(window.len()), 1).unwrap();
+        let gradients = differentiator.gradients(&window).unwrap().gradients;
+        assert_eq!(ops.names().len(), source.names().len(), "{name}");
+        let (mut below, mut worst, mut looked_at) = (numbers(5), 0f64, 0);
+        for tensor in source.names() {
+            let (rows, cols) = matrix_shape(source.shape(tensor).unwrap());
+            // An expert that no token chose has none, and a small change does not make a token choose it.
+            let values = gradients.get(tensor).unwrap().unwrap_or_else(|| vec![0.0; rows * cols]);
+            assert_eq!(values.len(), rows * cols, "{name}: {tensor}");
+            let largest = (0..values.len()).max_by(|&a, &b| values[a].abs().total_cmp(&values[b].abs())).unwrap();
+            let magnitude = values[largest].abs();
+            for index in [largest, below(values.len()), below(values.len())] {
+                let errors = STEPS.map(|step| {
+                    let loss = |step: f64| moved_loss(&source, &ops, &window, (tensor, index, step));
+                    (values[index] - (loss(step) - loss(-step)) / (2.0 * step)).abs()
+                });
+                let error = errors.into_iter().fold(f64::INFINITY, f64::min);
+                worst = worst.max(error / (magnitude + 1e-2));
+                let what = format!("{name}: {tensor}[{index}]: {} is off the slope by {errors:?}", values[index]);
+                assert!(error <= 1e-6 * magnitude + 1e-8, "{what}");
+                looked_at += usize::from(magnitude > 0.0);
+            }
+        }
+        println!("{name}: {looked_at} entries, worst error {worst:e}");
+        assert!(looked_at > 2 * source.names().len(), "{name}: most gradients are zero");
+    }
+}
+
+#[test]
+fn gradients_are_those_of_pytorch() {
+    for name in [
+        "llama",
+        "mamba",
+        "mistral",
+        "mixtral",
+        "mixtral_stacked",
+        "qwen2_tied",
+        "qwen3",
+        "resnet_bk",
+        "resnet_bk_lookahead",
+    ] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("fixtures/gradients/{name}.json"));
+        let expected: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let window: Vec<u32> =
+            expected["tokens"].as_array().unwrap().iter().map(|token| token.as_u64().unwrap() as u32).collect();
+        let source = open(name);
+        let ops = AutogradOps::new(Cpu::detect(), Precision::Single);
+        let differentiator = Differentiator::new(&source, &ops, Some(window.len()), 1).unwrap();
+        let loss = differentiator.gradients(&window).unwrap();
+        let nll = expected["nll"].as_f64().unwrap();
+        assert!((loss.nll / nll - 1.0).abs() < 2e-6, "{name}: {} instead of {nll}", loss.nll);
+
+        let tensors = expected["tensors"].as_object().unwrap();
+        assert_eq!(tensors.len(), source.names().len(), "{name}");
+        let (mut worst_norm, mut worst_entry) = (0f64, 0f64);
+        for (tensor, expected) in tensors {
+            let values = loss.gradients.get(tensor).unwrap().unwrap();
+            let norm = values.iter().map(|value| value * value).sum::<f64>().sqrt();
+            let mean_abs = values.iter().map(|value| value.abs()).sum::<f64>() / values.len() as f64;
+            let figure = |key: &str| expected[key].as_f64().unwrap();
+            for (found, expected) in [(norm, figure("norm")), (mean_abs, figure("mean_abs"))] {
+                worst_norm = worst_norm.max((found / expected - 1.0).abs());
+                assert!((found / expected - 1.0).abs() < 2e-5, "{name}: {tensor}: {found} instead of {expected}");
+            }
+            let entries = expected["entries"].as_array().unwrap();
+            let entries = entries.iter().map(|entry| (entry[0].as_u64().unwrap() as usize, entry[1].as_f64().unwrap()));
+            let entries: Vec<(usize, f64)> = entries.collect();
+            let largest = entries.iter().fold(0f64, |largest, (_, value)| largest.max(value.abs()));
+            for (index, value) in entries {
+                worst_entry = worst_entry.max((values[index] - value).abs() / largest);
+                let close = (values[index] - value).abs() <= 2e-5 * largest;
+                assert!(close, "{name}: {tensor}[{index}]: {} instead of {value}", values[index]);
+            }
+        }
+        println!("{name}: norms within {worst_norm:e}, entries within {worst_entry:e}");
+    }
+}
