@@ -409,6 +409,75 @@ fn brute_force(weights: &[f32], bits: u32, symmetric: bool) -> f64 {
     least
 }
 
+fn quantize_calibrated(cpu: Cpu, options: &QuantizeOptions, cols: usize, x: &[f32], squares: &[f32]) -> Packed {
+    let mut packed = quantize(cpu, options, cols, x);
+    let Packed { codes, scales, zeros } = &mut packed;
+    cpu.quantize_rows(options, cols, x, Some(squares), codes, scales, zeros);
+    packed
+}
+
+#[test]
+fn the_calibrated_search_is_never_worse_than_nearest_by_its_measure() {
+    let mut random = Random(7);
+    let (mut found, mut uncalibrated) = (0.0, 0.0);
+    for_all(Rounding::Search, |kind, search, cols, x| {
+        if kind == Kind::Largest {
+            return;
+        }
+        // Inputs of very different size, some always zero.
+        let mut squares: Vec<f32> = (0..cols).map(|_| 1e-3 * (3.0 * random.normal()).exp()).collect();
+        squares.iter_mut().step_by(5).for_each(|square| *square = 0.0);
+        let layout = search.layout;
+        let errors = |packed: &Packed| {
+            let decoded = reference::dequantize(&packed.matrix(x.len() / cols, cols, search));
+            let mut groups = Vec::new();
+            for (weights, decoded) in x.chunks(cols).zip(decoded.chunks(cols)) {
+                for columns in (0..layout.groups(cols)).map(|group| layout.group_range(group, cols)) {
+                    let square = |weight: f32| f64::from(weight).powi(2);
+                    let mean = weights[columns.clone()].iter().copied().map(square).sum::<f64>() / columns.len() as f64;
+                    let (mut error, mut size) = (0.0, 0.0);
+                    for column in columns {
+                        let importance = f64::from(squares[column]) * (mean + square(weights[column])).sqrt();
+                        error += importance * (f64::from(decoded[column]) - f64::from(weights[column])).powi(2);
+                        size += importance * square(weights[column]).max(square(decoded[column]));
+                    }
+                    groups.push((error, size));
+                }
+            }
+            groups
+        };
+        let calibrated = quantize_calibrated(Cpu::detect(), search, cols, x, &squares);
+        for cpu in Cpu::available() {
+            let other = quantize_calibrated(cpu, search, cols, x, &squares);
+            assert_eq!(other, calibrated, "{kind:?}, {search:?}, {cols} columns on {}", cpu.isa());
+        }
+        let nearest = quantize(Cpu::detect(), &QuantizeOptions { rounding: Rounding::Nearest, ..*search }, cols, x);
+        // What rounding scales to F16 adds is measured for the search without calibration.
+        if search.scale_type == FloatType::F16 {
+            return;
+        }
+        for ((error, size), (limit, _)) in errors(&calibrated).into_iter().zip(errors(&nearest)) {
+            let limit = limit + 1e-5 * size;
+            assert!(error <= limit, "{kind:?}, {search:?}, {cols} columns: {error:e} above {limit:e}");
+        }
+        if kind == Kind::Normal {
+            let plain = quantize(Cpu::detect(), search, cols, x);
+            found += errors(&calibrated).iter().map(|(error, _)| error).sum::<f64>();
+            uncalibrated += errors(&plain).iter().map(|(error, _)| error).sum::<f64>();
+        }
+    });
+    assert!(found < 0.9 * uncalibrated, "{found:e} against {uncalibrated:e} without calibration");
+}
+
+#[test]
+fn inputs_that_are_all_zero_leave_the_search_as_it_is() {
+    for_all(Rounding::Search, |kind, search, cols, x| {
+        let calibrated = quantize_calibrated(Cpu::detect(), search, cols, x, &vec![0.0; cols]);
+        let plain = quantize(Cpu::detect(), search, cols, x);
+        assert_eq!(calibrated, plain, "{kind:?}, {search:?}, {cols} columns");
+    });
+}
+
 #[test]
 fn the_search_comes_close_to_brute_force() {
     let mut random = Random(3);

@@ -39,8 +39,10 @@ pub struct GptqReport {
 }
 
 impl Factor {
-    /// Factors the damped Hessian: columns with the largest second moments are rounded first, so that the errors of
-    /// these are made up for by the others. Inputs that are always zero neither give nor take feedback.
+    /// Factors the damped Hessian. Columns with the largest second moments are rounded first, so that all others can make
+    /// up for their errors: on a trained model this costs less than the natural order, even where that searches each
+    /// group's scale again among the weights that feedback has moved. Inputs that are always zero neither give nor take
+    /// feedback.
     ///
     /// Needs `8 * cols^2` bytes while it works and holds `2 * cols^2`; the result is the same for any number of threads.
     ///

@@ -17,8 +17,8 @@ pub enum Rounding {
     Nearest,
     /// The scale of integers is searched for the least squared error of the group, each error weighted by the
     /// magnitude of its weight: large weights tend to meet large activations, and clipping them costs the most. The
-    /// scale of ternary weights is searched for the least squared error. Where the mean squares of the inputs are known,
-    /// they weight the errors instead, for every grid.
+    /// scale of ternary weights is searched for the least squared error. Where the mean square `d` of each input is known,
+    /// errors are weighted by `d * sqrt(mean of w^2 + w^2)` instead, for every grid, as llama.cpp does.
     Search,
 }
 
@@ -338,11 +338,16 @@ fn weigh<S: Simd>(
     let largest = input_squares.map_or(0.0, |squares| squares.iter().copied().fold(0.0, f32::max));
     let flat = importance.as_flattened_mut();
     flat[count..].fill(0.0);
+    let mut variance = s.splat(0.0);
+    for weight in weights {
+        variance = s.mul_add(s.load(weight), s.load(weight), variance);
+    }
+    let variance = s.sum(variance) / count as f32;
     match (input_squares, grid) {
-        // The largest of a group is 1, so that no sum overflows or vanishes.
-        (Some(squares), _) if largest > 0.0 => {
-            for (importance, &square) in flat.iter_mut().zip(squares) {
-                *importance = square / largest;
+        (Some(squares), _) if largest > 0.0 && variance > 0.0 => {
+            // The largest square counts 1, so that no sum overflows or vanishes.
+            for ((importance, weight), square) in flat.iter_mut().zip(weights.as_flattened()).zip(squares) {
+                *importance = square / largest * (variance + weight * weight).sqrt();
             }
         }
         (_, Grid::Int { .. }) => {
