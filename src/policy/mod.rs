@@ -1,5 +1,6 @@
 //! Which tensor gets which encoding.
 
+pub mod budget;
 mod components;
 pub mod importance;
 mod uniform;
