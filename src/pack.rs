@@ -424,7 +424,7 @@ fn first_non_finite(cpu: Cpu, tensor: &Tensor) -> usize {
 }
 
 /// The name of a head that config.json ties to the embedding and that is byte for byte the same.
-fn tied_head(checkpoint: &Checkpoint) -> Result<Option<&'static str>> {
+pub(crate) fn tied_head(checkpoint: &dyn TensorSource) -> Result<Option<&'static str>> {
     const HEAD: &str = "lm_head.weight";
     const EMBEDDINGS: [&str; 2] = ["model.embed_tokens.weight", "backbone.embeddings.weight"];
     let tied = checkpoint.config().is_some_and(|config| config["tie_word_embeddings"] == json!(true));
