@@ -116,6 +116,12 @@ pub enum Error {
         "encoding {text:?}: {why} (examples: int4, int4:g64, int3:g128:asym, int8:row, ternary, binary:g64, fp16, bf16, fp32, keep)"
     )]
     EncodingText { text: String, why: String },
+    /// A file that a policy is read from is broken, or does not fit the checkpoint.
+    #[error("{}: {}{why}", path.display(), line.map_or(String::new(), |line| format!("line {line}: ")))]
+    PolicyFile { path: PathBuf, line: Option<usize>, why: String },
+    /// No choice of encodings makes a file as small as asked for.
+    #[error("a file of {asked} bytes is asked for, but the smallest that these encodings allow has {floor} bytes")]
+    Budget { asked: u64, floor: u64 },
     /// An option's value is out of range.
     #[error("{option}: {why}")]
     Option { option: &'static str, why: String },

@@ -1,7 +1,7 @@
 //! From a checkpoint to a packed file: what each tensor becomes, how large it will be, and the doing of it.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     path::{Path, PathBuf},
 };
 
@@ -18,7 +18,7 @@ use crate::{
     encoding::{Encoding, FloatName, Request},
     error::{Error, Result},
     format::{self, FilePlan, PackedWriter, PlannedFile, PlannedTensor, Source, SourceFile},
-    policy::{ComponentRules, Uniform},
+    policy::{Alternative, Choice, Line, Policy, Recipe, SizedAlternative, TensorInfo},
     progress::{Observer, Unit},
     quant::{
         self, Quantized,
@@ -48,7 +48,7 @@ pub const DEFAULT_TERNARY_THRESHOLD: f32 = 0.5;
 /// What decides the bytes of a packed file, apart from the checkpoint.
 #[derive(Debug)]
 pub struct PackOptions {
-    pub policy: Uniform,
+    pub policy: Policy,
     pub rounding: Rounding,
     /// Where weights are rounded with error feedback: what the inputs come from.
     pub calibration: Option<Calibration>,
@@ -74,6 +74,8 @@ pub struct Packing<'a> {
     options: &'a PackOptions,
     output: PathBuf,
     tensors: Vec<PlannedTensor>,
+    /// What was asked for each tensor.
+    chosen: Vec<Alternative>,
     travelling: Vec<PlannedFile>,
     files: Vec<FilePlan>,
     /// What the user should know: kept tensors with NaN, a tied head left out.
@@ -81,10 +83,11 @@ pub struct Packing<'a> {
 }
 
 impl<'a> Packing<'a> {
-    /// Looks at every weight once and decides every tensor's encoding and place.
+    /// Looks at every weight and decides every tensor's encoding and place.
     ///
     /// # Errors
-    /// A NaN or infinite weight, a value that its float type cannot hold, a pattern that matches nothing.
+    /// A NaN or infinite weight, a value that its float type cannot hold, a pattern that matches nothing, a policy that
+    /// does not fit the checkpoint.
     pub fn plan(
         checkpoint: &'a Checkpoint,
         options: &'a PackOptions,
@@ -92,26 +95,18 @@ impl<'a> Packing<'a> {
         cpu: Cpu,
         observer: &dyn Observer,
     ) -> Result<Self> {
-        options.policy.check_patterns(checkpoint.names())?;
+        let policy = &options.policy;
+        policy.exceptions.check_patterns(checkpoint.names())?;
         let mut notices = Vec::new();
-        let architecture = checkpoint.config().and_then(|config| config["architectures"][0].as_str());
-        let components = ComponentRules::builtin(architecture);
-        let tied = tied_head(checkpoint)?;
+        let outline = outline(checkpoint, policy, &mut notices)?;
+        let resolved = policy.resolve(&outline)?;
         observer.begin("Reading", checkpoint.tensor_bytes(), Unit::Bytes);
-        let mut tensors = Vec::with_capacity(checkpoint.names().len());
-        for name in checkpoint.names() {
+        let mut outcomes = Vec::with_capacity(outline.len());
+        for (info, alternatives) in outline.iter().zip(&resolved) {
             observer.check()?;
-            if tied == Some(name.as_str()) {
-                notices.push(format!("{name} is tied to the embedding and stored once, as the embedding"));
-                continue;
-            }
-            let tensor = checkpoint.tensor(name)?;
-            let component = components.component(name, tensor.shape()).to_owned();
-            let request = options.policy.request(name, &component);
-            let encoding = decide(checkpoint, name, &tensor, request, options, cpu, &mut notices)?;
+            let tensor = checkpoint.tensor(&info.name)?;
+            outcomes.push(Decider::new(checkpoint, &info.name, &tensor, options, cpu).decide(alternatives)?);
             observer.advance(tensor.matrix().bytes() as u64);
-            let (shape, complex) = (tensor.shape().to_vec(), checkpoint.complex_part(name));
-            tensors.push(PlannedTensor { name: name.clone(), shape, component, complex, encoding });
         }
         observer.end();
         let mut travelling = Vec::new();
@@ -121,10 +116,74 @@ impl<'a> Packing<'a> {
             }
         }
         let output = output.to_owned();
-        let mut packing = Self { checkpoint, options, output, tensors, travelling, files: Vec::new(), notices };
-        packing.files = packing.plan_files();
+        let (tensors, chosen, files) = (Vec::new(), Vec::new(), Vec::new());
+        let mut packing = Self { checkpoint, options, output, tensors, chosen, travelling, files, notices };
+        let choice = packing.choose(&outline, &resolved, &outcomes)?;
+        packing.tensors = packing.planned(&outline, &outcomes, &choice);
+        packing.chosen = resolved.iter().zip(&choice).map(|(alternatives, &index)| alternatives[index]).collect();
+        packing.files = packing.plan_files(&packing.tensors);
+        let outcomes = outcomes.iter().zip(&choice).map(|(outcomes, &index)| &outcomes[index]);
+        packing.note(outcomes.filter_map(|outcome| outcome.remark.as_ref()));
         packing.check_unique_names()?;
         Ok(packing)
+    }
+
+    /// Which alternative each tensor gets.
+    fn choose(
+        &self,
+        outline: &[TensorInfo],
+        resolved: &[Vec<Alternative>],
+        outcomes: &[Vec<Outcome>], // [tensors, alternatives]
+    ) -> Result<Vec<usize>> {
+        let policy = &self.options.policy;
+        let Choice::Budget(budget) = &policy.choice else { return Ok(vec![0; outline.len()]) };
+        let sized: Vec<Vec<SizedAlternative>> = outline
+            .iter()
+            .zip(resolved.iter().zip(outcomes))
+            .map(|(info, (alternatives, outcomes))| {
+                let sized = |(&alternative, outcome)| {
+                    let bytes = self.planned_tensor(info, outcome).stored_bytes() as u64;
+                    SizedAlternative { alternative, bytes }
+                };
+                alternatives.iter().zip(outcomes).map(sized).collect()
+            })
+            .collect();
+        let file_bytes = |choice: &[usize]| {
+            let tensors = self.planned(outline, outcomes, choice);
+            format::planned_bytes(&self.output, &self.plan_files(&tensors))
+        };
+        budget.choose(&policy.components, outline, &sized, file_bytes)
+    }
+
+    fn planned(&self, outline: &[TensorInfo], outcomes: &[Vec<Outcome>], choice: &[usize]) -> Vec<PlannedTensor> {
+        let chosen = outcomes.iter().zip(choice).map(|(outcomes, &index)| &outcomes[index]);
+        outline.iter().zip(chosen).map(|(info, outcome)| self.planned_tensor(info, outcome)).collect()
+    }
+
+    fn planned_tensor(&self, info: &TensorInfo, outcome: &Outcome) -> PlannedTensor {
+        PlannedTensor {
+            name: info.name.clone(),
+            shape: info.shape.clone(),
+            component: info.component.clone(),
+            complex: self.checkpoint.complex_part(&info.name),
+            encoding: outcome.encoding,
+        }
+    }
+
+    /// Tells the user what became of tensors other than asked for.
+    fn note<'b>(&mut self, remarks: impl Iterator<Item = &'b Remark>) {
+        let mut left_alone = 0;
+        for remark in remarks {
+            match remark {
+                Remark::Told(text) => self.notices.push(text.clone()),
+                Remark::LeftAsBf16 => left_alone += 1,
+            }
+        }
+        if left_alone > 0 {
+            let tensors = if left_alone == 1 { "1 tensor".into() } else { format!("{left_alone} tensors") };
+            self.notices
+                .push(format!("{tensors} kept as BF16 where the policy says FP16: the same size, without a loss"));
+        }
     }
 
     /// A tensor may be named like a part of another one, or like a travelling file; one file cannot hold both.
@@ -140,7 +199,7 @@ impl<'a> Packing<'a> {
         }
     }
 
-    fn plan_files(&self) -> Vec<FilePlan> {
+    fn plan_files(&self, tensors: &[PlannedTensor]) -> Vec<FilePlan> {
         let files = self.checkpoint.weight_files().iter();
         let files = files.map(|file| SourceFile::unhashed(file.name(), file.bytes().len() as u64));
         let source = Source { kind: self.checkpoint.kind().name().into(), files: files.collect() };
@@ -153,11 +212,11 @@ impl<'a> Packing<'a> {
             (None, Rounding::Nearest) => json!("rtn"),
             (None, Rounding::Search) => json!("search"),
         };
-        if self.tensors.iter().any(|tensor| matches!(tensor.encoding, Encoding::Ternary { .. })) {
+        if tensors.iter().any(|tensor| matches!(tensor.encoding, Encoding::Ternary { .. })) {
             policy["ternary_threshold"] = json!(self.options.ternary_threshold);
         }
         let config = self.checkpoint.config().cloned();
-        format::plan(&self.output, source, policy, config, &self.tensors, &self.travelling, self.options.shard_bytes)
+        format::plan(&self.output, source, policy, config, tensors, &self.travelling, self.options.shard_bytes)
     }
 
     /// How a tensor is quantized; `None` for plain values.
@@ -170,6 +229,24 @@ impl<'a> Packing<'a> {
     /// Every tensor with its encoding.
     pub fn tensors(&self) -> &[PlannedTensor] {
         &self.tensors
+    }
+
+    /// The recipe that packs the same: what was decided for each tensor, its bytes and predicted cost.
+    pub fn recipe(&self) -> String {
+        let lines: Vec<Line> = self
+            .tensors
+            .iter()
+            .zip(&self.chosen)
+            .map(|(tensor, chosen)| {
+                let request = match (chosen.request, tensor.encoding) {
+                    (Request::Keep, _)
+                    | (_, Encoding::Int { .. } | Encoding::Ternary { .. } | Encoding::Binary { .. }) => chosen.request,
+                    (_, Encoding::Float { dtype }) => Request::Float(dtype.into()),
+                };
+                Line { name: tensor.name.clone(), request, bytes: tensor.stored_bytes() as u64, cost: chosen.cost }
+            })
+            .collect();
+        Recipe::render(&lines, self.file_bytes(), &self.options.policy.record())
     }
 
     /// Bytes that will be on disk, everything counted; exact.
@@ -304,49 +381,111 @@ fn hash_in_pieces(bytes: &[u8], observer: &dyn Observer) -> Result<blake3::Hash>
     Ok(hasher.finalize())
 }
 
-/// The encoding of one tensor, now that its values can be seen.
-fn decide(
-    checkpoint: &Checkpoint,
-    name: &str,
-    tensor: &Tensor,
-    request: Request,
-    options: &PackOptions,
-    cpu: Cpu,
-    notices: &mut Vec<String>,
-) -> Result<Encoding> {
-    let matrix = tensor.matrix();
-    let (_, cols) = matrix_shape(tensor.shape());
-    let layout = match request {
-        Request::Quantize { grid, group } => Some(bkpack_kernels::Layout { grid, group: group.columns(cols) }),
-        _ => None,
-    };
-    let range = quant::range(cpu, &matrix, layout.map_or(cols, |layout| layout.group));
-    if range.non_finite > 0 {
-        if !options.allow_nonfinite {
-            let first = first_non_finite(cpu, tensor);
-            let (path, tensor) = (checkpoint.path().to_owned(), name.to_owned());
-            return Err(Error::NonFinite { path, tensor, count: range.non_finite, first });
-        }
-        notices.push(format!("{name} holds {} NaN or infinite values and is kept as FP32", range.non_finite));
-        return Ok(Encoding::Float { dtype: FloatName::F32 });
+/// The tensors that the packed file will hold.
+fn outline(checkpoint: &Checkpoint, policy: &Policy, notices: &mut Vec<String>) -> Result<Vec<TensorInfo>> {
+    let architecture = checkpoint.config().and_then(|config| config["architectures"][0].as_str());
+    let tied = tied_head(checkpoint)?;
+    if let Some(name) = tied {
+        notices.push(format!("{name} is tied to the embedding and stored once, as the embedding"));
     }
-    let Data::Float { dtype: source, .. } = matrix.data() else { unreachable!("a checkpoint holds floats") };
-    Ok(match (request, layout) {
-        (Request::Float(to), _) => {
-            check_float_range(checkpoint, name, range, to)?;
-            Encoding::Float { dtype: to.into() }
-        }
-        (_, Some(layout)) => {
-            let scale = quant::scale_type(layout, range);
-            let row = layout.code_bytes(cols) + layout.groups(cols) * scale.bytes() + layout.zero_bytes(cols);
-            if row * matrix.rows() >= matrix.bytes() {
-                notices.push(format!("{name} would grow and is kept: its rows of {cols} are too short for scales"));
-                return Ok(Encoding::Float { dtype: source.into() });
+    let stored = checkpoint.names().iter().filter(|name| tied != Some(name.as_str()));
+    let info = |name: &String| {
+        let shape = checkpoint.shape(name).expect("a name of the checkpoint").to_vec();
+        let component = policy.components.component(architecture, name, &shape).to_owned();
+        TensorInfo { name: name.clone(), shape, component }
+    };
+    Ok(stored.map(info).collect())
+}
+
+/// What one alternative comes to, now that the tensor's values can be seen.
+struct Outcome {
+    encoding: Encoding,
+    remark: Option<Remark>,
+}
+
+/// Why an encoding is not the one that was asked for.
+enum Remark {
+    Told(String),
+    LeftAsBf16,
+}
+
+/// Decides the encodings of one tensor.
+struct Decider<'a> {
+    checkpoint: &'a Checkpoint,
+    name: &'a str,
+    tensor: &'a Tensor<'a>,
+    options: &'a PackOptions,
+    cpu: Cpu,
+    /// What the weights are like, by columns of a group: each takes a look at all of them.
+    ranges: HashMap<usize, Range>,
+}
+
+impl<'a> Decider<'a> {
+    fn new(
+        checkpoint: &'a Checkpoint,
+        name: &'a str,
+        tensor: &'a Tensor<'a>,
+        options: &'a PackOptions,
+        cpu: Cpu,
+    ) -> Self {
+        Self { checkpoint, name, tensor, options, cpu, ranges: HashMap::new() }
+    }
+
+    fn decide(&mut self, alternatives: &[Alternative]) -> Result<Vec<Outcome>> {
+        alternatives.iter().map(|&alternative| self.outcome(alternative)).collect()
+    }
+
+    fn outcome(&mut self, alternative: Alternative) -> Result<Outcome> {
+        let matrix = self.tensor.matrix();
+        let (_, cols) = matrix_shape(self.tensor.shape());
+        let layout = match alternative.request {
+            Request::Quantize { grid, group } => Some(bkpack_kernels::Layout { grid, group: group.columns(cols) }),
+            _ => None,
+        };
+        let group = layout.map_or(cols, |layout| layout.group);
+        let range = *self.ranges.entry(group).or_insert_with(|| quant::range(self.cpu, &matrix, group));
+        let float = |dtype: FloatType, remark| Outcome { encoding: Encoding::Float { dtype: dtype.into() }, remark };
+        if range.non_finite > 0 {
+            if !self.options.allow_nonfinite {
+                let first = first_non_finite(self.cpu, self.tensor);
+                let (path, tensor) = (self.checkpoint.path().to_owned(), self.name.to_owned());
+                return Err(Error::NonFinite { path, tensor, count: range.non_finite, first });
             }
-            Encoding::quantized(layout, scale)
+            let count = range.non_finite;
+            let told = format!("{} holds {count} NaN or infinite values and is kept as FP32", self.name);
+            return Ok(float(FloatType::F32, Some(Remark::Told(told))));
         }
-        (_, None) => Encoding::Float { dtype: source.into() },
-    })
+        let Data::Float { dtype: source, .. } = matrix.data() else { unreachable!("a checkpoint holds floats") };
+        Ok(match (alternative.request, layout) {
+            (_, Some(layout)) => {
+                let scale = quant::scale_type(layout, range);
+                let row = layout.code_bytes(cols) + layout.groups(cols) * scale.bytes() + layout.zero_bytes(cols);
+                if row * matrix.rows() >= matrix.bytes() {
+                    let why = format!("its rows of {cols} are too short for scales");
+                    let told = format!("{} would grow and is kept: {why}", self.name);
+                    return Ok(float(source, Some(Remark::Told(told))));
+                }
+                Outcome { encoding: Encoding::quantized(layout, scale), remark: None }
+            }
+            // A policy that asks for FP16 asks for 16 bits: BF16 serves it where FP16 would lose range.
+            (Request::Float(FloatType::F16), _) if !alternative.named && source == FloatType::BF16 => {
+                float(source, Some(Remark::LeftAsBf16))
+            }
+            (Request::Float(FloatType::F16), _) if !alternative.named && range.largest > f16::MAX.to_f32() => {
+                check_float_range(self.checkpoint, self.name, range, FloatType::BF16)?;
+                let told = format!(
+                    "{} holds {}, which FP16 cannot hold, and is stored as BF16, in as many bytes",
+                    self.name, range.largest
+                );
+                float(FloatType::BF16, Some(Remark::Told(told)))
+            }
+            (Request::Float(to), _) => {
+                check_float_range(self.checkpoint, self.name, range, to)?;
+                float(to, None)
+            }
+            (_, None) => float(source, None),
+        })
+    }
 }
 
 fn check_float_range(checkpoint: &Checkpoint, name: &str, range: Range, to: FloatType) -> Result<()> {
@@ -375,7 +514,7 @@ fn first_non_finite(cpu: Cpu, tensor: &Tensor) -> usize {
 }
 
 /// The name of a head that config.json ties to the embedding and that is byte for byte the same.
-fn tied_head(checkpoint: &Checkpoint) -> Result<Option<&'static str>> {
+pub(crate) fn tied_head(checkpoint: &dyn TensorSource) -> Result<Option<&'static str>> {
     const HEAD: &str = "lm_head.weight";
     const EMBEDDINGS: [&str; 2] = ["model.embed_tokens.weight", "backbone.embeddings.weight"];
     let tied = checkpoint.config().is_some_and(|config| config["tie_word_embeddings"] == json!(true));

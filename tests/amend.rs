@@ -17,7 +17,7 @@ use bkpack::{
         archive::{archive, unpack},
     },
     pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
-    policy::Uniform,
+    policy::Policy,
     progress::{Observer, Silent, Unit},
     tensor::{ActivationQuantization, CalibrationText, TensorSource},
 };
@@ -97,7 +97,7 @@ fn every_other_part_of_every_vector_stays_as_it_is() {
 
 fn packed_fixture(output: &Path) {
     let options = PackOptions {
-        policy: Uniform::new("int4".parse::<Request>().unwrap(), &[], &[]).unwrap(),
+        policy: Policy::uniform("int4".parse::<Request>().unwrap(), &[], &[]).unwrap(),
         rounding: Rounding::Nearest,
         calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,

@@ -10,7 +10,13 @@ use std::{
 };
 
 use assert_cmd::Command;
-use bkpack::{Error, checkpoint, format::PackedFile, progress::Silent, tensor::TensorSource};
+use bkpack::{
+    Error, checkpoint,
+    format::PackedFile,
+    policy::{ComponentRules, PolicyFile, Recipe, SensitivityTable, importance::Importance},
+    progress::Silent,
+    tensor::TensorSource,
+};
 use common::{Random, Stored, fixture, safetensors};
 use tempfile::TempDir;
 
@@ -201,4 +207,24 @@ fn sealed(header: &[u8], data: &[u8]) -> Vec<u8> {
         file[at..at + 64].copy_from_slice(seal.as_bytes());
     }
     [&file, data].concat()
+}
+
+#[test]
+fn policy_files() {
+    let recipe = "version = 1\n[tensors]\n'a.weight' = \"int4:g64\"  # 640 bytes\n[patterns]\n'norm$' = \"keep\"\n";
+    let rules =
+        "coupled = ['(a)b']\n[encodings]\nexpert = \"int3:row\"\n[[rule]]\ncomponent = \"expert\"\npattern = 'x+'\n";
+    let importance = r#"{"version": 1, "model": {"name": "m", "blake3": "1"}, "text": {"name": "t", "blake3": "0"}, "batches": 1, "ctx": 8,
+        "tensors": [{"name": "a", "component": "other", "gradient": 1, "output_variance": 2, "weight": 3, "score": 0.5}]}"#;
+    let sensitivity =
+        r#"{"version": 1, "tensors": [{"name": "a", "options": [{"encoding": "int4:g64", "cost": 0.25}]}]}"#;
+    let seeds = [recipe, rules, importance, sensitivity].map(|text| text.as_bytes().to_vec());
+    fuzz("policy", &seeds, |path| {
+        let file = PolicyFile::read(path)?;
+        let recipe = Recipe::parse(file.clone()).map(drop);
+        let rules = ComponentRules::with_file(file.clone()).map(drop);
+        let importance = Importance::read(path).map(drop);
+        let sensitivity = SensitivityTable::parse(file).map(drop);
+        recipe.or(rules).or(importance).or(sensitivity).map(|()| 0)
+    });
 }

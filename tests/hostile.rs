@@ -18,7 +18,7 @@ use bkpack::{
     },
     model,
     pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
-    policy::Uniform,
+    policy::Policy,
     progress::Silent,
     tensor::TensorSource,
 };
@@ -593,7 +593,7 @@ fn read_all(source: &dyn TensorSource) {
 fn options() -> PackOptions {
     let overrides = ["embed=int3:g32:asym", "down=ternary:g64", "gate=binary:g32", "up=int5:row"].map(String::from);
     PackOptions {
-        policy: Uniform::new("int4:g32".parse().unwrap(), &[], &overrides).unwrap(),
+        policy: Policy::uniform("int4:g32".parse().unwrap(), &[], &overrides).unwrap(),
         rounding: Rounding::Nearest,
         calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
@@ -716,7 +716,7 @@ fn spoiled_checkpoints_never_panic() {
                 opened += 1;
                 read_all(&checkpoint);
                 let options =
-                    PackOptions { policy: Uniform::new("int4".parse().unwrap(), &[], &[]).unwrap(), ..options() };
+                    PackOptions { policy: Policy::uniform("int4".parse().unwrap(), &[], &[]).unwrap(), ..options() };
                 let _ = Packing::plan(&checkpoint, &options, &case.output(), Cpu::detect(), &Silent);
             }
             Err(_) => refused += 1,

@@ -20,7 +20,7 @@ use bkpack::{
         archive::{archive, unpack},
     },
     pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
-    policy::Uniform,
+    policy::Policy,
     progress::Silent,
     tensor::{TensorData, TensorSource},
 };
@@ -32,7 +32,7 @@ use zeekstd::DecodeOptions;
 fn options(default: &str, overrides: &[&str]) -> PackOptions {
     let overrides: Vec<String> = overrides.iter().map(ToString::to_string).collect();
     PackOptions {
-        policy: Uniform::new(default.parse::<Request>().unwrap(), &[], &overrides).unwrap(),
+        policy: Policy::uniform(default.parse::<Request>().unwrap(), &[], &overrides).unwrap(),
         rounding: Rounding::Search,
         calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,

@@ -20,7 +20,7 @@ use bkpack::{
         cpu::{Activations, CpuOps},
     },
     pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
-    policy::Uniform,
+    policy::Policy,
     progress::Silent,
     tensor::{Tensor, TensorData, TensorSource},
 };
@@ -42,7 +42,7 @@ fn pack(encoding: &str, keep: &[&str], rounding: Rounding) -> (TempDir, PackedFi
     let output = folder.path().join("model.bkpack");
     let keep: Vec<String> = keep.iter().map(ToString::to_string).collect();
     let options = PackOptions {
-        policy: Uniform::new(encoding.parse().unwrap(), &keep, &[]).unwrap(),
+        policy: Policy::uniform(encoding.parse().unwrap(), &keep, &[]).unwrap(),
         rounding,
         calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,

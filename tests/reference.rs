@@ -21,7 +21,7 @@ use bkpack::{
         cpu::{Activations, CpuOps},
     },
     pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
-    policy::Uniform,
+    policy::Policy,
     progress::Silent,
     tensor::TensorSource,
 };
@@ -91,7 +91,7 @@ fn perplexities_are_those_of_pytorch() {
             // PyTorch's figures leave embeddings and head as they are.
             let keep = ["embed", "lm_head"].map(String::from);
             let options = PackOptions {
-                policy: Uniform::new(
+                policy: Policy::uniform(
                     format!("int{bits}").parse().unwrap(),
                     &keep[..if name == "mamba" { 1 } else { 2 }],
                     &[],

@@ -1,23 +1,27 @@
 //! `bkpack convert`: from a checkpoint to a packed file.
 
-use std::{path::PathBuf, time::Instant};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use bkpack::{
     Error, Result,
     checkpoint::{self, Checkpoint},
-    encoding::{GroupSize, Request},
     eval::text::read_tokens,
     format, model,
     pack::{Calibration, DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
-    policy::Uniform,
     report::convert::Summary,
     tensor::{CalibrationText, TensorSource},
     train::rounding::{Samples, write_calibrated},
 };
-use bkpack_kernels::{Cpu, FloatType, Grid, cpu::quantize::Rounding};
+use bkpack_kernels::{Cpu, cpu::quantize::Rounding};
 use clap::{Args, ValueEnum};
 
-use super::{Common, eval::tokenize, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs};
+use super::{
+    Common, eval::tokenize, policy::PolicyArgs, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs,
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -27,6 +31,15 @@ Examples:
       3 bits, embeddings and head as they are
   bkpack convert ./model -o model.bkpack --tensor 'embed=int8' --tensor 'v_proj=int6:g64:asym'
       Exceptions by name; the last pattern that matches decides
+  bkpack convert ./model -o model.bkpack --policy component
+      Experts INT4, embeddings and head FP16, the rest INT8; --rules FILE changes that
+  bkpack convert ./model -o model.bkpack --policy dynamic --importance importance.json
+      The most important fifth of the tensors FP16, the least important two fifths INT4
+  bkpack convert ./model -o model.bkpack --policy budget --sensitivity costs.json --target-ratio 8
+      The encodings that cost least in a file an eighth as large as FP32
+  bkpack convert ./model --policy component --plan-only -o plan.toml
+  bkpack convert ./model -o model.bkpack --recipe plan.toml
+      What would become of each tensor, to read and to edit; then pack by it
   bkpack convert weights.pt --config config.json --rename '^net=model' -o model.bkpack
       One file of weights with its config beside it, its tensors renamed
   bkpack convert ./model -o model.bkpack --bits 4 --dry-run
@@ -39,33 +52,17 @@ pub struct ConvertArgs {
     /// Hugging Face folder, or file of weights: safetensors, NPZ or PyTorch
     source: PathBuf,
 
-    /// Packed file to write
-    #[arg(short, long, value_name = "FILE")]
-    output: PathBuf,
+    /// Packed file to write; with --plan-only the recipe
+    #[arg(short, long, value_name = "FILE", required_unless_present = "plan_only")]
+    output: Option<PathBuf>,
 
-    /// How encodings are chosen
-    #[arg(long, value_enum, default_value_t = Policy::Uniform)]
-    policy: Policy,
+    #[command(flatten)]
+    policy: PolicyArgs,
 
-    /// Bits of a weight: 2 to 8, 16 (FP16) or 32; 1 is binary, 1.58 ternary
-    #[arg(long, value_name = "BITS", default_value = "4", value_parser = parse_bits)]
-    bits: Bits,
-
-    /// Columns that share a scale: 32, 64, 128, 256, or row for one scale a row
-    #[arg(long, value_name = "N", default_value = "128", value_parser = |text: &str| text.parse::<GroupSize>().map_err(|_| "use 32, 64, 128, 256 or row"))]
-    group_size: GroupSize,
-
-    /// Give each group a zero point of its own
-    #[arg(long)]
-    asymmetric: bool,
-
-    /// Leave tensors whose name matches at their source precision (may be repeated)
-    #[arg(long, value_name = "REGEX")]
-    keep: Vec<String>,
-
-    /// Encode tensors whose name matches as told, e.g. 'embed=int8:g64' (may be repeated; the last match decides)
-    #[arg(long, value_name = "REGEX=ENCODING")]
-    tensor: Vec<String>,
+    /// Write the policy's recipe, which says what becomes of each tensor and how large it is, and pack nothing;
+    /// without --output, print it
+    #[arg(long, conflicts_with_all = ["dry_run", "shard_size"])]
+    plan_only: bool,
 
     /// How weights are rounded: rtn is round-to-nearest from the largest magnitude, search looks for the scales of least
     /// squared error, gptq also makes up for errors by what the layers' inputs look like on a calibration text
@@ -120,38 +117,10 @@ pub struct ConvertArgs {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Policy {
-    /// The same encoding for every matrix
-    Uniform,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
 enum RoundingName {
     Rtn,
     Search,
     Gptq,
-}
-
-/// A uniform width before group and symmetry are known.
-#[derive(Clone, Copy, Debug)]
-enum Bits {
-    Int(u32),
-    Ternary,
-    Binary,
-    Float(FloatType),
-}
-
-fn parse_bits(text: &str) -> Result<Bits, &'static str> {
-    Ok(match text {
-        "1" | "binary" => Bits::Binary,
-        "1.58" | "ternary" => Bits::Ternary,
-        "16" => Bits::Float(FloatType::F16),
-        "32" => Bits::Float(FloatType::F32),
-        _ => match text.parse() {
-            Ok(bits @ 2..=8) => Bits::Int(bits),
-            _ => return Err("use 1, 1.58, 2 to 8, 16 or 32"),
-        },
-    })
 }
 
 /// Reads a size with its unit, e.g. `2GB`.
@@ -175,7 +144,6 @@ pub fn parse_size(text: &str) -> Result<u64, String> {
 pub fn run(args: &ConvertArgs) -> Result<()> {
     let start = Instant::now();
     let observer = args.common.observer();
-    let Policy::Uniform = args.policy;
     if !(args.ternary_threshold > 0.0 && args.ternary_threshold < 1.0) {
         let why = format!("{} is not between 0 and 1", args.ternary_threshold);
         return Err(Error::Option { option: "--ternary-threshold", why });
@@ -185,8 +153,12 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         let why = "--rounding gptq needs --calib or --calib-tokens, and only it looks at them".into();
         return Err(Error::Option { option: "--rounding", why });
     }
+    if args.json && args.output.is_none() {
+        let why = "is for the figures; with --plan-only name a file for the recipe with --output".into();
+        return Err(Error::Option { option: "--json", why });
+    }
     let mut options = PackOptions {
-        policy: Uniform::new(default_request(args)?, &args.keep, &args.tensor)?,
+        policy: args.policy.policy()?,
         rounding: match args.rounding {
             RoundingName::Rtn => Rounding::Nearest,
             RoundingName::Search | RoundingName::Gptq => Rounding::Search,
@@ -203,13 +175,16 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let open_options = args.checkpoint.options(&[&args.source])?;
     let checkpoint = checkpoint::open_with(&args.source, &open_options[0])?;
     checkpoint.notices().iter().for_each(|notice| args.common.notice(notice));
-    refuse_same_file(&args.source, &args.output)?;
-    refuse_file_of_checkpoint(&args.source, &args.output)?;
-    format::check_output(&args.output, args.force || args.dry_run)?;
+    if let Some(output) = &args.output {
+        refuse_same_file(&args.source, output)?;
+        refuse_file_of_checkpoint(&args.source, output)?;
+        format::check_output(output, args.force || args.dry_run)?;
+    }
     note_architecture(args, &checkpoint)?;
     let cpu = Cpu::from_environment()?;
     let tokens = if calibrated { read_calibration(args, &checkpoint, &mut options)? } else { Vec::new() };
-    let packing = Packing::plan(&checkpoint, &options, &args.output, cpu, &observer)?;
+    let output = args.output.as_deref().unwrap_or(Path::new("model.bkpack"));
+    let packing = Packing::plan(&checkpoint, &options, output, cpu, &observer)?;
     packing.notices.iter().for_each(|notice| args.common.notice(notice));
     let file_bytes = packing.file_bytes();
     let tensors: Vec<_> = packing
@@ -224,18 +199,23 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
             )
         })
         .collect();
-    if !args.dry_run {
-        match &options.calibration {
-            Some(Calibration { windows, ctx, .. }) => {
-                let samples = Samples { windows: *windows, ctx: *ctx };
-                write_calibrated(packing, cpu, &tokens, samples, args.force, &observer)?;
-            }
-            None => drop(packing.write(cpu, args.force, &observer)?),
+    match (args.plan_only, &args.output) {
+        (true, None) => return print(packing.recipe().trim_end()),
+        (true, Some(path)) => write_recipe(&packing.recipe(), path, args.force)?,
+        (false, _) if args.dry_run => {}
+        (false, _) => {
+            match &options.calibration {
+                Some(Calibration { windows, ctx, .. }) => {
+                    let samples = Samples { windows: *windows, ctx: *ctx };
+                    write_calibrated(packing, cpu, &tokens, samples, args.force, &observer)?
+                }
+                None => packing.write(cpu, args.force, &observer)?,
+            };
         }
     }
     let source_bytes = checkpoint.file_bytes();
-    let summary =
-        Summary::new(tensors.into_iter(), file_bytes, source_bytes, start.elapsed().as_secs_f64(), args.dry_run);
+    let planned = args.dry_run || args.plan_only;
+    let summary = Summary::new(tensors.into_iter(), file_bytes, source_bytes, start.elapsed().as_secs_f64(), planned);
     match (args.json, args.common.quiet) {
         (true, _) => print(&serde_json::to_string_pretty(&summary).expect("plain numbers and strings")),
         (false, true) => Ok(()),
@@ -265,21 +245,10 @@ fn read_calibration(args: &ConvertArgs, checkpoint: &Checkpoint, options: &mut P
     Ok(tokens)
 }
 
-fn default_request(args: &ConvertArgs) -> Result<Request> {
-    let symmetric = !args.asymmetric;
-    let grid = match args.bits {
-        Bits::Float(dtype) => return Ok(Request::Float(dtype)),
-        Bits::Int(bits) => Grid::Int { bits, symmetric },
-        _ if args.asymmetric => {
-            return Err(Error::Option {
-                option: "--asymmetric",
-                why: "only integers of 2 to 8 bits have zero points".into(),
-            });
-        }
-        Bits::Ternary => Grid::Ternary,
-        Bits::Binary => Grid::Binary,
-    };
-    Ok(Request::Quantize { grid, group: args.group_size })
+fn write_recipe(text: &str, path: &Path, force: bool) -> Result<()> {
+    let mut temporary = format::temporary_beside(path)?;
+    temporary.write_all(text.as_bytes()).map_err(Error::io(path))?;
+    format::persist(temporary, path, force)
 }
 
 /// A known architecture must have its tensors; an unknown one is packed all the same.

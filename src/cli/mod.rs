@@ -9,6 +9,7 @@ mod generate;
 mod importance;
 mod inspect;
 mod logits;
+mod policy;
 mod progress;
 mod source;
 mod synth;

@@ -4,9 +4,9 @@ use std::{collections::HashSet, path::Path};
 
 use serde::{Deserialize, Serialize};
 
+use super::PolicyFile;
 use crate::{
     error::{Error, Result},
-    json,
     tensor::CalibrationText,
 };
 
@@ -81,9 +81,12 @@ impl Importance {
     /// # Errors
     /// [`Error::Io`], [`Error::Json`]; [`Error::Importance`] for another version, or a tensor that is named twice.
     pub fn read(path: &Path) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(Error::io(path))?;
-        let read: Self = json::parse(path, &bytes)?;
-        let refuse = |why: String| Err(Error::Importance { path: path.to_owned(), why });
+        Self::parse(&PolicyFile::read(path)?)
+    }
+
+    pub(super) fn parse(file: &PolicyFile) -> Result<Self> {
+        let read: Self = file.json()?;
+        let refuse = |why: String| Err(Error::Importance { path: file.path().to_owned(), why });
         if read.version != VERSION {
             return refuse(format!("version {} is not supported (this program knows version {VERSION})", read.version));
         }

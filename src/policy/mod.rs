@@ -1,8 +1,209 @@
 //! Which tensor gets which encoding.
 
+pub mod budget;
 mod components;
+mod dynamic;
+mod exceptions;
+mod file;
+mod fit;
 pub mod importance;
-mod uniform;
+mod recipe;
+mod sensitivity;
+
+use std::collections::HashMap;
+
+use serde_json::{Value, json};
 
 pub use components::{ComponentRules, PLAIN};
-pub use uniform::Uniform;
+pub use dynamic::{Dynamic, Levels};
+pub use exceptions::Exceptions;
+pub use file::PolicyFile;
+pub use fit::{Budget, SizedAlternative, Target};
+pub use recipe::{Line, Recipe};
+pub use sensitivity::{Cost, Sensitivity, SensitivityTable, TensorSensitivity};
+
+use crate::{
+    encoding::Request,
+    error::{Error, Result},
+};
+
+/// What a policy sees of a tensor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorInfo {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub component: String,
+}
+
+/// What a tensor may become.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Alternative {
+    pub request: Request,
+    /// Whether the user asked for it by name: what cannot be done is then refused, and never replaced by its like.
+    pub named: bool,
+    /// What it costs, where that is known.
+    pub cost: Option<f64>,
+}
+
+impl Alternative {
+    fn named(request: Request) -> Self {
+        Self { request, named: true, cost: None }
+    }
+
+    fn chosen(request: Request) -> Self {
+        Self { request, named: false, cost: None }
+    }
+}
+
+/// How encodings are chosen, and the exceptions to it.
+#[derive(Debug)]
+pub struct Policy {
+    pub components: ComponentRules,
+    pub choice: Choice,
+    pub exceptions: Exceptions,
+}
+
+/// How encodings are chosen.
+#[derive(Debug)]
+pub enum Choice {
+    /// The same for every matrix, embeddings and head included.
+    Uniform(Request),
+    /// By component.
+    Component,
+    /// By rank in a list of importances.
+    Dynamic(Dynamic),
+    /// As a recipe says.
+    Recipe(Recipe),
+    /// Those that cost least, in a file of at most a given size.
+    Budget(Budget),
+}
+
+impl Policy {
+    /// The same encoding for every matrix, with exceptions as [`Exceptions::new`] has them.
+    ///
+    /// # Errors
+    /// A pattern or an encoding that does not parse.
+    pub fn uniform(request: Request, keep: &[String], overrides: &[String]) -> Result<Self> {
+        let exceptions = Exceptions::new(keep, overrides)?;
+        Ok(Self { components: ComponentRules::builtin(), choice: Choice::Uniform(request), exceptions })
+    }
+
+    /// What every tensor may become: several alternatives only where a budget is to choose among them.
+    ///
+    /// # Errors
+    /// A list or a recipe that lacks a tensor or names one that is not there.
+    pub fn resolve(&self, tensors: &[TensorInfo]) -> Result<Vec<Vec<Alternative>>> {
+        let mut resolved = match &self.choice {
+            Choice::Recipe(recipe) => {
+                let requests = recipe.requests(tensors)?;
+                requests.into_iter().map(|request| vec![Alternative::named(request)]).collect()
+            }
+            Choice::Budget(budget) => budget.alternatives(tensors)?,
+            Choice::Dynamic(dynamic) => {
+                let requests = dynamic.requests(tensors)?;
+                requests.into_iter().map(|request| vec![Alternative::chosen(request)]).collect()
+            }
+            Choice::Uniform(request) => {
+                let one = |tensor: &TensorInfo| if tensor.component == PLAIN { Request::Keep } else { *request };
+                tensors.iter().map(|tensor| vec![Alternative::named(one(tensor))]).collect()
+            }
+            Choice::Component => {
+                let one = |tensor: &TensorInfo| Alternative::chosen(self.components.encoding(&tensor.component));
+                tensors.iter().map(|tensor| vec![one(tensor)]).collect::<Vec<_>>()
+            }
+        };
+        for (tensor, alternatives) in tensors.iter().zip(&mut resolved) {
+            if let Some(request) = self.exceptions.request(&tensor.name, &tensor.component) {
+                *alternatives = vec![Alternative::named(request)];
+            }
+        }
+        Ok(resolved)
+    }
+
+    /// The record for the manifest.
+    pub fn record(&self) -> Value {
+        let mut record = match &self.choice {
+            Choice::Uniform(request) => json!({ "name": "uniform", "encoding": request.to_string() }),
+            Choice::Component => json!({ "name": "component", "encodings": self.components.encodings_record() }),
+            Choice::Dynamic(dynamic) => dynamic.record(),
+            Choice::Recipe(recipe) => recipe.record(),
+            Choice::Budget(budget) => budget.record(),
+        };
+        if let Some(rules) = self.components.file_record() {
+            record["rules"] = rules;
+        }
+        self.exceptions.record(&mut record);
+        record
+    }
+}
+
+/// Finds what a list says of every matrix that can be quantized: the index of its entry; `None` for plain tensors.
+///
+/// # Errors
+/// A list that names a tensor twice, or one that is no such matrix, or that lacks one.
+fn match_names<'a>(
+    file: &PolicyFile,
+    names: impl Iterator<Item = &'a str>,
+    tensors: &[TensorInfo],
+) -> Result<Vec<Option<usize>>> {
+    let mut entries = HashMap::new();
+    for (index, name) in names.enumerate() {
+        match tensors.iter().find(|tensor| tensor.name == name) {
+            Some(tensor) if tensor.component == PLAIN => {
+                let why = format!("tensor {name:?} is a vector or a tiny matrix, which is not quantized");
+                return Err(file.error(why));
+            }
+            Some(_) if entries.insert(name, index).is_some() => {
+                return Err(file.error(format!("tensor {name:?} is listed twice")));
+            }
+            Some(_) => {}
+            None => return Err(file.error(format!("tensor {name:?} is none that the packed file will hold"))),
+        }
+    }
+    tensors
+        .iter()
+        .map(|tensor| match entries.get(tensor.name.as_str()) {
+            None if tensor.component != PLAIN => {
+                Err(file.error(format!("tensor {:?} of the checkpoint is missing from the list", tensor.name)))
+            }
+            found => Ok(found.copied()),
+        })
+        .collect()
+}
+
+/// Refuses a file of another version.
+fn check_version(file: &PolicyFile, version: u64) -> Result<(), Error> {
+    match version {
+        1 => Ok(()),
+        other => Err(file.error(format!("version {other} is not known; this program reads version 1"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(super) fn tensor(name: &str, shape: &[usize], component: &str) -> TensorInfo {
+        TensorInfo { name: name.into(), shape: shape.to_vec(), component: component.into() }
+    }
+
+    #[test]
+    fn exceptions_stand_above_every_choice() {
+        let tensors = [
+            tensor("expert", &[64, 64], "expert"),
+            tensor("head", &[64, 64], "output"),
+            tensor("gate", &[64, 64], "other"),
+            tensor("norm", &[64], PLAIN),
+        ];
+        let exceptions = Exceptions::new(&["gate".into()], &["exp=int3:g64".into()]).unwrap();
+        let policy = Policy { components: ComponentRules::builtin(), choice: Choice::Component, exceptions };
+        let resolved = policy.resolve(&tensors).unwrap();
+        let text: Vec<_> = resolved.iter().map(|alternatives| alternatives[0].request.to_string()).collect();
+        assert_eq!(text, ["int3:g64", "fp16", "keep", "keep"]);
+        let named: Vec<_> = resolved.iter().map(|alternatives| alternatives[0].named).collect();
+        assert_eq!(named, [true, false, true, false]);
+        let record = policy.record();
+        assert_eq!((&record["name"], &record["encodings"]["expert"]), (&json!("component"), &json!("int4:g128")));
+        assert_eq!((&record["keep"][0], &record["tensor"][0]), (&json!("gate"), &json!("exp=int3:g64")));
+    }
+}

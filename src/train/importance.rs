@@ -16,6 +16,7 @@ use crate::{
     json,
     model::config::check_not_synthetic,
     ops::autograd::{AutogradOps, Moments, Precision},
+    pack::tied_head,
     policy::{
         ComponentRules, PLAIN,
         importance::{Importance, MeasuredModel, TensorImportance},
@@ -155,10 +156,12 @@ pub fn measure(
     Ok(Importance::new(model, text, (batches, ctx as u64), tensors.collect()))
 }
 
-/// Every tensor that is not plain, and a hash over all tensors: their names, shapes and values as F32.
+/// Every tensor that is not plain and not a tied head, and a hash over all tensors: their names, shapes and values as F32.
 fn look_at_weights(cpu: Cpu, source: &dyn TensorSource) -> Result<(Vec<Quantizable>, String)> {
     let architecture = source.config().and_then(|config| config["architectures"][0].as_str());
-    let rules = ComponentRules::builtin(architecture);
+    let rules = ComponentRules::builtin();
+    // It is packed as the embedding, so no policy asks for it.
+    let tied = tied_head(source)?;
     let mut names = source.names().to_vec();
     names.sort_by(|a, b| natural_order(a, b));
     let (mut quantizable, mut hasher) = (Vec::new(), blake3::Hasher::new());
@@ -168,8 +171,8 @@ fn look_at_weights(cpu: Cpu, source: &dyn TensorSource) -> Result<(Vec<Quantizab
         cpu.dequantize(&tensor.matrix(), 0, &mut values);
         hasher.update(format!("{name:?} {:?}\n", tensor.shape()).as_bytes());
         hasher.update_rayon(bytemuck::cast_slice(&values));
-        let component = rules.component(&name, tensor.shape()).to_owned();
-        if component != PLAIN {
+        let component = rules.component(architecture, &name, tensor.shape()).to_owned();
+        if component != PLAIN && tied != Some(name.as_str()) {
             let sum: f64 = values.iter().map(|value| f64::from(value.abs())).sum();
             quantizable.push(Quantizable { name, component, weight: sum / values.len() as f64 });
         }

@@ -1,0 +1,241 @@
+//! The options that say which tensor gets which encoding.
+
+use std::path::PathBuf;
+
+use bkpack::{
+    Error, Result,
+    encoding::{DEFAULT_GROUP, GroupSize, Request},
+    policy::{
+        Budget, Choice, ComponentRules, Dynamic, Exceptions, Levels, Policy, PolicyFile, Recipe, SensitivityTable,
+        Target,
+    },
+};
+use bkpack_kernels::{FloatType, Grid};
+use clap::{Args, ValueEnum};
+
+use super::convert::parse_size;
+
+/// How encodings are chosen.
+#[derive(Args, Debug)]
+pub struct PolicyArgs {
+    /// How encodings are chosen [default: uniform]
+    #[arg(long, value_enum, conflicts_with = "recipe")]
+    policy: Option<PolicyName>,
+
+    /// Encode every tensor as this recipe says, see --plan-only
+    #[arg(long, value_name = "FILE")]
+    recipe: Option<PathBuf>,
+
+    /// uniform: bits of a weight: 2 to 8, 16 (FP16) or 32; 1 is binary, 1.58 ternary [default: 4]
+    #[arg(long, value_name = "BITS", value_parser = parse_bits)]
+    bits: Option<Bits>,
+
+    /// uniform, dynamic: columns that share a scale: 32, 64, 128, 256, or row for one scale a row [default: 128]
+    #[arg(long, value_name = "N", value_parser = |text: &str| text.parse::<GroupSize>().map_err(|_| "use 32, 64, 128, 256 or row"))]
+    group_size: Option<GroupSize>,
+
+    /// uniform: give each group a zero point of its own
+    #[arg(long)]
+    asymmetric: bool,
+
+    /// dynamic: how important each tensor is, as `bkpack importance` writes it
+    #[arg(long, value_name = "FILE")]
+    importance: Option<PathBuf>,
+
+    /// dynamic: the share of tensors, the most important, at high precision, to the nearest tensor [default: 0.2]
+    #[arg(long, value_name = "SHARE")]
+    high_ratio: Option<f64>,
+
+    /// dynamic: the share of tensors, the least important, at INT4, to the nearest tensor [default: 0.4]
+    #[arg(long, value_name = "SHARE")]
+    low_ratio: Option<f64>,
+
+    /// dynamic: the high precision [default: fp16]
+    #[arg(long, value_enum)]
+    high: Option<High>,
+
+    /// budget: what each encoding of each tensor costs
+    #[arg(long, value_name = "FILE")]
+    sensitivity: Option<PathBuf>,
+
+    /// budget: make the file at least this many times smaller than the weights in FP32
+    #[arg(long, value_name = "X", conflicts_with_all = ["target_bpw", "target_size"])]
+    target_ratio: Option<f64>,
+
+    /// budget: make the file at most this many bits for a weight, everything counted
+    #[arg(long, value_name = "BITS", conflicts_with = "target_size")]
+    target_bpw: Option<f64>,
+
+    /// budget: make the file at most this large, e.g. 80MB
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    target_size: Option<u64>,
+
+    /// budget: give one encoding to tensors that work on the same input (q, k and v; gate and up)
+    #[arg(long)]
+    coupled: bool,
+
+    /// Rules from names to components and their encodings, before the built-in ones (TOML, as src/policy/components.toml)
+    #[arg(long, value_name = "FILE")]
+    rules: Option<PathBuf>,
+
+    /// Leave tensors whose name matches at their source precision (may be repeated)
+    #[arg(long, value_name = "REGEX")]
+    keep: Vec<String>,
+
+    /// Encode tensors whose name matches as told, e.g. 'embed=int8:g64' (may be repeated; the last match decides)
+    #[arg(long, value_name = "REGEX=ENCODING")]
+    tensor: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum PolicyName {
+    /// The same encoding for every matrix
+    Uniform,
+    /// By component: experts INT4, embeddings and head FP16, the rest INT8
+    Component,
+    /// By importance: the most important tensors FP16, the least INT4, the rest INT8
+    Dynamic,
+    /// The encodings that cost least in a file of a given size
+    Budget,
+    /// As a recipe says
+    #[value(skip)]
+    Recipe,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum High {
+    Fp16,
+    Int8,
+}
+
+/// A uniform width before group and symmetry are known.
+#[derive(Clone, Copy, Debug)]
+enum Bits {
+    Int(u32),
+    Ternary,
+    Binary,
+    Float(FloatType),
+}
+
+fn parse_bits(text: &str) -> Result<Bits, &'static str> {
+    Ok(match text {
+        "1" | "binary" => Bits::Binary,
+        "1.58" | "ternary" => Bits::Ternary,
+        "16" => Bits::Float(FloatType::F16),
+        "32" => Bits::Float(FloatType::F32),
+        _ => match text.parse() {
+            Ok(bits @ 2..=8) => Bits::Int(bits),
+            _ => return Err("use 1, 1.58, 2 to 8, 16 or 32"),
+        },
+    })
+}
+
+impl PolicyArgs {
+    /// The policy that these options describe; reads the files that they name.
+    ///
+    /// # Errors
+    /// An option that does not belong to the policy or is missing, a file that does not parse.
+    pub fn policy(&self) -> Result<Policy> {
+        let name = match self.recipe {
+            Some(_) => PolicyName::Recipe,
+            None => self.policy.unwrap_or(PolicyName::Uniform),
+        };
+        self.refuse_options_of_others(name)?;
+        let choice = match name {
+            PolicyName::Uniform => Choice::Uniform(self.uniform()?),
+            PolicyName::Component => Choice::Component,
+            PolicyName::Dynamic => Choice::Dynamic(self.dynamic()?),
+            PolicyName::Budget => Choice::Budget(self.budget()?),
+            PolicyName::Recipe => {
+                let path = self.recipe.as_ref().expect("a recipe was named");
+                Choice::Recipe(Recipe::parse(PolicyFile::read(path)?)?)
+            }
+        };
+        let components = match &self.rules {
+            Some(path) => ComponentRules::with_file(PolicyFile::read(path)?)?,
+            None => ComponentRules::builtin(),
+        };
+        Ok(Policy { components, choice, exceptions: Exceptions::new(&self.keep, &self.tensor)? })
+    }
+
+    /// An option that a policy would not look at is most likely a mistake.
+    fn refuse_options_of_others(&self, name: PolicyName) -> Result<()> {
+        use PolicyName::{Budget, Dynamic, Uniform};
+        let options: [(_, bool, &[PolicyName]); 12] = [
+            ("--bits", self.bits.is_some(), &[Uniform]),
+            ("--group-size", self.group_size.is_some(), &[Uniform, Dynamic]),
+            ("--asymmetric", self.asymmetric, &[Uniform]),
+            ("--importance", self.importance.is_some(), &[Dynamic]),
+            ("--high-ratio", self.high_ratio.is_some(), &[Dynamic]),
+            ("--low-ratio", self.low_ratio.is_some(), &[Dynamic]),
+            ("--high", self.high.is_some(), &[Dynamic]),
+            ("--sensitivity", self.sensitivity.is_some(), &[Budget]),
+            ("--target-ratio", self.target_ratio.is_some(), &[Budget]),
+            ("--target-bpw", self.target_bpw.is_some(), &[Budget]),
+            ("--target-size", self.target_size.is_some(), &[Budget]),
+            ("--coupled", self.coupled, &[Budget]),
+        ];
+        match options.into_iter().find(|(_, given, policies)| *given && !policies.contains(&name)) {
+            None => Ok(()),
+            Some((option, _, policies)) => {
+                let names = policies.iter().filter_map(PolicyName::to_possible_value);
+                let names: Vec<_> = names.map(|value| format!("--policy {}", value.get_name())).collect();
+                Err(Error::Option { option, why: format!("belongs to {}", names.join(" and ")) })
+            }
+        }
+    }
+
+    fn uniform(&self) -> Result<Request> {
+        let symmetric = !self.asymmetric;
+        let grid = match self.bits.unwrap_or(Bits::Int(4)) {
+            Bits::Float(dtype) => return Ok(Request::Float(dtype)),
+            Bits::Int(bits) => Grid::Int { bits, symmetric },
+            _ if self.asymmetric => {
+                return Err(Error::Option {
+                    option: "--asymmetric",
+                    why: "only integers of 2 to 8 bits have zero points".into(),
+                });
+            }
+            Bits::Ternary => Grid::Ternary,
+            Bits::Binary => Grid::Binary,
+        };
+        Ok(Request::Quantize { grid, group: self.group_size.unwrap_or(DEFAULT_GROUP) })
+    }
+
+    fn dynamic(&self) -> Result<Dynamic> {
+        let Some(path) = &self.importance else {
+            let why = "is needed for --policy dynamic; bkpack importance writes such a file";
+            return Err(Error::Option { option: "--importance", why: why.into() });
+        };
+        let group = self.group_size.unwrap_or(DEFAULT_GROUP);
+        let int = |bits| Request::Quantize { grid: Grid::Int { bits, symmetric: true }, group };
+        let levels = Levels {
+            high_ratio: self.high_ratio.unwrap_or(0.2),
+            low_ratio: self.low_ratio.unwrap_or(0.4),
+            high: match self.high.unwrap_or(High::Fp16) {
+                High::Fp16 => Request::Float(FloatType::F16),
+                High::Int8 => int(8),
+            },
+            middle: int(8),
+            low: int(4),
+        };
+        Dynamic::parse(PolicyFile::read(path)?, levels)
+    }
+
+    fn budget(&self) -> Result<Budget> {
+        let target = match (self.target_ratio, self.target_bpw, self.target_size) {
+            (Some(ratio), _, _) => Target::Ratio(ratio),
+            (_, Some(bits), _) => Target::BitsPerWeight(bits),
+            (_, _, Some(bytes)) => Target::Bytes(bytes),
+            _ => {
+                let why = "is needed for --policy budget, or --target-bpw, or --target-size";
+                return Err(Error::Option { option: "--target-ratio", why: why.into() });
+            }
+        };
+        let Some(path) = &self.sensitivity else {
+            let why = "is needed for --policy budget: what each encoding of each tensor costs";
+            return Err(Error::Option { option: "--sensitivity", why: why.into() });
+        };
+        Budget::new(SensitivityTable::parse(PolicyFile::read(path)?)?, target, self.coupled)
+    }
+}
