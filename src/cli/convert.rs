@@ -173,9 +173,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         let why = "is packed already; convert the checkpoint that it came from".into();
         return Err(Error::NotAModel { path: args.source.clone(), why });
     }
-    let open_options = args.checkpoint.options(&[&args.source])?;
-    let checkpoint = checkpoint::open_with(&args.source, &open_options[0])?;
-    checkpoint.notices().iter().for_each(|notice| args.common.notice(notice));
+    let checkpoint = args.checkpoint.open_checkpoint(&args.source, &args.common)?;
     refuse_same_file(&args.source, &args.output)?;
     refuse_file_of_checkpoint(&args.source, &args.output)?;
     format::check_output(&args.output, args.force || args.dry_run)?;
