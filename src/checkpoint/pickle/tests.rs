@@ -66,7 +66,7 @@ fn what_a_pickle_makes_is_bounded_whatever_it_makes() {
     refused(&vec![b'('; MAX_MADE + 1]);
     refused(&[vec![b'N'], vec![0x94; MAX_MADE]].concat());
     // Entries of one list that is dropped again and again, and one list of a thousand given to every call.
-    refused(&[b"]", &b"(NNNNNNe"[..].repeat(MAX_MADE / 12)[..]].concat());
+    refused(&[b"]", &b"(NNNNNNe"[..].repeat(MAX_MADE / 12 + 1)[..]].concat());
     let list = [b"](", &b"N"[..].repeat(1000)[..], b"eq\x00ccollections\nOrderedDict\nq\x01"].concat();
     refused(&[&list[..], &b"h\x01h\x00\x85R0"[..].repeat(MAX_MADE / 2000)[..]].concat());
 }
