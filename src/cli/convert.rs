@@ -5,6 +5,7 @@ use std::{path::PathBuf, time::Instant};
 use bkpack::{
     Error, Result, checkpoint,
     encoding::{GroupSize, Request},
+    error::short,
     format, model,
     pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
     policy::Uniform,
@@ -231,7 +232,7 @@ fn note_architecture(args: &ConvertArgs, checkpoint: &checkpoint::Checkpoint) ->
             "no config.json: packed by generic rules; eval will not be able to run it (--config FILE names one)",
         ),
         Some(config) if model::Architecture::from_config(config).is_none() => {
-            let name = config["architectures"][0].as_str().unwrap_or("(none)");
+            let name = short(config["architectures"][0].as_str().unwrap_or("(none)"));
             args.common
                 .notice(&format!("architecture {name} is not known: packed by generic rules; eval cannot run it"));
         }
