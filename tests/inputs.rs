@@ -374,9 +374,10 @@ fn renaming_follows_the_rules_in_order() {
     let error = bare.open_with(&[r"\.\d=."]).unwrap_err();
     assert!(matches!(&error, Error::SharedName { tensor, .. } if tensor == "net..w"), "{error}");
     let error = bare.open_with(&["nothing=x"]).unwrap_err();
-    assert!(matches!(&error, Error::Pattern { pattern, .. } if pattern == "nothing"), "{error}");
+    assert!(matches!(&error, Error::Option { option: "--rename", .. }), "{error}");
+    assert!(error.to_string().contains("pattern \"nothing\" matches no tensor of"), "{error}");
     assert!(bare.open_with(&["("]).unwrap_err().to_string().contains("REGEX=REPLACEMENT"));
-    assert!(matches!(bare.open_with(&["(=x"]), Err(Error::Pattern { .. })));
+    assert_eq!(bare.open_with(&["(=x"]).unwrap_err().to_string(), "pattern \"(\": unclosed group");
 }
 
 #[test]
@@ -385,7 +386,9 @@ fn options_that_apply_to_nothing_are_wrong_use() {
     let at = |name: &str| folder.path().join(name);
     let (source, packed, config) = (formats().join("zip.pt"), at("m.bkpack"), fixture().join("config.json"));
     let outcome = bkpack(&[&"convert", &source, &"-o", &packed, &"--rename", &r"^plane\.=first."]);
-    assert_refused(&outcome, &["matches no tensor"]);
+    assert_refused(&outcome, &["--rename: pattern \"^plane\\.\" matches no tensor of", "zip.pt"]);
+    let outcome = bkpack(&[&"convert", &source, &"-o", &packed, &"--rename", &"(=x"]);
+    assert_refused(&outcome, &["--rename", "unclosed group"]);
     let outcome = bkpack(&[&"convert", &source, &"-o", &packed, &"--rename", &r"^plain\.=first."]);
     let notices = String::from_utf8(outcome.stderr).unwrap();
     assert!(outcome.status.success(), "{notices}");
@@ -407,12 +410,106 @@ fn options_that_apply_to_nothing_are_wrong_use() {
     }
     assert_refused(
         &bkpack(&[&"convert", &fixture(), &"-o", &packed, &"--force", &"--config", &config]),
-        &["--config", "one file"],
+        &["--config", "config.json of its own"],
     );
 
-    // Of two models, the options go to the one that is a bare file.
+    // A packed model beside a checkpoint is none of their business.
     let outcome = bkpack(&[&"diff", &source, &packed, &"--rename", &r"^plain\.=first.", &"--json"]);
+    assert_eq!(only_first(&outcome), Vec::<String>::new());
+}
+
+/// The names that `diff --json` finds in the first model only.
+#[track_caller]
+fn only_first(outcome: &Output) -> Vec<String> {
     assert!(outcome.status.success(), "{}", String::from_utf8_lossy(&outcome.stderr));
     let differences: serde_json::Value = serde_json::from_slice(&outcome.stdout).unwrap();
-    assert_eq!(differences["only_first"], serde_json::json!([]));
+    serde_json::from_value(differences["only_first"].clone()).unwrap()
+}
+
+#[test]
+fn options_apply_to_every_checkpoint_that_they_fit() {
+    let folder = TempDir::new().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let tensors = |prefix: &str| {
+        let tensor = |index: usize| Stored::of(&format!("{prefix}.{index}.w"), "F32", &[2], &[1.0, 2.0]);
+        safetensors(&[tensor(0), tensor(1)])
+    };
+    std::fs::write(at("one"), tensors("net")).unwrap();
+    std::fs::write(at("two"), tensors("net")).unwrap();
+    std::fs::write(at("other"), tensors("model")).unwrap();
+    std::fs::create_dir(at("folder")).unwrap();
+    std::fs::write(at("folder/model.safetensors"), tensors("net")).unwrap();
+
+    // Files and folders alike, and a pattern must match in one of them only.
+    for second in ["two", "other", "folder"] {
+        let outcome = bkpack(&[&"diff", &at("one"), &at(second), &"--rename", &r"^net\.=model.", &"--json"]);
+        assert_eq!(only_first(&outcome), Vec::<String>::new(), "{second}");
+    }
+    let outcome = bkpack(&[&"diff", &at("one"), &at("two"), &"--rename", &"^model=x", &"--json"]);
+    assert_refused(&outcome, &["--rename", "^model", "one or ", "two"]);
+
+    // A config goes to each that has none, folders too, and not to the one that has its own.
+    let config = fixture().join("config.json");
+    let ids = at("ids.json");
+    std::fs::write(&ids, "[1, 2]").unwrap();
+    let source =
+        checkpoint::open_with(&at("folder"), &OpenOptions { config: Some(config.clone()), rename: Vec::new() });
+    assert!(source.unwrap().config().is_some());
+    let (bare, own) = (at("bare"), fixture());
+    std::fs::copy(own.join("model.safetensors"), &bare).unwrap();
+    let outcome = bkpack(&[&"logits", &bare, &"--tokens", &ids, &"-o", &at("logits")]);
+    assert_refused(&outcome, &["no config.json", "--config FILE"]);
+    assert!(!String::from_utf8_lossy(&outcome.stderr).contains("inspect"));
+    for (model, baseline) in [(&bare, &own), (&own, &bare), (&bare, &bare)] {
+        let options: [&dyn AsRef<std::ffi::OsStr>; 8] =
+            [&"eval", model, &"--baseline", baseline, &"--config", &config, &"--tokens", &ids];
+        let outcome = bkpack(&[&options[..], &[&"--ctx", &"2"]].concat());
+        assert!(outcome.status.success(), "{}", String::from_utf8_lossy(&outcome.stderr));
+    }
+}
+
+#[test]
+fn verify_refuses_options_of_a_measurement_that_it_does_not_make() {
+    let folder = TempDir::new().unwrap();
+    let packed = folder.path().join("m.bkpack");
+    assert!(bkpack(&[&"convert", &formats().join("zip.pt"), &"-qo", &packed]).status.success());
+    assert!(bkpack(&[&"verify", &packed]).status.success());
+    for option in [
+        &["--config", "c.json"][..],
+        &["--rename", "a=b"],
+        &["--ctx", "8"],
+        &["--skip", "1"],
+        &["--limit-tokens", "9"],
+        &["--allow-lookahead"],
+        &["--activations", "exact"],
+    ] {
+        let outcome = Command::cargo_bin("bkpack").unwrap().arg("verify").arg(&packed).args(option).output().unwrap();
+        assert_refused(&outcome, &["--baseline"]);
+    }
+}
+
+#[test]
+fn the_prefix_of_a_wrapper_is_left_out_first_and_said() {
+    let folder = TempDir::new().unwrap();
+    let path = folder.path().join("wrapped.pt");
+    let view = |name: &str, key: &str| View::whole(name, "FloatStorage", key, &[2]);
+    let write = |names: [&str; 2]| {
+        let views = [view(names[0], "0"), view(names[1], "1")];
+        let storages = ["0", "1"].map(|key| (key.to_owned(), vec![0; 8]));
+        std::fs::write(&path, containers::torch_zip(containers::state_dict(&views), &storages, "little", false))
+            .unwrap();
+    };
+    let open = |rename: &str| {
+        let rename = vec![rename.parse().unwrap()];
+        checkpoint::open_with(&path, &OpenOptions { config: None, rename })
+    };
+    write(["module.a", "module.module.b"]);
+    let source = open("^a$=c").unwrap();
+    assert_eq!(source.names(), ["c", "module.b"]);
+    assert!(matches!(source.notices(), [notice] if notice.contains("module.") && notice.contains("--rename")));
+    assert!(open(r"^module\.a=c").is_err());
+    write(["module.a", "b"]);
+    let source = open("^b$=c").unwrap();
+    assert_eq!(source.names(), ["c", "module.a"]);
+    assert!(source.notices().is_empty());
 }

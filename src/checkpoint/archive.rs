@@ -5,13 +5,14 @@ use std::{
     io::{Cursor, ErrorKind, Read},
     ops::Range,
     path::Path,
+    sync::{Arc, OnceLock},
 };
 
 use flate2::{Crc, read::DeflateDecoder};
 use zip::{CompressionMethod, ZipArchive, result::ZipError};
 
 use super::stored::Place;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, short};
 
 /// Deflate cannot shrink by more than this: a match of 258 bytes takes at least two bits.
 const MAX_RATIO: u64 = 1032;
@@ -23,11 +24,38 @@ pub(super) struct Member {
     pub place: Place,
 }
 
+/// A member that is stored as it is.
+#[derive(Debug)]
+pub(super) struct Stored {
+    name: String,
+    /// Its bytes in the file.
+    pub range: Range<usize>,
+    crc: u32,
+    /// Whether the bytes match the CRC, once that is known.
+    intact: OnceLock<bool>,
+}
+
+impl Stored {
+    /// Its bytes. The first call checks them against the CRC, so that opening reads no weights and many tensors in one
+    /// member cost one check.
+    ///
+    /// # Errors
+    /// A sentence that says that they do not match.
+    pub fn read<'a>(&self, file: &'a [u8]) -> Result<&'a [u8], String> {
+        let bytes = &file[self.range.clone()];
+        match self.intact.get_or_init(|| crc(bytes) == self.crc) {
+            true => Ok(bytes),
+            false => Err(mismatch(&self.name)),
+        }
+    }
+}
+
 /// A compressed member.
 #[derive(Clone, Debug)]
 pub(super) struct Deflated {
+    name: Arc<str>,
     /// Its compressed bytes in the file.
-    range: Range<usize>,
+    pub range: Range<usize>,
     /// Bytes that it must inflate to.
     pub size: usize,
     crc: u32,
@@ -47,10 +75,8 @@ impl Deflated {
             Ok(_) => return Err(format!("its compressed data inflates past the declared {} bytes", self.size)),
             Err(error) => return Err(self.broken(&error)),
         }
-        let mut crc = Crc::new();
-        crc.update(&bytes);
-        if crc.sum() != self.crc {
-            return Err("its bytes do not match their CRC: the archive was changed or damaged".into());
+        if crc(&bytes) != self.crc {
+            return Err(mismatch(&self.name));
         }
         Ok(bytes)
     }
@@ -70,6 +96,17 @@ impl Deflated {
             _ => format!("its compressed data is broken: {error}"),
         }
     }
+}
+
+fn crc(bytes: &[u8]) -> u32 {
+    let mut crc = Crc::new();
+    crc.update(bytes);
+    crc.sum()
+}
+
+fn mismatch(member: &str) -> String {
+    let member = short(member);
+    format!("member {member}: its bytes do not match their CRC: the archive was changed or damaged")
 }
 
 /// Every member of an archive, in the order of its directory; folders are left out.
@@ -94,7 +131,7 @@ pub(super) fn members(path: &Path, file: &[u8]) -> Result<Vec<Member>> {
         if entry.is_dir() {
             continue;
         }
-        let refuse = |why: &str| refuse(format!("member {name}: {why}"));
+        let refuse = |why: &str| refuse(format!("member {}: {why}", short(&name)));
         if entry.encrypted() {
             return Err(refuse("is encrypted"));
         }
@@ -105,13 +142,18 @@ pub(super) fn members(path: &Path, file: &[u8]) -> Result<Vec<Member>> {
         });
         let range = range.ok_or_else(|| refuse("lies beyond the end of the file"))?;
         let place = match entry.compression() {
-            CompressionMethod::Stored if entry.size() == entry.compressed_size() => Place::Mapped(range),
+            CompressionMethod::Stored if entry.size() == entry.compressed_size() => {
+                let (name, crc) = (name.clone(), entry.crc32());
+                Place::Stored(Arc::new(Stored { name, range, crc, intact: OnceLock::new() }))
+            }
             CompressionMethod::Stored => return Err(refuse("is stored, but its two sizes differ")),
             CompressionMethod::Deflated => {
                 let size = usize::try_from(entry.size()).ok();
                 let reachable = entry.compressed_size().saturating_mul(MAX_RATIO);
                 match size.filter(|_| entry.size() <= reachable) {
-                    Some(size) => Place::Deflated(Deflated { range, size, crc: entry.crc32() }),
+                    Some(size) => {
+                        Place::Deflated(Deflated { name: name.as_str().into(), range, size, crc: entry.crc32() })
+                    }
                     None => {
                         return Err(refuse(&format!(
                             "declares {} bytes, which {} compressed bytes cannot inflate to",

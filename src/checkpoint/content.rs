@@ -7,9 +7,11 @@ use crate::error::{Error, Result};
 
 /// Whether a file may be safetensors: what is surely something else is not.
 pub(crate) fn may_be_safetensors(file: &[u8]) -> bool {
-    // Eight bytes of length, of which the upper four are zero, then a JSON object.
-    let header = file.len() > 8 && file[4..8] == [0; 4] && file[8] == b'{';
-    header || !(is_zip(file) || torch_legacy::is_legacy(file) || foreign(file).is_some())
+    let Some((length, rest)) = file.split_first_chunk() else { return true };
+    // A length, of which the upper four bytes are zero, then a JSON object.
+    let header = length[4..] == [0; 4] && rest.first() == Some(&b'{');
+    let fits = u64::from_le_bytes(*length) <= rest.len() as u64;
+    header || fits && !(is_zip(file) || torch_legacy::is_legacy(file) || foreign(file).is_some())
 }
 
 fn is_zip(file: &[u8]) -> bool {
@@ -25,6 +27,13 @@ fn foreign(file: &[u8]) -> Option<&'static str> {
         _ if file.get(257..262) == Some(b"ustar") => {
             "a tar archive, as PyTorch wrote before 2018 (or something else); load and save it with a newer PyTorch"
         }
+        _ if file.starts_with(b"version https://git-lfs.github.com/spec/") => {
+            "a pointer of Git LFS and not the file itself; fetch it with `git lfs pull`"
+        }
+        _ if file.starts_with(b"<!") || file.starts_with(b"<html") => {
+            "a web page, most likely what a download gave instead of the file; fetch it again"
+        }
+        _ if file.starts_with(b"{") => "a JSON file; name the folder or the file of weights that it belongs to",
         _ if file.starts_with(b"GGUF") => "a GGUF file, which is quantized or converted already; bring its checkpoint",
         _ if file.starts_with(b"\x89HDF\r\n\x1a\n") => "an HDF5 file; save the weights as safetensors or .npz",
         _ if file.starts_with(b"\x1f\x8b") => "a gzip file; unpack it first",
@@ -49,6 +58,9 @@ pub(super) fn read(path: &Path, file: &[u8]) -> Result<(CheckpointKind, Contents
     }
     if let Some(format) = foreign(file) {
         return Err(refuse(format!("is {format}")));
+    }
+    if !is_zip(file) {
+        return Err(refuse("is none of safetensors, NPZ and PyTorch by its first bytes".into()));
     }
     let members = archive::members(path, file)?;
     if members.iter().any(|member| member.name == "data.pkl" || member.name.ends_with("/data.pkl")) {

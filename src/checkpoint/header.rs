@@ -7,7 +7,7 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors};
 use serde_json::{Map, Value};
 
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, short},
     json,
 };
 
@@ -69,6 +69,9 @@ fn broken(path: &Path, file: &[u8], error: SafeTensorError) -> Error {
     let claimed = file.get(..8).map(|bytes| u64::from_le_bytes(bytes.try_into().expect("eight bytes")));
     let why = match error {
         SafeTensorError::HeaderTooSmall => format!("{} bytes, too short for a header", file.len()),
+        SafeTensorError::HeaderTooLarge if file.get(8) != Some(&b'{') => {
+            "it starts neither with a length nor with a header".into()
+        }
         SafeTensorError::HeaderTooLarge => {
             format!("the header claims {} bytes, above the limit of 100,000,000", claimed.unwrap_or_default())
         }
@@ -83,7 +86,7 @@ fn broken(path: &Path, file: &[u8], error: SafeTensorError) -> Error {
             format!("the tensors do not end where the file ends ({} bytes): truncated, or trailing bytes", file.len())
         }
         SafeTensorError::InvalidOffset(tensor) => {
-            format!("tensor {tensor} overlaps another or leaves a hole before it")
+            format!("tensor {} overlaps another or leaves a hole before it", short(&tensor))
         }
         SafeTensorError::TensorInvalidInfo => format!("the shape and type of {} do not fit its bytes", misfit(file)),
         SafeTensorError::ValidationOverflow => format!("the shape or offsets of {} overflow", misfit(file)),
@@ -98,7 +101,9 @@ fn misfit(file: &[u8]) -> String {
     let header = file.get(8..).and_then(|rest| rest.get(..length)).unwrap_or_default();
     let entries: Map<String, Value> = serde_json::from_slice(header).unwrap_or_default();
     let mut tensors = entries.iter().filter(|(name, _)| *name != "__metadata__");
-    tensors.find(|(_, info)| fits(info) != Some(true)).map_or("a tensor".into(), |(name, _)| format!("tensor {name}"))
+    tensors
+        .find(|(_, info)| fits(info) != Some(true))
+        .map_or("a tensor".into(), |(name, _)| format!("tensor {}", short(name)))
 }
 
 /// Whether a tensor's bytes are as many as its shape and type ask for; `None` where a number overflows.

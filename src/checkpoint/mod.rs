@@ -130,12 +130,25 @@ pub fn open(path: &Path) -> Result<Checkpoint> {
 /// A path that is neither, a missing shard, a file that breaks a rule of its format, a tensor that is no float or is
 /// empty, an 8-bit tensor with a scale beside it, a rename that matches nothing or makes two names one.
 pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Checkpoint> {
+    let (checkpoint, matched) = open_sharing(path, options)?;
+    match options.rename.iter().zip(matched).find(|(_, matched)| !matched) {
+        Some((rename, _)) => Err(rename.matches_nothing(&[path])),
+        None => Ok(checkpoint),
+    }
+}
+
+/// Opens one of several checkpoints that share `options.rename`: also says of each pattern whether it matches here.
+///
+/// # Errors
+/// As [`open_with`], except for a pattern that matches nothing.
+pub fn open_sharing(path: &Path, options: &OpenOptions) -> Result<(Checkpoint, Vec<bool>)> {
     let folder = std::fs::metadata(path).map_err(Error::io(path))?.is_dir();
     let companions = match (&options.config, folder) {
-        (Some(_), true) => {
-            let why = format!("{} is a folder, whose own config.json counts; leave it out", path.display());
+        (Some(_), true) if has_config(path) => {
+            let why = format!("{} has a config.json of its own, which counts; leave it out", path.display());
             return Err(Error::Option { option: "--config", why });
         }
+        (Some(config), true) => Some((config.clone(), path.to_owned())),
         (Some(config), false) => Some((config.clone(), config.parent().unwrap_or(Path::new("")).to_owned())),
         (None, true) => Some((path.join("config.json"), path.to_owned())),
         (None, false) => None,
@@ -143,7 +156,7 @@ pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Checkpoint> {
     let config = match companions.as_ref().map(|(config, _)| (config, std::fs::read(config))) {
         None => None,
         Some((path, Ok(bytes))) => Some(json::parse(path, &bytes)?),
-        Some((_, Err(error))) if folder && error.kind() == ErrorKind::NotFound => None,
+        Some((_, Err(error))) if options.config.is_none() && error.kind() == ErrorKind::NotFound => None,
         Some((path, Err(error))) => return Err(Error::io(path)(error)),
     };
     let files = if folder { huggingface::open(path)? } else { vec![WeightFile::open(path)?] };
@@ -158,29 +171,36 @@ pub fn open_with(path: &Path, options: &OpenOptions) -> Result<Checkpoint> {
         tensors: HashMap::new(),
         notices: Vec::new(),
     };
-    checkpoint.rename(&options.rename)?;
+    let matched = checkpoint.rename(&options.rename);
     checkpoint.check_tensors()?;
     checkpoint.collect_names()?;
     checkpoint.collect_notices();
-    Ok(checkpoint)
+    Ok((checkpoint, matched))
+}
+
+/// Whether a checkpoint is a folder with a config.json, so that it takes no other.
+pub fn has_config(path: &Path) -> bool {
+    path.is_dir() && path.join("config.json").exists()
 }
 
 /// What wrapped models (DataParallel and its like) put before every name.
 const WRAPPER: &str = "module.";
 
 impl Checkpoint {
-    /// Gives every tensor its final name.
-    fn rename(&mut self, rules: &[Rename]) -> Result<()> {
+    /// Gives every tensor its final name; which of the rules match one.
+    fn rename(&mut self, rules: &[Rename]) -> Vec<bool> {
         let torch = self.files.iter().all(|file| file.kind == CheckpointKind::Torch);
         if torch && self.stored().all(|(_, tensor)| tensor.name.starts_with(WRAPPER)) {
             let tensors = self.files.iter_mut().flat_map(|file| &mut file.contents.tensors);
             tensors.for_each(|tensor| drop(tensor.name.drain(..WRAPPER.len())));
+            let notice = "every name starts with module. (a wrapper's): it is left out, and --rename sees what remains";
+            self.notices.push(notice.into());
         }
-        for rule in rules {
+        let apply = |rule: &Rename| {
             let tensors = self.files.iter_mut().flat_map(|file| &mut file.contents.tensors);
-            rule.apply(tensors.map(|tensor| &mut tensor.name))?;
-        }
-        Ok(())
+            rule.apply(tensors.map(|tensor| &mut tensor.name))
+        };
+        rules.iter().map(apply).collect()
     }
 
     /// Every tensor with the file that it is in.
@@ -206,6 +226,9 @@ impl Checkpoint {
                     return Err(Error::ScaledFloat8 { path: path(), tensor: tensor.name.clone(), scale });
                 }
             }
+        }
+        for file in &self.files {
+            stored::check_sharing(&file.path, &file.contents.tensors)?;
         }
         if names.is_empty() {
             return Err(Error::NotAModel { path: self.path.clone(), why: "holds no tensors".into() });
@@ -237,7 +260,7 @@ impl Checkpoint {
     }
 
     fn collect_notices(&mut self) {
-        let mut notices: Vec<String> = Vec::new();
+        let mut notices = std::mem::take(&mut self.notices);
         for notice in self.files.iter().flat_map(|file| &file.contents.notices) {
             if !notices.contains(notice) {
                 notices.push(notice.clone());

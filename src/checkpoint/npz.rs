@@ -5,7 +5,7 @@ use std::path::Path;
 use super::{
     archive::Member,
     npy::{self, Dtype},
-    stored::{Place, StoredTensor, column_major_strides},
+    stored::{StoredTensor, column_major_strides},
 };
 use crate::error::{Error, Result};
 
@@ -20,15 +20,8 @@ fn tensor(path: &Path, file: &[u8], member: Member) -> Result<StoredTensor> {
     let Some(name) = member.strip_suffix(".npy") else {
         return Err(refuse("is no .npy array, and an NPZ file holds nothing else".into()));
     };
-    let inflated;
-    let head = match &place {
-        Place::Mapped(range) => &file[range.start..range.end.min(range.start + npy::MAX_HEADER)],
-        Place::Deflated(deflated) => {
-            inflated = deflated.inflate_head(file, npy::MAX_HEADER).map_err(refuse)?;
-            &inflated
-        }
-    };
-    let header = npy::read(head).map_err(refuse)?;
+    let head = place.head(file, npy::MAX_HEADER).map_err(refuse)?;
+    let header = npy::read(&head).map_err(refuse)?;
     let (element, complex, big_endian) = match header.dtype {
         Dtype::Float { element, complex, big_endian } => (element, complex, big_endian),
         Dtype::Other(dtype) => {

@@ -1,17 +1,21 @@
 //! What a user can say about a checkpoint that its files do not: its config, and other names for its tensors.
 
-use std::{path::PathBuf, str::FromStr};
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use regex::Regex;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, short};
 
 /// How to open a checkpoint.
 #[derive(Clone, Debug, Default)]
 pub struct OpenOptions {
-    /// The config.json of a bare file; the tokenizer and other files of the model are taken from its folder.
+    /// The config.json of a checkpoint that has none. The tokenizer and other files of the model are taken from its
+    /// folder, or from the checkpoint's own where that is a folder.
     pub config: Option<PathBuf>,
-    /// Applied to every tensor's name, one after the other.
+    /// Applied to every tensor's name, one after the other. Names come without the `module.` of PyTorch's wrappers.
     pub rename: Vec<Rename>,
 }
 
@@ -30,29 +34,27 @@ impl FromStr for Rename {
             option: "--rename",
             why: format!("{text:?} is not of the form 'REGEX=REPLACEMENT'"),
         })?;
-        let pattern = Regex::new(pattern)
-            .map_err(|_| Error::Pattern { pattern: pattern.into(), why: "is not a regular expression".into() })?;
-        Ok(Self { pattern, replacement: replacement.into() })
+        let regex = Regex::new(pattern).map_err(|error| Error::pattern(pattern, &error))?;
+        Ok(Self { pattern: regex, replacement: replacement.into() })
     }
 }
 
 impl Rename {
-    /// Applies it to every name.
-    ///
-    /// # Errors
-    /// It matches none of them: most likely a typing error.
-    pub(super) fn apply<'a>(&self, names: impl Iterator<Item = &'a mut String>) -> Result<()> {
+    /// Applies it to every name; whether it matches one.
+    pub(super) fn apply<'a>(&self, names: impl Iterator<Item = &'a mut String>) -> bool {
         let mut matches = false;
         for name in names.filter(|name| self.pattern.is_match(name)) {
             matches = true;
             *name = self.pattern.replace_all(name, &self.replacement).into_owned();
         }
-        match matches {
-            true => Ok(()),
-            false => Err(Error::Pattern {
-                pattern: self.pattern.to_string(),
-                why: "matches no tensor of the checkpoint".into(),
-            }),
-        }
+        matches
+    }
+
+    /// The refusal of a pattern that matches nothing in any of the checkpoints: most likely a typing error.
+    pub fn matches_nothing(&self, checkpoints: &[&Path]) -> Error {
+        let checkpoints: Vec<_> = checkpoints.iter().map(|path| path.display().to_string()).collect();
+        let pattern = short(self.pattern.as_str());
+        let why = format!("pattern {pattern:?} matches no tensor of {}", checkpoints.join(" or "));
+        Error::Option { option: "--rename", why }
     }
 }

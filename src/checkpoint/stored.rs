@@ -1,15 +1,19 @@
 //! A tensor as a file stores it: where its bytes are, in which type and order, and how they are read.
 
-use std::{borrow::Cow, ops::Range, path::Path};
+use std::{borrow::Cow, collections::HashMap, ops::Range, path::Path, sync::Arc};
 
 use super::{
-    archive::Deflated,
+    archive::{Deflated, Stored},
     dtype::{Element, Strided, gather},
 };
 use crate::{
-    error::{Error, Result},
+    error::{Error, Result, short},
     tensor::{ComplexPart, checked_elements},
 };
+
+/// How often the bytes of a file may be seen through its tensors, on average: tied weights are stored once and named
+/// once for each place that uses them, in some models for each layer.
+const MOST_SHARING: u64 = 16;
 
 /// One tensor of a file.
 #[derive(Clone, Debug)]
@@ -31,7 +35,11 @@ pub(super) struct StoredTensor {
 /// Bytes of a file.
 #[derive(Clone, Debug)]
 pub(super) enum Place {
+    /// A stretch of the file itself.
     Mapped(Range<usize>),
+    /// A member of an archive, stored as it is.
+    Stored(Arc<Stored>),
+    /// A compressed member of an archive.
     Deflated(Deflated),
 }
 
@@ -40,19 +48,43 @@ impl Place {
     pub fn len(&self) -> usize {
         match self {
             Place::Mapped(range) => range.len(),
+            Place::Stored(member) => member.range.len(),
             Place::Deflated(member) => member.size,
+        }
+    }
+
+    /// Where its first byte lies in the file.
+    fn start(&self) -> usize {
+        match self {
+            Place::Mapped(range) => range.start,
+            Place::Stored(member) => member.range.start,
+            Place::Deflated(member) => member.range.start,
         }
     }
 
     /// The bytes, borrowed from the file where they are stored as they are.
     ///
     /// # Errors
-    /// A sentence about a compressed member that is broken.
+    /// A sentence about a member of an archive that is broken.
     pub fn read<'a>(&self, file: &'a [u8]) -> Result<Cow<'a, [u8]>, String> {
         match self {
             Place::Mapped(range) => Ok(Cow::Borrowed(&file[range.clone()])),
+            Place::Stored(member) => member.read(file).map(Cow::Borrowed),
             Place::Deflated(member) => member.inflate(file).map(Cow::Owned),
         }
+    }
+
+    /// The first bytes, at most `limit` of them, checked against no CRC.
+    ///
+    /// # Errors
+    /// As [`Place::read`].
+    pub fn head<'a>(&self, file: &'a [u8], limit: usize) -> Result<Cow<'a, [u8]>, String> {
+        let range = match self {
+            Place::Mapped(range) => range,
+            Place::Stored(member) => &member.range,
+            Place::Deflated(member) => return member.inflate_head(file, limit).map(Cow::Owned),
+        };
+        Ok(Cow::Borrowed(&file[range.start..range.end.min(range.start.saturating_add(limit))]))
     }
 }
 
@@ -95,10 +127,10 @@ impl StoredTensor {
     /// The values, or one part of complex ones, in the element's [`Element::float_type`]: row-major, little-endian.
     ///
     /// # Errors
-    /// A compressed member that is broken, an F64 that F32 cannot hold.
+    /// A member of an archive that is broken, an F64 that F32 cannot hold.
     pub fn read<'a>(&self, path: &Path, file: &'a [u8], part: Option<ComplexPart>) -> Result<Cow<'a, [u8]>> {
         let bytes = self.place.read(file).map_err(|why| {
-            let tensor = self.name.clone();
+            let tensor = short(&self.name);
             Error::Zip { path: path.to_owned(), why: format!("tensor {tensor}: {why}") }
         })?;
         if self.element.is_native() && !self.complex && !self.big_endian && self.strides.is_none() {
@@ -131,6 +163,20 @@ impl StoredTensor {
 
     fn value_bytes(&self) -> usize {
         self.element.bytes() * if self.complex { 2 } else { 1 }
+    }
+}
+
+/// Checks that the tensors of a file together are no more than [`MOST_SHARING`] times what it stores: views of one
+/// storage could ask for a thousand times the file. Each tensor's own extent has been checked.
+pub(super) fn check_sharing(path: &Path, tensors: &[StoredTensor]) -> Result<()> {
+    let bytes = |tensor: &StoredTensor| (tensor.shape.iter().product::<usize>() * tensor.value_bytes()) as u64;
+    let viewed: u64 = tensors.iter().map(bytes).fold(0, u64::saturating_add);
+    let places: HashMap<usize, usize> =
+        tensors.iter().map(|tensor| (tensor.place.start(), tensor.place.len())).collect();
+    let stored: u64 = places.values().map(|&length| length as u64).sum();
+    match viewed > stored.saturating_mul(MOST_SHARING) {
+        true => Err(Error::Sharing { path: path.to_owned(), viewed, stored }),
+        false => Ok(()),
     }
 }
 

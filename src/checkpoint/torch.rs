@@ -1,7 +1,7 @@
 //! PyTorch state dicts: which globals a file may name, where the state dict is, and what a tensor is rebuilt from.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{HashMap, HashSet},
     path::Path,
 };
 
@@ -13,13 +13,16 @@ use super::{
     stored::{Place, StoredTensor},
     torch_legacy,
 };
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, short};
 
 /// Where a training script puts the state dict inside what it saves.
 const NESTED: [&str; 4] = ["state_dict", "model_state_dict", "model", "module"];
 
-/// Bytes of the largest `data.pkl` that is inflated.
-const MAX_PICKLE: usize = 64 << 20;
+/// Tensors of a file, and other entries of its state dict: the largest models have a tenth of this.
+const MAX_ENTRIES: usize = 200_000;
+
+/// Entries of the metadata of a tensor: PyTorch writes two at most.
+const MAX_METADATA: usize = 8;
 
 /// PyTorch allows 64 dimensions.
 const MAX_DIMENSIONS: usize = 64;
@@ -67,16 +70,20 @@ pub(super) fn zip_contents(path: &Path, file: &[u8], members: Vec<Member>) -> Re
     if members.contains_key(&format!("{root}constants.pkl")) {
         return Err(refuse("a TorchScript program; save the state dict alone (torch.save(model.state_dict(), ...))"));
     }
-    let read = |place: &Place| match place.len() {
-        ..=MAX_PICKLE => place.read(file).map_err(|why| refuse(&why)),
-        _ => Err(refuse("data.pkl or byteorder is longer than 64 MiB")),
+    let read = |place: &Place| place.read(file).map_err(|why| refuse(&why));
+    let big_endian = match members.get(&format!("{root}byteorder")) {
+        None => false,
+        Some(place) => match (place.len() <= 6).then(|| read(place)).transpose()?.as_deref() {
+            Some(b"little") => false,
+            Some(b"big") => true,
+            _ => return Err(refuse("byteorder is neither little nor big")),
+        },
     };
-    let big_endian = match members.get(&format!("{root}byteorder")).map(&read).transpose()?.as_deref() {
-        None | Some(b"little") => false,
-        Some(b"big") => true,
-        Some(_) => return Err(refuse("byteorder is neither little nor big")),
-    };
-    let bytes = read(&members.remove(&format!("{root}data.pkl")).expect("its name was found here"))?;
+    let place = members.remove(&format!("{root}data.pkl")).expect("its name was found here");
+    if place.len() > pickle::MAX_BYTES {
+        return Err(refuse("data.pkl is longer than 32 MiB, which no state dict needs; save the state dict alone"));
+    }
+    let bytes = read(&place)?;
     let pickle = pickle::read(&bytes, allowed_global).map_err(|error| explain(path, error))?;
     let data = format!("{root}data/");
     let places = members.into_iter().filter_map(|(name, place)| Some((name.strip_prefix(&data)?.to_owned(), place)));
@@ -203,17 +210,16 @@ fn dtype_kind(dtype: &str) -> Option<Kind> {
 pub(super) fn storage_reference<'a>(pickle: &Pickle<'a>, id: Id) -> Result<StorageReference<'a>, String> {
     let broken = || "a reference to a storage is not understood".to_owned();
     let Value::Tuple(items) = &pickle[id] else { return Err(broken()) };
-    let (Some("storage"), [_, class, key, _, values, view @ ..]) =
-        (items.first().and_then(|&first| pickle.text(first)), items.as_slice())
-    else {
+    let (&[tag, class, key, _, values], view) = items.split_first_chunk().ok_or_else(broken)?;
+    if pickle.text(tag) != Some("storage") || view.len() > 1 {
         return Err(broken());
-    };
+    }
     if view.iter().any(|&view| !matches!(pickle[view], Value::Other)) {
         return Err("holds views of storages, as PyTorch before 0.4 wrote them; load and save it once more".into());
     }
-    let Value::Global(_, class) = pickle[*class] else { return Err(broken()) };
+    let Value::Global(_, class) = pickle[class] else { return Err(broken()) };
     let kind = storage_kind(class).ok_or_else(|| format!("storage class {class} is not known"))?;
-    let (key, values) = pickle.text(*key).zip(pickle.size(*values)).ok_or_else(broken)?;
+    let (key, values) = pickle.text(key).zip(pickle.size(values)).ok_or_else(broken)?;
     let value_bytes = match kind {
         Kind::Float { element, complex } => element.bytes() * if complex { 2 } else { 1 },
         Kind::Other(bytes) => bytes,
@@ -256,7 +262,8 @@ fn state_dict<'a>(pickle: &Pickle<'a>) -> Result<(Id, Option<&'static str>), Str
     match found[..] {
         [] if holds_tensors(pickle.root) => Ok((pickle.root, None)),
         [] => {
-            let keys: Vec<_> = pairs.iter().filter_map(|&(key, _)| pickle.text(key)).take(8).collect();
+            let keys = pairs.iter().filter_map(|&(key, _)| pickle.text(key)).take(5);
+            let keys: Vec<_> = keys.map(|key| short(key)).collect();
             Err(format!("holds no dict of tensors, only the entries {keys:?}; {ADVICE}"))
         }
         [first, ..] if found.iter().all(|other| other.0 == first.0) => Ok(first),
@@ -275,15 +282,22 @@ fn contents(path: &Path, pickle: &Pickle, storages: &Storages) -> Result<Content
     if let Some(key) = key {
         notices.push(format!("the state dict is entry {key:?} of the file; the other entries are passed over"));
     }
+    if pairs.len() > MAX_ENTRIES {
+        return Err(refuse(format!("the state dict has {} entries, more than {MAX_ENTRIES}", pairs.len())));
+    }
     let (mut tensors, mut skipped) = (Vec::new(), Vec::new());
-    let mut deflated: BTreeMap<&str, String> = BTreeMap::new();
+    let mut names = HashSet::new();
+    let mut deflated: HashMap<&str, &str> = HashMap::new();
     for &(name, value) in pairs {
         let Some((function, arguments)) = rebuild(pickle, value) else {
-            skipped.push(pickle.text(name).unwrap_or("(a key that is no text)"));
+            skipped.push(name);
             continue;
         };
-        let name = pickle.text(name).ok_or_else(|| refuse("a tensor's name is no text".into()))?;
-        let in_tensor = |why: String| refuse(format!("tensor {name}: {why}"));
+        let name = pickle.text(name).ok_or_else(|| refuse("a tensor's name is no text, or too long".into()))?;
+        if !names.insert(name) {
+            return Err(Error::SharedName { path: path.to_owned(), tensor: name.into() });
+        }
+        let in_tensor = |why: String| refuse(format!("tensor {}: {why}", short(name)));
         let (storage, kind) = tensor_storage(pickle, function, arguments).map_err(in_tensor)?;
         let Kind::Float { element, complex } = kind else {
             let dtype = arguments.get(6).filter(|_| function == "_rebuild_tensor_v3").unwrap_or(&arguments[0]);
@@ -291,10 +305,11 @@ fn contents(path: &Path, pickle: &Pickle, storages: &Storages) -> Result<Content
             return Err(Error::UnsupportedDtype { path: path.to_owned(), tensor: name.into(), dtype });
         };
         let place = storages.places.get(storage.key).cloned();
-        let place = place.ok_or_else(|| in_tensor(format!("storage {} is missing", storage.key)))?;
+        let place = place.ok_or_else(|| in_tensor(format!("storage {} is missing", short(storage.key))))?;
         if matches!(place, Place::Deflated(_))
-            && let Some(other) = deflated.insert(storage.key, name.to_owned())
+            && let Some(other) = deflated.insert(storage.key, name)
         {
+            let other = short(other);
             let why = format!("shares a compressed storage with {other}; write the archive without compression");
             return Err(in_tensor(why));
         }
@@ -302,7 +317,8 @@ fn contents(path: &Path, pickle: &Pickle, storages: &Storages) -> Result<Content
         tensors.push(tensor.map_err(in_tensor)?);
     }
     if !skipped.is_empty() {
-        let first = &skipped[..skipped.len().min(3)];
+        let key = |&id: &Id| short(pickle.text(id).unwrap_or("(a key that is no text)"));
+        let first: Vec<_> = skipped.iter().take(3).map(key).collect();
         notices
             .push(format!("{} entries of the state dict are no tensors and are passed over: {first:?}", skipped.len()));
     }
@@ -323,10 +339,13 @@ fn tensor_storage<'a>(
         "_rebuild_tensor_v3" => arguments.get(7),
         _ => None,
     };
-    if let Some(Value::Dict(flags)) = metadata.map(|&metadata| &pickle[metadata])
-        && flags.iter().any(|&(_, flag)| matches!(pickle[flag], Value::Bool(true)))
-    {
-        return Err("is a conjugated or negated view; save it after .resolve_conj().resolve_neg()".into());
+    if let Some(Value::Dict(flags)) = metadata.map(|&metadata| &pickle[metadata]) {
+        if flags.len() > MAX_METADATA {
+            return Err(broken());
+        }
+        if flags.iter().any(|&(_, flag)| matches!(pickle[flag], Value::Bool(true))) {
+            return Err("is a conjugated or negated view; save it after .resolve_conj().resolve_neg()".into());
+        }
     }
     let kind = match (function, storage.kind) {
         ("_rebuild_tensor_v3", _) => {
@@ -373,7 +392,8 @@ fn stored_tensor(
     }
     let declared = storage.values.checked_mul(storage.value_bytes).filter(|&bytes| bytes <= place.len());
     declared.ok_or_else(|| {
-        format!("storage {} claims {} values, but has {} bytes: truncated", storage.key, storage.values, place.len())
+        let key = short(storage.key);
+        format!("storage {key} claims {} values, but has {} bytes: truncated", storage.values, place.len())
     })?;
     let value_bytes = element.bytes() * if complex { 2 } else { 1 };
     let start = pickle.size(offset).and_then(|offset| offset.checked_mul(value_bytes)).ok_or_else(broken)?;

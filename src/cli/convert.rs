@@ -8,7 +8,8 @@ use std::{
 
 use bkpack::{
     Error, Result,
-    checkpoint::{self, Checkpoint},
+    checkpoint::Checkpoint,
+    error::short,
     eval::text::read_tokens,
     format, model,
     pack::{Calibration, DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
@@ -172,9 +173,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         let why = "is packed already; convert the checkpoint that it came from".into();
         return Err(Error::NotAModel { path: args.source.clone(), why });
     }
-    let open_options = args.checkpoint.options(&[&args.source])?;
-    let checkpoint = checkpoint::open_with(&args.source, &open_options[0])?;
-    checkpoint.notices().iter().for_each(|notice| args.common.notice(notice));
+    let checkpoint = args.checkpoint.open_checkpoint(&args.source, &args.common)?;
     if let Some(output) = &args.output {
         refuse_same_file(&args.source, output)?;
         refuse_file_of_checkpoint(&args.source, output)?;
@@ -258,7 +257,7 @@ fn note_architecture(args: &ConvertArgs, checkpoint: &Checkpoint) -> Result<()> 
             "no config.json: packed by generic rules; eval will not be able to run it (--config FILE names one)",
         ),
         Some(config) if model::Architecture::from_config(config).is_none() => {
-            let name = config["architectures"][0].as_str().unwrap_or("(none)");
+            let name = short(config["architectures"][0].as_str().unwrap_or("(none)"));
             args.common
                 .notice(&format!("architecture {name} is not known: packed by generic rules; eval cannot run it"));
         }

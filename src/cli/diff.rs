@@ -10,10 +10,7 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{
-    Common, print,
-    source::{SourceArgs, open_source},
-};
+use super::{Common, print, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -50,10 +47,8 @@ pub struct DiffArgs {
 /// Runs the subcommand.
 pub fn run(args: &DiffArgs) -> Result<()> {
     let observer = args.common.observer();
-    let options = args.checkpoint.options(&[&args.first, &args.second])?;
-    let first = open_source(&args.first, &options[0], &args.common)?;
-    let second = open_source(&args.second, &options[1], &args.common)?;
-    let mut differences = compare(Cpu::from_environment()?, &*first, &*second, &observer)?;
+    let models = args.checkpoint.open(&[&args.first, &args.second], None, &args.common)?;
+    let mut differences = compare(Cpu::from_environment()?, &*models[0], &*models[1], &observer)?;
     let compared = differences.tensors.len();
     if args.top > 0 {
         differences.tensors.truncate(args.top);

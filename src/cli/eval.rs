@@ -16,10 +16,7 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{
-    Common, print,
-    source::{SourceArgs, open_model, open_source},
-};
+use super::{Common, print, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -90,11 +87,10 @@ pub struct EvalArgs {
 pub fn run(args: &EvalArgs) -> Result<()> {
     let observer = args.common.observer();
     let paths: Vec<&Path> = std::iter::once(&args.model).chain(&args.baseline).map(PathBuf::as_path).collect();
-    let options = args.checkpoint.options(&paths)?;
-    let source = open_model(&args.model, &options[0], args.verify_hashes, &args.common, &observer)?;
-    let baseline = args.baseline.as_deref().map(|path| open_source(path, &options[1], &args.common)).transpose()?;
+    let models = args.checkpoint.open(&paths, args.verify_hashes.then_some(&observer), &args.common)?;
+    let (source, baseline) = (&*models[0], models.get(1).map(|model| &**model));
     let mut tokens = match (&args.text, &args.tokens) {
-        (Some(path), _) => tokenize(&*source, path)?,
+        (Some(path), _) => tokenize(source, path)?,
         (None, Some(path)) => read_tokens(path)?,
         (None, None) => unreachable!("clap requires one of the two"),
     };
@@ -106,7 +102,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         allow_lookahead: args.allow_lookahead,
     };
     let cpu = Cpu::from_environment()?;
-    let evaluation = evaluate(cpu, &*source, baseline.as_deref(), &tokens, &options, &observer)?;
+    let evaluation = evaluate(cpu, source, baseline, &tokens, &options, &observer)?;
     if args.json {
         print(&serde_json::to_string_pretty(&evaluation).expect("plain numbers and strings"))
     } else {

@@ -19,10 +19,7 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{
-    Common,
-    source::{SourceArgs, open_model},
-};
+use super::{Common, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -81,8 +78,8 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let cpu = Cpu::from_environment()?;
     let seed = args.seed.unwrap_or_else(rand::random);
     let mut sampler = Sampler::new(cpu, args.temperature, args.top_p, seed)?;
-    let options = args.checkpoint.options(&[&args.model])?;
-    let source = open_model(&args.model, &options[0], args.verify_hashes, &args.common, &observer)?;
+    let verify = args.verify_hashes.then_some(&observer);
+    let source = args.checkpoint.open(&[&args.model], verify, &args.common)?.remove(0);
     let tokenizer = Tokenizer::load(&*source)?;
     let ops = CpuOps::new(cpu, args.activations);
     let model = Model::load(&*source, &ops)?;

@@ -16,12 +16,7 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{
-    Common,
-    eval::tokenize,
-    print, refuse_file_of_checkpoint, refuse_same_file,
-    source::{SourceArgs, open_source},
-};
+use super::{Common, eval::tokenize, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -83,8 +78,7 @@ pub struct ImportanceArgs {
 /// Runs the subcommand.
 pub fn run(args: &ImportanceArgs) -> Result<()> {
     let observer = args.common.observer();
-    let open_options = args.checkpoint.options(&[&args.model])?;
-    let source = open_source(&args.model, &open_options[0], &args.common)?;
+    let source = args.checkpoint.open(&[&args.model], None, &args.common)?.remove(0);
     refuse_file_of_checkpoint(&args.model, &args.output)?;
     check_output(&args.output, args.force)?;
     let (path, tokens) = match (&args.text, &args.tokens) {

@@ -11,10 +11,7 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{
-    Common, refuse_same_file,
-    source::{SourceArgs, open_model},
-};
+use super::{Common, refuse_same_file, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -62,8 +59,8 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     let observer = args.common.observer();
     refuse_same_file(&args.model, &args.output)?;
     refuse_same_file(&args.tokens, &args.output)?;
-    let options = args.checkpoint.options(&[&args.model])?;
-    let source = open_model(&args.model, &options[0], args.verify_hashes, &args.common, &observer)?;
+    let verify = args.verify_hashes.then_some(&observer);
+    let source = args.checkpoint.open(&[&args.model], verify, &args.common)?.remove(0);
     let tokens = read_tokens(&args.tokens)?;
     let ops = CpuOps::new(Cpu::from_environment()?, args.activations);
     let model = Model::load(&*source, &ops)?;

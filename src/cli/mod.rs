@@ -90,7 +90,7 @@ impl Common {
     /// Tells the user something on standard error.
     fn notice(&self, text: &str) {
         if !self.quiet {
-            eprintln!("note: {text}");
+            eprintln!("note: {}", bkpack::error::long(text));
         }
     }
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use bkpack::{
     Error, Result,
-    checkpoint::{OpenOptions, Rename},
+    checkpoint::{self, Checkpoint, OpenOptions, Rename},
     format::{self, PackedFile},
     tensor::TensorSource,
 };
@@ -15,70 +15,94 @@ use super::{Common, progress::ProgressObserver};
 /// What the files of a checkpoint do not say.
 #[derive(Args, Debug)]
 pub struct SourceArgs {
-    /// config.json of a checkpoint that is one file; the tokenizer is taken from its folder
+    /// config.json for every checkpoint of the command that has none of its own; with a file of weights, the tokenizer
+    /// is taken from the folder of FILE
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
-    /// Give tensors of a checkpoint other names, e.g. '^net\.(.*)=model.$1' (may be repeated, applied in order)
+    /// Give tensors of every checkpoint of the command other names, e.g. '^net\.(.*)=model.$1' (may be repeated, applied
+    /// in order, each must match somewhere; where every name of a PyTorch file starts with 'module.', that is left out
+    /// first)
     #[arg(long, value_name = "REGEX=REPLACEMENT")]
     rename: Vec<Rename>,
 }
 
 impl SourceArgs {
-    /// What applies to each of the models that a subcommand reads: both options to checkpoints that are one file; where
-    /// there is none, `--rename` to folders.
+    /// The first option that is given.
+    pub fn given(&self) -> Option<&'static str> {
+        let config = self.config.is_some().then_some("--config");
+        config.or((!self.rename.is_empty()).then_some("--rename"))
+    }
+
+    /// Opens the models of a command, packed files or checkpoints, and says what is to be known of them. With `verify`,
+    /// every byte of the first is checked before it is used, if it is packed.
     ///
     /// # Errors
-    /// An option that would apply to none of them.
-    pub fn options(&self, paths: &[&Path]) -> Result<Vec<OpenOptions>> {
-        let mut options = vec![OpenOptions::default(); paths.len()];
-        if self.config.is_none() && self.rename.is_empty() {
-            return Ok(options);
+    /// As the formats; an option that applies to none of the models, a pattern that matches in none.
+    pub fn open(
+        &self,
+        paths: &[&Path],
+        verify: Option<&ProgressObserver>,
+        common: &Common,
+    ) -> Result<Vec<Box<dyn TensorSource>>> {
+        let checkpoints = self.checkpoints(paths)?;
+        let mut matched = vec![false; self.rename.len()];
+        let mut sources: Vec<Box<dyn TensorSource>> = Vec::with_capacity(paths.len());
+        for (index, &path) in paths.iter().enumerate() {
+            if !checkpoints.contains(&path) {
+                let packed = PackedFile::open(path)?;
+                if let (0, Some(observer)) = (index, verify) {
+                    packed.check_contents(observer)?;
+                }
+                sources.push(Box::new(packed));
+                continue;
+            }
+            let (checkpoint, here) = checkpoint::open_sharing(path, &self.options(path))?;
+            matched.iter_mut().zip(here).for_each(|(matched, here)| *matched |= here);
+            sources.push(Box::new(checkpoint));
         }
+        if let Some((rename, _)) = self.rename.iter().zip(matched).find(|(_, matched)| !matched) {
+            return Err(rename.matches_nothing(&checkpoints));
+        }
+        sources.iter().flat_map(|source| source.notices()).for_each(|notice| common.notice(notice));
+        Ok(sources)
+    }
+
+    /// Opens a checkpoint.
+    ///
+    /// # Errors
+    /// As [`checkpoint::open_with`].
+    pub fn open_checkpoint(&self, path: &Path, common: &Common) -> Result<Checkpoint> {
+        self.checkpoints(&[path])?;
+        let checkpoint = checkpoint::open_with(path, &self.options(path))?;
+        checkpoint.notices().iter().for_each(|notice| common.notice(notice));
+        Ok(checkpoint)
+    }
+
+    /// What applies to a checkpoint.
+    fn options(&self, path: &Path) -> OpenOptions {
+        let config = self.config.clone().filter(|_| !checkpoint::has_config(path));
+        OpenOptions { config, rename: self.rename.clone() }
+    }
+
+    /// Those of the models that are checkpoints; each option must apply to one.
+    fn checkpoints<'a>(&self, paths: &[&'a Path]) -> Result<Vec<&'a Path>> {
         let mut checkpoints = Vec::new();
-        for (index, path) in paths.iter().enumerate() {
+        for &path in paths {
             if !format::is_packed(path)? {
-                checkpoints.push((index, path.is_dir()));
+                checkpoints.push(path);
             }
         }
         let wrong = |option, what: &str| {
             let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
             Error::Option { option, why: format!("applies to {what}, which {} is not", paths.join(" or ")) }
         };
-        let bare: Vec<usize> = checkpoints.iter().filter(|(_, folder)| !folder).map(|(index, _)| *index).collect();
-        if self.config.is_some() && bare.is_empty() {
-            return Err(wrong("--config", "a checkpoint that is one file"));
+        if self.config.is_some() && checkpoints.iter().all(|path| checkpoint::has_config(path)) {
+            return Err(wrong("--config", "a checkpoint without a config.json of its own"));
         }
-        let renamed =
-            if bare.is_empty() { checkpoints.into_iter().map(|(index, _)| index).collect() } else { bare.clone() };
-        if !self.rename.is_empty() && renamed.is_empty() {
+        if !self.rename.is_empty() && checkpoints.is_empty() {
             return Err(wrong("--rename", "a checkpoint"));
         }
-        bare.iter().for_each(|&index| options[index].config = self.config.clone());
-        renamed.iter().for_each(|&index| options[index].rename = self.rename.clone());
-        Ok(options)
+        Ok(checkpoints)
     }
-}
-
-/// Opens a packed file or a checkpoint, and says what is to be known of it.
-pub fn open_source(path: &Path, options: &OpenOptions, common: &Common) -> Result<Box<dyn TensorSource>> {
-    let source = format::open_any(path, options)?;
-    source.notices().iter().for_each(|notice| common.notice(notice));
-    Ok(source)
-}
-
-/// Opens a packed file or a checkpoint to run it; with `verify_hashes` every byte of a packed file is checked first.
-pub fn open_model(
-    path: &Path,
-    options: &OpenOptions,
-    verify_hashes: bool,
-    common: &Common,
-    observer: &ProgressObserver,
-) -> Result<Box<dyn TensorSource>> {
-    if verify_hashes && format::is_packed(path)? {
-        let packed = PackedFile::open(path)?;
-        packed.check_contents(observer)?;
-        return Ok(Box::new(packed));
-    }
-    open_source(path, options, common)
 }

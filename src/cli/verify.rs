@@ -21,12 +21,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::json;
 
-use super::{
-    CHECK_FAILED, Common,
-    eval::tokenize,
-    print,
-    source::{SourceArgs, open_source},
-};
+use super::{CHECK_FAILED, Common, eval::tokenize, print, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -72,23 +67,23 @@ pub struct VerifyArgs {
     tokens: Option<PathBuf>,
 
     /// Tokens in a window [default: 512, or the model's context if that is shorter]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "baseline")]
     ctx: Option<usize>,
 
     /// Positions at the start of each window that are not scored
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "baseline")]
     skip: usize,
 
     /// Use only the first N tokens
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "baseline")]
     limit_tokens: Option<usize>,
 
     /// How activations enter the product with quantized weights
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t, requires = "baseline")]
     activations: Activations,
 
     /// Measure a model whose positions see later tokens, and mark every figure
-    #[arg(long)]
+    #[arg(long, requires = "baseline")]
     allow_lookahead: bool,
 
     /// Print one JSON object for machines
@@ -134,6 +129,9 @@ pub fn run(args: &VerifyArgs) -> Result<ExitCode> {
     if !measures_quality && (has_text || args.baseline.is_some()) {
         return Err(wrong("one of them must say what the measurement on the text is checked against"));
     }
+    if let (None, Some(option)) = (&args.baseline, args.checkpoint.given()) {
+        return Err(Error::Option { option, why: "applies to the --baseline, and none is given".into() });
+    }
     let checked = PackedFile::open(&args.packed).and_then(|packed| {
         packed.check_contents(&observer)?;
         Ok(packed)
@@ -175,10 +173,8 @@ fn quality(
     observer: &super::ProgressObserver,
     checks: &mut Vec<Check>,
 ) -> Result<()> {
-    let paths: Vec<&Path> = std::iter::once(&args.packed).chain(&args.baseline).map(PathBuf::as_path).collect();
-    let open_options = args.checkpoint.options(&paths)?;
-    let baseline =
-        args.baseline.as_deref().map(|path| open_source(path, &open_options[1], &args.common)).transpose()?;
+    let baseline: Vec<&Path> = args.baseline.iter().map(PathBuf::as_path).collect();
+    let baseline = args.checkpoint.open(&baseline, None, &args.common)?;
     let mut tokens = match (&args.text, &args.tokens) {
         (Some(path), _) => tokenize(packed, path)?,
         (None, Some(path)) => read_tokens(path)?,
@@ -191,8 +187,14 @@ fn quality(
         activations: args.activations,
         allow_lookahead: args.allow_lookahead,
     };
-    let evaluation: Evaluation =
-        evaluate(Cpu::from_environment()?, packed, baseline.as_deref(), &tokens, &options, observer)?;
+    let evaluation: Evaluation = evaluate(
+        Cpu::from_environment()?,
+        packed,
+        baseline.first().map(|model| &**model),
+        &tokens,
+        &options,
+        observer,
+    )?;
     let Some(measured) = &evaluation.baseline else { return Ok(()) };
     let mark = |name: &str| if evaluation.looks_ahead { format!("{name} (LOOKS AHEAD)") } else { name.to_owned() };
     if let Some(target) = args.max_ppl_increase {

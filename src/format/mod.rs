@@ -3,10 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use crate::{
-    checkpoint::{self, OpenOptions, header::Header},
+    checkpoint::{self, header::Header},
     error::Result,
     mmap::FileMap,
-    tensor::TensorSource,
 };
 
 mod activations;
@@ -45,14 +44,6 @@ const ARCHIVE_KEY: &str = "bkpack_archive";
 
 /// The seal and every hash before it is known: as long as the real one, so sizes are exact beforehand.
 const ZERO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
-
-/// Opens whatever holds a model: a packed file, or a checkpoint, to which the options apply.
-pub fn open_any(path: &Path, options: &OpenOptions) -> Result<Box<dyn TensorSource>> {
-    if is_packed(path)? {
-        return Ok(Box::new(PackedFile::open(path)?));
-    }
-    Ok(Box::new(checkpoint::open_with(path, options)?))
-}
 
 /// Whether a path is a packed model, told by its header's metadata, not by its name.
 pub fn is_packed(path: &Path) -> Result<bool> {

@@ -180,11 +180,7 @@ impl ComponentRules {
 
 /// Compiles a pattern; the error names it.
 pub(super) fn pattern(text: &str) -> Result<Regex> {
-    Regex::new(text).map_err(|error| {
-        let message = error.to_string();
-        let why = message.lines().last().unwrap_or_default().trim_start_matches("error: ").to_owned();
-        Error::Pattern { pattern: text.to_owned(), why }
-    })
+    Regex::new(text).map_err(|error| Error::pattern(text, &error))
 }
 
 #[cfg(test)]
