@@ -417,6 +417,12 @@ fn is_unsafe(c: char) -> bool {
     c.is_control() || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        Error::Autograd(Box::new(error))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -429,11 +435,5 @@ mod tests {
         assert_eq!(short(&"é".repeat(100)).to_string(), "é".repeat(100));
         let error = Error::SharedName { path: "f".into(), tensor: "\r".repeat(1000) };
         assert!(error.to_string().starts_with(r"f: two tensors are named \r\r") && error.to_string().len() < 300);
-    }
-}
-
-impl From<candle_core::Error> for Error {
-    fn from(error: candle_core::Error) -> Self {
-        Error::Autograd(Box::new(error))
     }
 }
