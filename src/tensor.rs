@@ -251,7 +251,7 @@ impl CalibrationText {
     /// The record of a text file.
     ///
     /// # Errors
-    /// [`Error::Io`](crate::error::Error::Io).
+    /// [`Error::Io`].
     pub fn of(path: &Path) -> Result<Self> {
         let bytes = std::fs::read(path).map_err(Error::io(path))?;
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

@@ -68,7 +68,7 @@ impl<'a, O: Ops> Mamba<'a, O> {
     /// Loads the model; every tensor's shape is checked against config.json first.
     ///
     /// # Errors
-    /// As [`check_shapes`](super::check_shapes) and [`Ops::weight`].
+    /// As [`check_shapes`] and [`Ops::weight`].
     pub fn load(source: &'a dyn TensorSource, ops: &'a O) -> Result<Self> {
         check_shapes(source)?;
         let (_, config) = Architecture::of(source)?;
