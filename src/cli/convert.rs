@@ -71,19 +71,19 @@ pub struct ConvertArgs {
     rounding: RoundingName,
 
     /// Calibration text for --rounding gptq (UTF-8); never the text that the model is tested on
-    #[arg(long, value_name = "FILE", conflicts_with = "calib_tokens")]
+    #[arg(long, value_name = "FILE", group = "calibration")]
     calib: Option<PathBuf>,
 
     /// Token ids instead of a calibration text: a JSON array
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", group = "calibration")]
     calib_tokens: Option<PathBuf>,
 
     /// Windows of the calibration text to look at; fewer if the text is shorter
-    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 128, requires = "calibration", value_parser = clap::value_parser!(u32).range(1..))]
     samples: u32,
 
     /// Tokens in a window of the calibration text [default: 512, or the model's context if that is shorter]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", requires = "calibration", value_parser = clap::value_parser!(u32).range(1..))]
     ctx: Option<u32>,
 
     /// Ternary weights below this share of their scale are zero
