@@ -1,14 +1,15 @@
 //! Gradients of every architecture: the loss against the CPU back end's, the derivatives against differences of the
 //! loss in f64 and against PyTorch's.
 
+#[path = "common/logits.rs"]
+mod shared;
+
 use std::path::{Path, PathBuf};
 
 use bkpack::{
     checkpoint::{self, Checkpoint},
     eval::perplexity::{Options, evaluate},
-    model::Model,
     ops::{
-        Ops,
         autograd::{AutogradOps, Precision},
         cpu::{Activations, CpuOps},
     },
@@ -74,30 +75,16 @@ fn the_loss_is_that_of_the_evaluation() {
     }
 }
 
-/// The logits of all positions, computed in batches of so many tokens.
-fn logits<O: Ops>(source: &Checkpoint, ops: &O, tokens: &[u32], batch: usize) -> Vec<f32> {
-    let model = Model::load(source, ops).unwrap();
-    let mut state = model.state(tokens.len()).unwrap();
-    let mut all = Vec::new();
-    for batch in tokens.chunks(batch) {
-        let hidden = model.forward(batch, &mut state).unwrap();
-        let mut logits = Vec::new();
-        ops.read(&model.logits(&hidden, 0, batch.len()).unwrap(), &mut logits).unwrap();
-        all.extend(logits);
-    }
-    all
-}
-
 #[test]
 fn a_text_goes_on_from_call_to_call_as_on_the_cpu_back_end() {
     for name in ARCHITECTURES {
         let (source, tokens) = (open(name), tokens(24, 96));
-        let expected = logits(&source, &CpuOps::new(Cpu::detect(), Activations::Exact), &tokens, 24);
+        let expected = shared::logits(&source, &CpuOps::new(Cpu::detect(), Activations::Exact), &tokens, 24);
         let largest = expected.iter().fold(0f32, |largest, logit| largest.max(logit.abs()));
         let ops = AutogradOps::new(Cpu::detect(), Precision::Double);
         let batches: &[usize] = if name == "resnet_bk_lookahead" { &[24] } else { &[24, 7, 1] };
         for &batch in batches {
-            let found = logits(&source, &ops, &tokens, batch);
+            let found = shared::logits(&source, &ops, &tokens, batch);
             assert_eq!(found.len(), expected.len());
             for (found, expected) in found.iter().zip(&expected) {
                 let close = (found - expected).abs() <= 2e-5 * largest;

@@ -1,5 +1,8 @@
 //! Parity with PyTorch on real weights: the logits and the perplexity of the reference checkpoint.
 
+#[path = "common/logits.rs"]
+mod shared;
+
 use std::path::{Path, PathBuf};
 
 use bkpack::{
@@ -40,19 +43,9 @@ fn reference() -> (Vec<u32>, Vec<f32>) {
     (ids, logits)
 }
 
-/// The logits of all positions, computed in batches of so many tokens.
+/// The logits of all positions on the CPU, computed in batches of so many tokens.
 fn logits(cpu: Cpu, source: &Checkpoint, tokens: &[u32], batch: usize) -> Vec<f32> {
-    let ops = CpuOps::new(cpu, Activations::Exact);
-    let model = Model::load(source, &ops).unwrap();
-    let mut state = model.state(tokens.len()).unwrap();
-    let mut all = Vec::new();
-    for batch in tokens.chunks(batch) {
-        let hidden = model.forward(batch, &mut state).unwrap();
-        let mut logits = Vec::new();
-        ops.read(&model.logits(&hidden, 0, batch.len()).unwrap(), &mut logits).unwrap();
-        all.extend(logits);
-    }
-    all
+    shared::logits(source, &CpuOps::new(cpu, Activations::Exact), tokens, batch)
 }
 
 /// The largest difference, as a fraction of the largest absolute value expected.

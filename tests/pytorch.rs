@@ -1,5 +1,8 @@
 //! Every architecture against PyTorch's logits on tiny random checkpoints, and through the command: convert, eval, verify.
 
+#[path = "common/logits.rs"]
+mod shared;
+
 use std::{
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -73,19 +76,9 @@ fn read_expected(path: &Path) -> Expected {
     Expected { tokens, positions, logits }
 }
 
-/// The logits of all positions, computed in batches of so many tokens.
+/// The logits of all positions on the CPU, computed in batches of so many tokens.
 fn logits(cpu: Cpu, source: &dyn TensorSource, tokens: &[u32], batch: usize) -> Vec<f32> {
-    let ops = CpuOps::new(cpu, Activations::Exact);
-    let model = Model::load(source, &ops).unwrap();
-    let mut state = model.state(tokens.len()).unwrap();
-    let mut all = Vec::new();
-    for batch in tokens.chunks(batch) {
-        let hidden = model.forward(batch, &mut state).unwrap();
-        let mut logits = Vec::new();
-        ops.read(&model.logits(&hidden, 0, batch.len()).unwrap(), &mut logits).unwrap();
-        all.extend(logits);
-    }
-    all
+    shared::logits(source, &CpuOps::new(cpu, Activations::Exact), tokens, batch)
 }
 
 /// The largest difference, as a fraction of the largest absolute value expected.
