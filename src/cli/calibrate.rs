@@ -4,10 +4,7 @@ use std::path::PathBuf;
 
 use bkpack::{
     Error, Result,
-    eval::{
-        calibrate::{Calibration, calibrate_core},
-        text::read_tokens,
-    },
+    eval::calibrate::{Calibration, calibrate_core},
     format::{PackedFile, amend::with_activations},
     model::core_activations::COMPONENT,
     report::table::facts,
@@ -17,7 +14,7 @@ use bkpack_kernels::Cpu;
 use clap::Args;
 use serde_json::json;
 
-use super::{Common, eval::tokenize, print, refuse_file_of_checkpoint};
+use super::{Common, print, refuse_file_of_checkpoint, text::read_either};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -92,11 +89,7 @@ pub fn run(args: &CalibrateArgs) -> Result<()> {
         refuse_file_of_checkpoint(&args.packed, output)?;
         bkpack::format::check_output(output, args.force)?;
     }
-    let (path, tokens) = match (&args.text, &args.tokens) {
-        (Some(path), _) => (path, tokenize(&packed, path)?),
-        (None, Some(path)) => (path, read_tokens(path)?),
-        (None, None) => unreachable!("clap requires one of the two"),
-    };
+    let (path, tokens) = read_either(&packed, &args.text, &args.tokens)?;
     let text = CalibrationText::of(path)?;
     let cpu = Cpu::from_environment()?;
     let Calibration { record, scales } =

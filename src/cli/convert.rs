@@ -10,7 +10,6 @@ use bkpack::{
     Error, Result,
     checkpoint::Checkpoint,
     error::short,
-    eval::text::read_tokens,
     format, model,
     pack::{Calibration, DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
     report::convert::Summary,
@@ -21,7 +20,8 @@ use bkpack_kernels::{Cpu, cpu::quantize::Rounding};
 use clap::{Args, ValueEnum};
 
 use super::{
-    Common, eval::tokenize, policy::PolicyArgs, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs,
+    Common, policy::PolicyArgs, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs,
+    text::read_either,
 };
 
 const EXAMPLES: &str = "\
@@ -224,11 +224,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
 
 /// The tokens of the calibration text; its record goes into the options.
 fn read_calibration(args: &ConvertArgs, checkpoint: &Checkpoint, options: &mut PackOptions) -> Result<Vec<u32>> {
-    let (path, tokens) = match (&args.calib, &args.calib_tokens) {
-        (Some(path), _) => (path, tokenize(checkpoint, path)?),
-        (None, Some(path)) => (path, read_tokens(path)?),
-        (None, None) => unreachable!("checked when the options were read"),
-    };
+    let (path, tokens) = read_either(checkpoint, &args.calib, &args.calib_tokens)?;
     let longest = model::max_positions(checkpoint)?;
     let ctx = args.ctx.map_or(longest.min(512), |ctx| ctx as usize);
     if ctx > longest {

@@ -4,19 +4,14 @@ use std::path::{Path, PathBuf};
 
 use bkpack::{
     Result,
-    eval::{
-        perplexity::{Evaluation, Options, evaluate},
-        text::{Tokenizer, read_text, read_tokens},
-    },
-    model::config::check_not_synthetic,
+    eval::perplexity::{Evaluation, Options, evaluate},
     ops::cpu::Activations,
     report::table::{count, facts},
-    tensor::TensorSource,
 };
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, print, source::SourceArgs};
+use super::{Common, print, source::SourceArgs, text::read_either};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -89,11 +84,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let paths: Vec<&Path> = std::iter::once(&args.model).chain(&args.baseline).map(PathBuf::as_path).collect();
     let models = args.checkpoint.open(&paths, args.verify_hashes.then_some(&observer), &args.common)?;
     let (source, baseline) = (&*models[0], models.get(1).map(|model| &**model));
-    let mut tokens = match (&args.text, &args.tokens) {
-        (Some(path), _) => tokenize(source, path)?,
-        (None, Some(path)) => read_tokens(path)?,
-        (None, None) => unreachable!("clap requires one of the two"),
-    };
+    let (_, mut tokens) = read_either(source, &args.text, &args.tokens)?;
     tokens.truncate(args.limit_tokens.unwrap_or(usize::MAX));
     let options = Options {
         ctx: args.ctx,
@@ -108,12 +99,6 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     } else {
         print(&render(&evaluation))
     }
-}
-
-/// Token ids of a text file, by the model's own tokenizer; a synthetic model, which has none, is refused as such.
-pub fn tokenize(source: &dyn TensorSource, path: &Path) -> Result<Vec<u32>> {
-    check_not_synthetic(source)?;
-    Tokenizer::load(source)?.encode(&read_text(path)?)
 }
 
 fn render(evaluation: &Evaluation) -> String {

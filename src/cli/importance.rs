@@ -3,8 +3,7 @@
 use std::path::PathBuf;
 
 use bkpack::{
-    Error, Result,
-    eval::text::read_tokens,
+    Result,
     format::check_output,
     model::Model,
     ops::cpu::{Activations, CpuOps},
@@ -16,7 +15,7 @@ use bkpack::{
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, eval::tokenize, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs};
+use super::{Common, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs, text::read_either};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -81,19 +80,13 @@ pub fn run(args: &ImportanceArgs) -> Result<()> {
     let source = args.checkpoint.open(&[&args.model], None, &args.common)?.remove(0);
     refuse_file_of_checkpoint(&args.model, &args.output)?;
     check_output(&args.output, args.force)?;
-    let (path, tokens) = match (&args.text, &args.tokens) {
-        (Some(path), _) => (path, tokenize(&*source, path)?),
-        (None, Some(path)) => (path, read_tokens(path)?),
-        (None, None) => unreachable!("clap requires one of the two"),
-    };
+    let (path, tokens) = read_either(&*source, &args.text, &args.tokens)?;
     refuse_same_file(path, &args.output)?;
     let cpu = Cpu::from_environment()?;
     if Model::load(&*source, &CpuOps::new(cpu, Activations::Exact))?.runs_whole() {
         args.common.notice("the model looks ahead: its loss, and so these figures, are not those of a language model");
     }
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let text = CalibrationText { name, blake3: blake3::hash(&bytes).to_hex().to_string() };
+    let text = CalibrationText::of(path)?;
     let mut partial = args.output.clone().into_os_string();
     partial.push(".partial");
     let options = Options { batches: args.batches, ctx: args.ctx, partial: partial.into(), resume: args.resume };

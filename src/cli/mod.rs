@@ -13,6 +13,7 @@ mod policy;
 mod progress;
 mod source;
 mod synth;
+mod text;
 mod unpack;
 mod verify;
 

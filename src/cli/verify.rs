@@ -7,10 +7,7 @@ use std::{
 
 use bkpack::{
     Error, Result,
-    eval::{
-        perplexity::{Evaluation, Options, evaluate},
-        text::read_tokens,
-    },
+    eval::perplexity::{Evaluation, Options, evaluate},
     format::PackedFile,
     ops::cpu::Activations,
     report::table::table,
@@ -21,7 +18,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::json;
 
-use super::{CHECK_FAILED, Common, eval::tokenize, print, source::SourceArgs};
+use super::{CHECK_FAILED, Common, print, source::SourceArgs, text::read_either};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -175,11 +172,7 @@ fn quality(
 ) -> Result<()> {
     let baseline: Vec<&Path> = args.baseline.iter().map(PathBuf::as_path).collect();
     let baseline = args.checkpoint.open(&baseline, None, &args.common)?;
-    let mut tokens = match (&args.text, &args.tokens) {
-        (Some(path), _) => tokenize(packed, path)?,
-        (None, Some(path)) => read_tokens(path)?,
-        (None, None) => unreachable!("checked before the hashes"),
-    };
+    let (_, mut tokens) = read_either(packed, &args.text, &args.tokens)?;
     tokens.truncate(args.limit_tokens.unwrap_or(usize::MAX));
     let options = Options {
         ctx: args.ctx,
