@@ -1,7 +1,6 @@
 //! `bkpack convert`: from a checkpoint to a packed file.
 
 use std::{
-    io::Write,
     path::{Path, PathBuf},
     time::Instant,
 };
@@ -200,7 +199,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         .collect();
     match (args.plan_only, &args.output) {
         (true, None) => return print(packing.recipe().trim_end()),
-        (true, Some(path)) => write_recipe(&packing.recipe(), path, args.force)?,
+        (true, Some(path)) => format::write_file(packing.recipe().as_bytes(), path, args.force)?,
         (false, _) if args.dry_run => {}
         (false, _) => {
             match &options.calibration {
@@ -238,12 +237,6 @@ fn read_calibration(args: &ConvertArgs, checkpoint: &Checkpoint, options: &mut P
     let text = CalibrationText::of(path)?;
     options.calibration = Some(Calibration { text, windows, ctx });
     Ok(tokens)
-}
-
-fn write_recipe(text: &str, path: &Path, force: bool) -> Result<()> {
-    let mut temporary = format::temporary_beside(path)?;
-    temporary.write_all(text.as_bytes()).map_err(Error::io(path))?;
-    format::persist(temporary, path, force)
 }
 
 /// A known architecture must have its tensors; an unknown one is packed all the same.

@@ -11,6 +11,7 @@ mod inspect;
 mod logits;
 mod policy;
 mod progress;
+mod sensitivity;
 mod source;
 mod synth;
 mod text;
@@ -56,6 +57,7 @@ enum Command {
     Diff(diff::DiffArgs),
     Calibrate(calibrate::CalibrateArgs),
     Importance(importance::ImportanceArgs),
+    Sensitivity(sensitivity::SensitivityArgs),
     Generate(generate::GenerateArgs),
     Logits(logits::LogitsArgs),
     Archive(archive::ArchiveArgs),
@@ -108,6 +110,7 @@ pub fn run() -> ExitCode {
         Command::Diff(args) => diff::run(args).map(|()| ExitCode::SUCCESS),
         Command::Calibrate(args) => calibrate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Importance(args) => importance::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Sensitivity(args) => sensitivity::run(args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Logits(args) => logits::run(args).map(|()| ExitCode::SUCCESS),
         Command::Archive(args) => archive::run(args).map(|()| ExitCode::SUCCESS),

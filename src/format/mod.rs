@@ -22,7 +22,7 @@ pub use layout::{FilePlan, PlannedFile, PlannedTensor, plan};
 pub use manifest::{Manifest, Part, ShardInfo, Source, SourceFile};
 pub use read::{PackedFile, PackedPart, PackedTensor};
 pub(crate) use write::without_temporary_name;
-pub use write::{PackedWriter, check_output, persist, planned_bytes, temporary_beside};
+pub use write::{PackedWriter, check_output, persist, planned_bytes, temporary_beside, write_file};
 
 /// The format version that this code writes and reads.
 pub const VERSION: u64 = 1;

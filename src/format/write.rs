@@ -197,6 +197,16 @@ pub fn check_output(path: &Path, force: bool) -> Result<()> {
     }
 }
 
+/// Writes a whole file in one step: nothing stands under its name until all is written.
+///
+/// # Errors
+/// [`Error::Exists`] unless `force`; [`Error::Io`].
+pub fn write_file(bytes: &[u8], path: &Path, force: bool) -> Result<()> {
+    let mut temporary = temporary_beside(path)?;
+    temporary.write_all(bytes).map_err(Error::io(path))?;
+    persist(temporary, path, force)
+}
+
 /// Gives a temporary file its final name in one step.
 pub fn persist(temporary: NamedTempFile, path: &Path, force: bool) -> Result<()> {
     let named = if force { temporary.persist(path) } else { temporary.persist_noclobber(path) };

@@ -1,5 +1,6 @@
 //! From a matrix of floats to the bytes of its parts. Pure functions of the matrix and the options.
 
+pub mod cost;
 pub mod gptq;
 pub mod hessian;
 

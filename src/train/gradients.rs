@@ -5,8 +5,11 @@ use candle_core::Tensor;
 use crate::{
     error::{Error, Result},
     eval::{perplexity::Protocol, text::window_bos},
-    model::{Model, check_tokens},
-    ops::autograd::{AutogradOps, Gradients},
+    model::{Model, check_tokens, sample::Sampler},
+    ops::{
+        Ops,
+        autograd::{AutogradOps, Gradients},
+    },
     tensor::TensorSource,
 };
 
@@ -84,17 +87,39 @@ impl<'a> Differentiator<'a> {
         Ok(WindowLoss { nll: self.finite(nll)?, gradients })
     }
 
+    /// The same where, after each token of the window, the model is to predict one that it would itself have drawn: the
+    /// squares of such gradients are, on average, the Fisher information over the number of scored tokens.
+    ///
+    /// # Errors
+    /// As [`loss`](Self::loss).
+    pub fn fisher_gradients(&self, window: &[u32], sampler: &mut Sampler) -> Result<WindowLoss> {
+        let (nll, gradients) = self.ops.gradients(|| {
+            let (logits, _) = self.recorded_logits(window)?;
+            let mut values = Vec::new();
+            self.ops.read(&logits, &mut values)?;
+            let drawn: Vec<u32> =
+                values.chunks_exact_mut(self.model.vocab_size()).map(|logits| sampler.draw(logits)).collect();
+            self.ops.mean_cross_entropy(&logits, &drawn)
+        })?;
+        Ok(WindowLoss { nll: self.finite(nll)?, gradients })
+    }
+
     /// A scalar that remembers how it was computed.
     fn recorded_loss(&self, window: &[u32]) -> Result<Tensor> {
-        let mut window = window.to_vec();
+        let (logits, targets) = self.recorded_logits(window)?;
+        self.ops.mean_cross_entropy(&logits, targets)
+    }
+
+    /// The logits of the scored positions, `[scored, vocab_size]`, and the tokens that they are to predict.
+    fn recorded_logits<'w>(&self, window: &'w [u32]) -> Result<(Tensor, &'w [u32])> {
+        let mut begun = window.to_vec();
         if let Some(bos) = self.bos {
-            window[0] = bos;
+            begun[0] = bos;
         }
-        let hidden = self.model.forward(&window, &mut self.model.state(window.len())?)?;
+        let hidden = self.model.forward(&begun, &mut self.model.state(window.len())?)?;
         let skip = self.protocol.skip;
         // Each row predicts the token after its own.
-        let logits = self.model.logits(&hidden, skip - 1, window.len() - skip)?;
-        self.ops.mean_cross_entropy(&logits, &window[skip..])
+        Ok((self.model.logits(&hidden, skip - 1, window.len() - skip)?, &window[skip..]))
     }
 
     fn finite(&self, nll: f64) -> Result<f64> {

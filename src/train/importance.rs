@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    io::Write,
     path::{Path, PathBuf},
 };
 
@@ -12,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::gradients::Differentiator;
 use crate::{
     error::{Error, Result},
-    format::{persist, temporary_beside},
+    format::write_file,
     json,
     model::config::check_not_synthetic,
     ops::autograd::{AutogradOps, Moments, Precision},
@@ -205,10 +204,7 @@ impl Partial {
     }
 
     fn save(&self, path: &Path) -> Result<()> {
-        let mut temporary = temporary_beside(path)?;
-        let bytes = serde_json::to_vec(self).expect("plain numbers and strings");
-        temporary.write_all(&bytes).map_err(Error::io(path))?;
-        persist(temporary, path, true)
+        write_file(&serde_json::to_vec(self).expect("plain numbers and strings"), path, true)
     }
 }
 
@@ -217,11 +213,9 @@ impl Partial {
 /// # Errors
 /// [`Error::Exists`] unless `force`; [`Error::Io`].
 pub fn write(importance: &Importance, path: &Path, partial: &Path, force: bool) -> Result<()> {
-    let mut temporary = temporary_beside(path)?;
     let mut bytes = serde_json::to_vec_pretty(importance).expect("plain numbers and strings");
     bytes.push(b'\n');
-    temporary.write_all(&bytes).map_err(Error::io(path))?;
-    persist(temporary, path, force)?;
+    write_file(&bytes, path, force)?;
     match std::fs::remove_file(partial) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(partial)(error)),
         _ => Ok(()),

@@ -1,5 +1,7 @@
-//! What learns from a text: gradients, the importance of tensors, calibrated rounding.
+//! What learns from a text: gradients, the importance of tensors, the costs of encodings, calibrated rounding.
 
+pub mod fisher;
 pub mod gradients;
 pub mod importance;
 pub mod rounding;
+pub mod sensitivity;

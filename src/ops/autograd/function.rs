@@ -209,3 +209,41 @@ fn sum_up<T: WithDType, const N: usize>(values: &[T], of: impl Fn(f64) -> [f64; 
     let tasks: Vec<[f64; N]> = values.par_chunks(TASK).map(of_task).collect();
     tasks.into_iter().fold([0.0; N], add)
 }
+
+/// Sums of a matrix's squared values, by row and by column.
+pub(super) fn marginal_squares(tensor: &Tensor) -> Result<[Vec<f64>; 2]> {
+    let (_, cols) = tensor.dims2()?;
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else {
+        return Err(Error::Msg("a tensor is not in the CPU's memory".into()));
+    };
+    in_type!(tensor.dtype(), "marginals", T => Ok(add_marginals(contiguous::<T>(storage, layout)?, cols)))
+}
+
+fn add_marginals<T: WithDType>(values: &[T], cols: usize) -> [Vec<f64>; 2] {
+    /// Rows of one task, whose sums are added in order, so that they do not depend on the number of threads.
+    const TASK: usize = 64;
+    if values.is_empty() {
+        return [Vec::new(), vec![0.0; cols]];
+    }
+    let of_task = |values: &[T]| {
+        let mut by_column = vec![0.0; cols];
+        let by_row = |row: &[T]| {
+            let squares = row.iter().map(|value| value.to_f64().powi(2));
+            squares.zip(&mut by_column).fold(0.0, |sum, (square, column)| {
+                *column += square;
+                sum + square
+            })
+        };
+        let by_row: Vec<f64> = values.chunks_exact(cols).map(by_row).collect();
+        (by_row, by_column)
+    };
+    let tasks: Vec<_> = values.par_chunks(TASK * cols).map(of_task).collect();
+    let mut marginals = [Vec::with_capacity(values.len() / cols), vec![0.0; cols]];
+    for (by_row, by_column) in tasks {
+        marginals[0].extend(by_row);
+        marginals[1].iter_mut().zip(by_column).for_each(|(sum, more)| *sum += more);
+    }
+    marginals
+}

@@ -192,6 +192,14 @@ impl Gradients {
         }
     }
 
+    /// The sums of a tensor's squared gradients by row and by column; `None` where the loss does not depend on it.
+    pub fn marginal_squares(&self, name: &str) -> Result<Option<[Vec<f64>; 2]>> {
+        match self.variables.get(name).and_then(|variable| self.by_tensor.get(variable)) {
+            Some(gradient) => Ok(Some(function::marginal_squares(gradient)?)),
+            None => Ok(None),
+        }
+    }
+
     /// The gradient of a tensor, row-major, in the order of its values; `None` where the loss does not depend on it.
     pub fn get(&self, name: &str) -> Result<Option<Vec<f64>>> {
         match self.variables.get(name).and_then(|variable| self.by_tensor.get(variable)) {
