@@ -1,5 +1,7 @@
 //! Tensors as they are stored: types, shapes, and the one trait behind which models and checkpoints look alike.
 
+pub mod mixed;
+
 use std::{borrow::Cow, cmp::Ordering, collections::HashSet, path::Path};
 
 use bkpack_kernels::{Data, FloatType, Layout, Matrix, MatrixError};

@@ -112,6 +112,7 @@ fn machine(value: &impl Serialize) -> String {
 }
 
 fn one(explained: &Explained) -> String {
+    let asked = explained.asked.as_ref().map(|text| ("asked for", short(text).to_string()));
     let rows = [
         ("tensor", short(explained.name).to_string()),
         ("component", short(explained.component).to_string()),
@@ -120,9 +121,8 @@ fn one(explained: &Explained) -> String {
         ("bytes", count(explained.bytes)),
         ("bits per weight", format!("{:.3}", explained.bits_per_weight)),
         ("policy", explained.policy.map_or_else(|| "not recorded".into(), |name| short(name).to_string())),
-        ("asked for", explained.asked.as_deref().map_or_else(|| "not recorded".into(), |text| short(text).to_string())),
     ];
-    format!("{}\n\n{}", facts(rows).trim_fmt(), explained.why)
+    format!("{}\n\n{}", facts(rows.into_iter().chain(asked)).trim_fmt(), explained.why)
 }
 
 fn overview(all: &[Explained]) -> String {

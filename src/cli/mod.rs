@@ -2,6 +2,7 @@
 
 mod archive;
 mod calibrate;
+mod components;
 mod convert;
 mod diff;
 mod eval;

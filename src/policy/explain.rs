@@ -146,7 +146,8 @@ impl<'a> Explainer<'a> {
         let rules = self.policy.get("rules").map(|_| self.file("rules"));
         let why = match by {
             Some(By::Rule(rule)) => {
-                let source = if rule.own { rules.as_deref().unwrap_or("a file of rules") } else { "the built-in rules" };
+                let source =
+                    if rule.own { rules.as_deref().unwrap_or("a file of rules") } else { "the built-in rules" };
                 format!("the tensor's name matches {:?} in {source}", long(&rule.pattern))
             }
             _ if subject.component == PLAIN => "a vector or a tiny matrix".into(),
@@ -224,7 +225,8 @@ impl<'a> Explainer<'a> {
         );
         let step = |other: &Neighbour| {
             let (bytes, costs) = (other.bytes.abs_diff(subject.bytes), (other.cost - cost.cost).abs());
-            let price = if bytes > 0 { format!(", {} a byte", scientific(costs / bytes as f64)) } else { String::new() };
+            let price =
+                if bytes > 0 { format!(", {} a byte", scientific(costs / bytes as f64)) } else { String::new() };
             (short(&other.encoding).to_string(), bytes, format!("{}{price}", scientific(costs)))
         };
         if let Some(smaller) = &cost.smaller {

@@ -152,7 +152,13 @@ impl Policy {
     }
 
     /// What the policy went by when one of a tensor's alternatives was chosen, where its record alone does not tell.
-    pub fn by(&self, tensor: &TensorInfo, decision: &Decision, sized: &[SizedAlternative], chosen: usize) -> Option<By> {
+    pub fn by(
+        &self,
+        tensor: &TensorInfo,
+        decision: &Decision,
+        sized: &[SizedAlternative],
+        chosen: usize,
+    ) -> Option<By> {
         match &self.choice {
             Choice::Budget(budget) => {
                 let coupled = budget.couples(&self.components, &tensor.name);

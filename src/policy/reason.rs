@@ -182,8 +182,13 @@ mod tests {
     #[test]
     fn neighbours_are_the_cheapest_steps() {
         // From int2 to int3:g64 each byte saves 0.608, which is more than int3 saves on the way.
-        let options =
-            sized(&[("int2", 20, 10.), ("int3", 30, 4.0), ("int3:g64", 32, 2.7), ("int4", 40, 1.0), ("fp16", 160, 0.0)]);
+        let options = sized(&[
+            ("int2", 20, 10.),
+            ("int3", 30, 4.0),
+            ("int3:g64", 32, 2.7),
+            ("int4", 40, 1.0),
+            ("fp16", 160, 0.0),
+        ]);
         let names = |chosen: usize| {
             let cost = Cost::of(&options, chosen, false).unwrap();
             (cost.smaller.map(|other| other.encoding), cost.larger.map(|other| other.encoding))

@@ -1,24 +1,17 @@
 //! Calibrated rounding, block by block: the inputs that a block's weights see come from blocks that are packed already.
 
-use std::{
-    borrow::Cow,
-    collections::HashMap,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::HashMap, path::PathBuf, sync::Arc};
 
 use bkpack_kernels::Cpu;
-use serde_json::Value;
 
 use crate::{
-    checkpoint::Checkpoint,
     error::{Error, Result},
     model::{Model, check_tokens},
     ops::{cpu::CpuOps, recorder::InputRecorder},
     pack::{Packing, Writing},
     progress::{Observer, Unit},
     quant::gptq::Factor,
-    tensor::{Tensor, TensorSource},
+    tensor::{Tensor, TensorSource, mixed::Mixed},
 };
 
 /// Windows of a calibration text, and their length in tokens.
@@ -73,7 +66,7 @@ pub fn write_calibrated(
             model.block(layer, ops.copy(x), pass, &mut state)?;
         }
         let packed = round(&mut writing, cpu, &recorder)?;
-        let mixed = Mixed { checkpoint, packed };
+        let mixed = Mixed::new(checkpoint, packed);
         let model = Model::load(&mixed, &ops)?;
         for (x, pass) in hidden.iter_mut().zip(&passes) {
             observer.check()?;
@@ -110,43 +103,4 @@ fn round(writing: &mut Writing, cpu: Cpu, recorder: &InputRecorder) -> Result<Ha
         }
     }
     Ok(packed)
-}
-
-/// A checkpoint some of whose tensors are packed.
-struct Mixed<'a> {
-    checkpoint: &'a Checkpoint,
-    packed: HashMap<String, Tensor<'static>>,
-}
-
-impl TensorSource for Mixed<'_> {
-    fn path(&self) -> &Path {
-        self.checkpoint.path()
-    }
-
-    fn config(&self) -> Option<&Value> {
-        self.checkpoint.config()
-    }
-
-    fn names(&self) -> &[String] {
-        self.checkpoint.names()
-    }
-
-    fn shape(&self, name: &str) -> Option<&[usize]> {
-        self.checkpoint.shape(name)
-    }
-
-    fn tensor(&self, name: &str) -> Result<Tensor<'_>> {
-        match self.packed.get(name) {
-            Some(tensor) => Ok(tensor.borrowed()),
-            None => self.checkpoint.tensor(name),
-        }
-    }
-
-    fn file(&self, name: &str) -> Result<Option<Cow<'_, [u8]>>> {
-        self.checkpoint.file(name)
-    }
-
-    fn file_bytes(&self) -> u64 {
-        self.checkpoint.file_bytes()
-    }
 }
