@@ -166,7 +166,7 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let calibrated = matches!(args.rounding, RoundingName::Gptq);
     let has_text = args.calib.is_some() || args.calib_tokens.is_some();
     if has_text != (calibrated || args.report_kld) {
-        let why = "gptq needs --calib or --calib-tokens, and only it and --report-kld look at them".into();
+        let why = "--rounding gptq needs --calib or --calib-tokens, and only it and --report-kld look at them".into();
         return Err(Error::Option { option: "--rounding", why });
     }
     if args.json && args.output.is_none() {
