@@ -132,6 +132,12 @@ pub enum Error {
     #[error("{}: tensor {tensor} is missing", path.display(), tensor = short(tensor))]
     MissingTensor { path: PathBuf, tensor: String },
 
+    /// The user names a tensor that the file does not hold.
+    #[error(
+        "{}: no tensor is named {tensor}{}", path.display(), did_you_mean(near), tensor = short(tensor)
+    )]
+    NoSuchTensor { path: PathBuf, tensor: String, near: Vec<String> },
+
     /// config.json is absent where a model must be run.
     #[error(
         "{}: no config.json, so it cannot be run; name one with --config FILE (for a packed file: when it is converted)",
@@ -373,6 +379,12 @@ impl Error {
         let why = message.lines().last().unwrap_or_default().trim_start_matches("error: ").to_owned();
         Error::Pattern { pattern: text.to_owned(), why }
     }
+}
+
+/// The names that a user may have meant.
+fn did_you_mean(near: &[String]) -> String {
+    let names: Vec<String> = near.iter().map(|name| short(name).to_string()).collect();
+    if names.is_empty() { String::new() } else { format!("; the nearest are {}", names.join(", ")) }
 }
 
 /// A name from a file that is not trusted, as a message shows it: its first 100 characters, and control characters

@@ -20,7 +20,10 @@ use crate::{
     encoding::{Encoding, FloatName, Request},
     error::{Error, Result},
     format::{self, FilePlan, PlannedFile, PlannedTensor, Source, SourceFile},
-    policy::{Alternative, Choice, Line, Policy, Recipe, SizedAlternative, TensorInfo},
+    policy::{
+        Alternative, Choice, Decision, Line, Policy, Recipe, SizedAlternative, TensorInfo,
+        reason::{Instead, Reason, Why},
+    },
     progress::{Observer, Unit},
     quant,
     tensor::{CalibrationText, Tensor, TensorSource, matrix_shape},
@@ -100,13 +103,19 @@ impl<'a> Packing<'a> {
         policy.exceptions.check_patterns(checkpoint.names())?;
         let mut notices = Vec::new();
         let outline = outline(checkpoint, policy, &mut notices)?;
-        let resolved = policy.resolve(&outline)?;
+        let decisions = policy.resolve(&outline)?;
         observer.begin("Reading", checkpoint.tensor_bytes(), Unit::Bytes);
-        let mut outcomes = Vec::with_capacity(outline.len());
-        for (info, alternatives) in outline.iter().zip(&resolved) {
+        let mut prospects = Vec::with_capacity(outline.len());
+        for (info, decision) in outline.iter().zip(decisions) {
             observer.check()?;
             let tensor = checkpoint.tensor(&info.name)?;
-            outcomes.push(Decider::new(checkpoint, &info.name, &tensor, options, cpu).decide(alternatives)?);
+            let mut decider = Decider::new(checkpoint, &info.name, &tensor, options, cpu);
+            let outcomes = decider.decide(&decision.alternatives)?;
+            let sized = decision.alternatives.iter().zip(&outcomes).map(|(&alternative, outcome)| {
+                let bytes = planned(checkpoint, info, outcome.encoding, None).stored_bytes() as u64;
+                SizedAlternative { alternative, bytes }
+            });
+            prospects.push(Prospect { sized: sized.collect(), decision, outcomes });
             observer.advance(tensor.matrix().bytes() as u64);
         }
         observer.end();
@@ -119,65 +128,53 @@ impl<'a> Packing<'a> {
         let output = output.to_owned();
         let (tensors, chosen, files) = (Vec::new(), Vec::new(), Vec::new());
         let mut packing = Self { checkpoint, options, output, tensors, chosen, travelling, files, notices };
-        let choice = packing.choose(&outline, &resolved, &outcomes)?;
-        packing.tensors = packing.planned(&outline, &outcomes, &choice);
-        packing.chosen = resolved.iter().zip(&choice).map(|(alternatives, &index)| alternatives[index]).collect();
+        let choice = packing.choose(&outline, &prospects)?;
+        packing.tensors = packing.planned(&outline, &prospects, &choice);
+        let chosen = prospects.iter().zip(&choice);
+        packing.chosen = chosen.clone().map(|(prospect, &index)| prospect.sized[index].alternative).collect();
         packing.files = packing.plan_files(&packing.tensors);
-        let outcomes = outcomes.iter().zip(&choice).map(|(outcomes, &index)| &outcomes[index]);
-        packing.note(outcomes.filter_map(|outcome| outcome.remark.as_ref()));
+        let unmet = chosen.map(|(prospect, &index)| prospect.outcomes[index].unmet.as_ref());
+        let unmet = outline.iter().zip(unmet).filter_map(|(info, why)| Some((info.name.as_str(), why?)));
+        packing.note(unmet);
         packing.check_unique_names()?;
         Ok(packing)
     }
 
     /// Which alternative each tensor gets.
-    fn choose(
-        &self,
-        outline: &[TensorInfo],
-        resolved: &[Vec<Alternative>],
-        outcomes: &[Vec<Outcome>], // [tensors, alternatives]
-    ) -> Result<Vec<usize>> {
+    fn choose(&self, outline: &[TensorInfo], prospects: &[Prospect]) -> Result<Vec<usize>> {
         let policy = &self.options.policy;
         let Choice::Budget(budget) = &policy.choice else { return Ok(vec![0; outline.len()]) };
-        let sized: Vec<Vec<SizedAlternative>> = outline
-            .iter()
-            .zip(resolved.iter().zip(outcomes))
-            .map(|(info, (alternatives, outcomes))| {
-                let sized = |(&alternative, outcome)| {
-                    let bytes = self.planned_tensor(info, outcome).stored_bytes() as u64;
-                    SizedAlternative { alternative, bytes }
-                };
-                alternatives.iter().zip(outcomes).map(sized).collect()
-            })
-            .collect();
+        let sized: Vec<Vec<SizedAlternative>> = prospects.iter().map(|prospect| prospect.sized.clone()).collect();
         let file_bytes = |choice: &[usize]| {
-            let tensors = self.planned(outline, outcomes, choice);
+            let tensors = self.planned(outline, prospects, choice);
             format::planned_bytes(&self.output, &self.plan_files(&tensors))
         };
         budget.choose(&policy.components, outline, &sized, file_bytes)
     }
 
-    fn planned(&self, outline: &[TensorInfo], outcomes: &[Vec<Outcome>], choice: &[usize]) -> Vec<PlannedTensor> {
-        let chosen = outcomes.iter().zip(choice).map(|(outcomes, &index)| &outcomes[index]);
-        outline.iter().zip(chosen).map(|(info, outcome)| self.planned_tensor(info, outcome)).collect()
+    fn planned(&self, outline: &[TensorInfo], prospects: &[Prospect], choice: &[usize]) -> Vec<PlannedTensor> {
+        let one = |(info, (prospect, &index)): (&TensorInfo, (&Prospect, &usize))| {
+            let reason = self.reason(info, prospect, index);
+            planned(self.checkpoint, info, prospect.outcomes[index].encoding, reason)
+        };
+        outline.iter().zip(prospects.iter().zip(choice)).map(one).collect()
     }
 
-    fn planned_tensor(&self, info: &TensorInfo, outcome: &Outcome) -> PlannedTensor {
-        PlannedTensor {
-            name: info.name.clone(),
-            shape: info.shape.clone(),
-            component: info.component.clone(),
-            complex: self.checkpoint.complex_part(&info.name),
-            encoding: outcome.encoding,
-        }
+    /// Why a tensor has the encoding that was chosen; `None` where the record of the policy says it all.
+    fn reason(&self, info: &TensorInfo, prospect: &Prospect, index: usize) -> Option<Reason> {
+        let by = self.options.policy.by(info, &prospect.decision, &prospect.sized, index);
+        let request = prospect.sized[index].alternative.request;
+        let instead = prospect.outcomes[index].unmet.clone().map(|why| Instead::of(request, why));
+        (by.is_some() || instead.is_some()).then_some(Reason { by, instead })
     }
 
     /// Tells the user what became of tensors other than asked for.
-    fn note<'b>(&mut self, remarks: impl Iterator<Item = &'b Remark>) {
+    fn note<'b>(&mut self, unmet: impl Iterator<Item = (&'b str, &'b Why)>) {
         let mut left_alone = 0;
-        for remark in remarks {
-            match remark {
-                Remark::Told(text) => self.notices.push(text.clone()),
-                Remark::LeftAsBf16 => left_alone += 1,
+        for (name, why) in unmet {
+            match why {
+                Why::LeftAsBf16 => left_alone += 1,
+                why => self.notices.push(format!("{name} {}", why.sentence())),
             }
         }
         if left_alone > 0 {
@@ -266,22 +263,36 @@ fn outline(checkpoint: &Checkpoint, policy: &Policy, notices: &mut Vec<String>) 
     let stored = checkpoint.names().iter().filter(|name| tied != Some(name.as_str()));
     let info = |name: &String| {
         let shape = checkpoint.shape(name).expect("a name of the checkpoint").to_vec();
-        let component = policy.components.component(architecture, name, &shape).to_owned();
-        TensorInfo { name: name.clone(), shape, component }
+        let (component, rule) = policy.components.classify(architecture, name, &shape);
+        TensorInfo { name: name.clone(), component: component.to_owned(), rule, shape }
     };
     Ok(stored.map(info).collect())
+}
+
+/// A tensor as it will stand in the packed file.
+fn planned(checkpoint: &Checkpoint, info: &TensorInfo, encoding: Encoding, reason: Option<Reason>) -> PlannedTensor {
+    PlannedTensor {
+        name: info.name.clone(),
+        shape: info.shape.clone(),
+        component: info.component.clone(),
+        complex: checkpoint.complex_part(&info.name),
+        encoding,
+        reason: reason.map(|reason| json!(reason)),
+    }
+}
+
+/// What a tensor may become, and what that comes to.
+struct Prospect {
+    decision: Decision,
+    sized: Vec<SizedAlternative>, // [alternatives]
+    outcomes: Vec<Outcome>,       // [alternatives]
 }
 
 /// What one alternative comes to, now that the tensor's values can be seen.
 struct Outcome {
     encoding: Encoding,
-    remark: Option<Remark>,
-}
-
-/// Why an encoding is not the one that was asked for.
-enum Remark {
-    Told(String),
-    LeftAsBf16,
+    /// Why the encoding is not the one that was asked for.
+    unmet: Option<Why>,
 }
 
 /// Decides the encodings of one tensor.
@@ -319,16 +330,14 @@ impl<'a> Decider<'a> {
         };
         let group = layout.map_or(cols, |layout| layout.group);
         let range = *self.ranges.entry(group).or_insert_with(|| quant::range(self.cpu, &matrix, group));
-        let float = |dtype: FloatType, remark| Outcome { encoding: Encoding::Float { dtype: dtype.into() }, remark };
+        let float = |dtype: FloatType, unmet| Outcome { encoding: Encoding::Float { dtype: dtype.into() }, unmet };
         if range.non_finite > 0 {
             if !self.options.allow_nonfinite {
                 let first = first_non_finite(self.cpu, self.tensor);
                 let (path, tensor) = (self.checkpoint.path().to_owned(), self.name.to_owned());
                 return Err(Error::NonFinite { path, tensor, count: range.non_finite, first });
             }
-            let count = range.non_finite;
-            let told = format!("{} holds {count} NaN or infinite values and is kept as FP32", self.name);
-            return Ok(float(FloatType::F32, Some(Remark::Told(told))));
+            return Ok(float(FloatType::F32, Some(Why::NonFinite { count: range.non_finite })));
         }
         let Data::Float { dtype: source, .. } = matrix.data() else { unreachable!("a checkpoint holds floats") };
         Ok(match (alternative.request, layout) {
@@ -336,23 +345,17 @@ impl<'a> Decider<'a> {
                 let scale = quant::scale_type(layout, range);
                 let row = layout.code_bytes(cols) + layout.groups(cols) * scale.bytes() + layout.zero_bytes(cols);
                 if row * matrix.rows() >= matrix.bytes() {
-                    let why = format!("its rows of {cols} are too short for scales");
-                    let told = format!("{} would grow and is kept: {why}", self.name);
-                    return Ok(float(source, Some(Remark::Told(told))));
+                    return Ok(float(source, Some(Why::Grows { columns: cols })));
                 }
-                Outcome { encoding: Encoding::quantized(layout, scale), remark: None }
+                Outcome { encoding: Encoding::quantized(layout, scale), unmet: None }
             }
             // A policy that asks for FP16 asks for 16 bits: BF16 serves it where FP16 would lose range.
             (Request::Float(FloatType::F16), _) if !alternative.named && source == FloatType::BF16 => {
-                float(source, Some(Remark::LeftAsBf16))
+                float(source, Some(Why::LeftAsBf16))
             }
             (Request::Float(FloatType::F16), _) if !alternative.named && range.largest > f16::MAX.to_f32() => {
                 check_float_range(self.checkpoint, self.name, range, FloatType::BF16)?;
-                let told = format!(
-                    "{} holds {}, which FP16 cannot hold, and is stored as BF16, in as many bytes",
-                    self.name, range.largest
-                );
-                float(FloatType::BF16, Some(Remark::Told(told)))
+                float(FloatType::BF16, Some(Why::Fp16Range { largest: range.largest }))
             }
             (Request::Float(to), _) => {
                 check_float_range(self.checkpoint, self.name, range, to)?;

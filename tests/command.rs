@@ -195,6 +195,8 @@ fn wrong_use_is_told_apart_from_failed_checks() {
         &["verify", there],
         &["inspect", missing],
         &["inspect", there],
+        &["explain", missing],
+        &["explain", there],
         &["diff", packed, missing],
         &["eval", missing, "--text", packed],
         &["eval", packed, "--text", missing],
@@ -362,6 +364,8 @@ fn a_reader_that_goes_away_is_no_error() {
     let packed = packed.to_str().unwrap();
     for arguments in [
         &["inspect", packed][..],
+        &["explain", packed],
+        &["explain", packed, "--json"],
         &["inspect", packed, "--json"],
         &["diff", packed, packed],
         &["verify", packed],

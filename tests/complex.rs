@@ -19,7 +19,8 @@ const SHAPE: [usize; 2] = [4, 48];
 
 fn half(part: ComplexPart, encoding: Encoding) -> PlannedTensor {
     let name = format!("core.kernel{}", part.suffix());
-    PlannedTensor { name, shape: SHAPE.to_vec(), component: "bk_core".into(), complex: Some(part), encoding }
+    let component = "bk_core".into();
+    PlannedTensor { name, shape: SHAPE.to_vec(), component, complex: Some(part), encoding, reason: None }
 }
 
 #[test]

@@ -9,7 +9,13 @@ use bkpack::{
     Error, Result,
     checkpoint::Checkpoint,
     error::short,
-    format, model,
+    eval::{
+        components::{ComponentCosts, DEFAULT_WINDOWS, component_costs},
+        perplexity::Options,
+    },
+    format::{self, PackedFile},
+    model::{self, config::check_not_synthetic},
+    ops::cpu::Activations,
     pack::{Calibration, DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
     report::convert::Summary,
     tensor::{CalibrationText, TensorSource},
@@ -17,9 +23,10 @@ use bkpack::{
 };
 use bkpack_kernels::{Cpu, cpu::quantize::Rounding};
 use clap::{Args, ValueEnum};
+use serde::Serialize;
 
 use super::{
-    Common, policy::PolicyArgs, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs,
+    Common, components, policy::PolicyArgs, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs,
     text::read_either,
 };
 
@@ -42,6 +49,8 @@ Examples:
       What would become of each tensor, to read and to edit; then pack by it
   bkpack convert weights.pt --config config.json --rename '^net=model' -o model.bkpack
       One file of weights with its config beside it, its tensors renamed
+  bkpack convert ./model -o model.bkpack --policy component --calib text.txt --report-kld
+      And measure on a text what each component of the packed file costs
   bkpack convert ./model -o model.bkpack --bits 4 --dry-run
       The exact size, without writing anything";
 
@@ -69,7 +78,7 @@ pub struct ConvertArgs {
     #[arg(long, value_enum, default_value_t = RoundingName::Search)]
     rounding: RoundingName,
 
-    /// Calibration text for --rounding gptq (UTF-8); never the text that the model is tested on
+    /// Calibration text for --rounding gptq and --report-kld (UTF-8); never the text that the model is tested on
     #[arg(long, value_name = "FILE", group = "calibration")]
     calib: Option<PathBuf>,
 
@@ -84,6 +93,11 @@ pub struct ConvertArgs {
     /// Tokens in a window of the calibration text [default: 512, or the model's context if that is shorter]
     #[arg(long, value_name = "N", requires = "calibration", value_parser = clap::value_parser!(u32).range(1..))]
     ctx: Option<u32>,
+
+    /// Measure on a few windows of the calibration text what each component of the packed file costs: its bytes, and the
+    /// divergence of the model with it alone packed
+    #[arg(long, requires = "calibration", conflicts_with_all = ["plan_only", "dry_run"])]
+    report_kld: bool,
 
     /// Ternary weights below this share of their scale are zero
     #[arg(long, value_name = "SHARE", default_value_t = DEFAULT_TERNARY_THRESHOLD)]
@@ -149,8 +163,9 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         return Err(Error::Option { option: "--ternary-threshold", why });
     }
     let calibrated = matches!(args.rounding, RoundingName::Gptq);
-    if calibrated != (args.calib.is_some() || args.calib_tokens.is_some()) {
-        let why = "--rounding gptq needs --calib or --calib-tokens, and only it looks at them".into();
+    let has_text = args.calib.is_some() || args.calib_tokens.is_some();
+    if has_text != (calibrated || args.report_kld) {
+        let why = "--rounding gptq needs --calib or --calib-tokens, and only it and --report-kld look at them".into();
         return Err(Error::Option { option: "--rounding", why });
     }
     if args.json && args.output.is_none() {
@@ -179,8 +194,14 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         format::check_output(output, args.force || args.dry_run)?;
     }
     note_architecture(args, &checkpoint)?;
+    if args.report_kld {
+        check_not_synthetic(&checkpoint)?;
+    }
     let cpu = Cpu::from_environment()?;
-    let tokens = if calibrated { read_calibration(args, &checkpoint, &mut options)? } else { Vec::new() };
+    let calibration = if has_text { Some(read_calibration(args, &checkpoint)?) } else { None };
+    if calibrated {
+        options.calibration = calibration.as_ref().map(|(_, calibration)| calibration.clone());
+    }
     let output = args.output.as_deref().unwrap_or(Path::new("model.bkpack"));
     let packing = Packing::plan(&checkpoint, &options, output, cpu, &observer)?;
     packing.notices.iter().for_each(|notice| args.common.notice(notice));
@@ -202,27 +223,51 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         (true, Some(path)) => format::write_file(packing.recipe().as_bytes(), path, args.force)?,
         (false, _) if args.dry_run => {}
         (false, _) => {
-            match &options.calibration {
-                Some(Calibration { windows, ctx, .. }) => {
+            match &calibration {
+                Some((tokens, Calibration { windows, ctx, .. })) if calibrated => {
                     let samples = Samples { windows: *windows, ctx: *ctx };
-                    write_calibrated(packing, cpu, &tokens, samples, args.force, &observer)?
+                    write_calibrated(packing, cpu, tokens, samples, args.force, &observer)?
                 }
-                None => packing.write(cpu, args.force, &observer)?,
+                _ => packing.write(cpu, args.force, &observer)?,
             };
         }
     }
     let source_bytes = checkpoint.file_bytes();
     let planned = args.dry_run || args.plan_only;
     let summary = Summary::new(tensors.into_iter(), file_bytes, source_bytes, start.elapsed().as_secs_f64(), planned);
+    let costs = match &calibration {
+        Some((tokens, Calibration { ctx, .. })) if args.report_kld => {
+            let packed = PackedFile::open(output)?;
+            // Weights are what is compared: a model that looks ahead is marked as such.
+            let options = Options { ctx: Some(*ctx), skip: 1, activations: Activations::Exact, allow_lookahead: true };
+            Some(component_costs(cpu, &packed, &checkpoint, tokens, DEFAULT_WINDOWS, &options, &observer)?)
+        }
+        _ => None,
+    };
     match (args.json, args.common.quiet) {
-        (true, _) => print(&serde_json::to_string_pretty(&summary).expect("plain numbers and strings")),
+        (true, _) => {
+            let report = Report { summary: &summary, by_component: costs.as_ref() };
+            print(&serde_json::to_string_pretty(&report).expect("plain numbers and strings"))
+        }
         (false, true) => Ok(()),
-        (false, false) => print(&summary.render()),
+        (false, false) => {
+            let costs = costs.map_or_else(String::new, |costs| format!("\n\n{}", components::render(&costs)));
+            print(&format!("{}{costs}", summary.render()))
+        }
     }
 }
 
-/// The tokens of the calibration text; its record goes into the options.
-fn read_calibration(args: &ConvertArgs, checkpoint: &Checkpoint, options: &mut PackOptions) -> Result<Vec<u32>> {
+/// What is printed for machines.
+#[derive(Serialize)]
+struct Report<'a> {
+    #[serde(flatten)]
+    summary: &'a Summary,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    by_component: Option<&'a ComponentCosts>,
+}
+
+/// The tokens of the calibration text, and its record.
+fn read_calibration(args: &ConvertArgs, checkpoint: &Checkpoint) -> Result<(Vec<u32>, Calibration)> {
     let (path, tokens) = read_either(checkpoint, &args.calib, &args.calib_tokens)?;
     let longest = model::max_positions(checkpoint)?;
     let ctx = args.ctx.map_or(longest.min(512), |ctx| ctx as usize);
@@ -234,9 +279,11 @@ fn read_calibration(args: &ConvertArgs, checkpoint: &Checkpoint, options: &mut P
     if windows < args.samples as usize {
         args.common.notice(&format!("the text fills {windows} windows of {ctx} tokens, not {}", args.samples));
     }
-    let text = CalibrationText::of(path)?;
-    options.calibration = Some(Calibration { text, windows, ctx });
-    Ok(tokens)
+    if windows == 0 {
+        let why = format!("{} tokens do not fill one window of {ctx}; pass a smaller --ctx", tokens.len());
+        return Err(Error::Tokens { source_name: "the calibration text".into(), why });
+    }
+    Ok((tokens, Calibration { text: CalibrationText::of(path)?, windows, ctx }))
 }
 
 /// A known architecture must have its tensors; an unknown one is packed all the same.

@@ -3,15 +3,20 @@
 use std::path::{Path, PathBuf};
 
 use bkpack::{
-    Result,
-    eval::perplexity::{Evaluation, Options, evaluate},
+    Error, Result,
+    eval::{
+        components::{ComponentCosts, DEFAULT_WINDOWS, component_costs},
+        perplexity::{Evaluation, Options, evaluate},
+    },
+    format::{self, PackedFile},
     ops::cpu::Activations,
     report::table::{count, facts},
 };
 use bkpack_kernels::Cpu;
 use clap::Args;
+use serde::Serialize;
 
-use super::{Common, print, source::SourceArgs, text::read_either};
+use super::{Common, components, print, source::SourceArgs, text::read_either};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -19,6 +24,8 @@ Examples:
       Perplexity over windows of 512 tokens
   bkpack eval model.bkpack --baseline ./model --text test.txt
       What packing cost: perplexity of both, KL divergence, agreement
+  bkpack eval model.bkpack --baseline ./model --text test.txt --by-component
+      And what each component costs, in bytes and KL divergence
   bkpack eval model.bkpack --text test.txt --ctx 512 --skip 256
       The protocol of llama.cpp: the second half of each window is scored
   bkpack eval model.bkpack --tokens ids.json --activations int8 --json
@@ -63,6 +70,14 @@ pub struct EvalArgs {
     #[arg(long)]
     allow_lookahead: bool,
 
+    /// Also measure what each component of the packed file costs: the divergence of the baseline with it alone packed
+    #[arg(long, requires = "baseline")]
+    by_component: bool,
+
+    /// Windows to measure each component on, spread evenly over the text
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_WINDOWS as u32, requires = "by_component", value_parser = clap::value_parser!(u32).range(1..))]
+    component_windows: u32,
+
     /// Check every hash of the packed file before it is used
     #[arg(long)]
     verify_hashes: bool,
@@ -78,9 +93,22 @@ pub struct EvalArgs {
     common: Common,
 }
 
+/// What is printed for machines.
+#[derive(Serialize)]
+struct Report<'a> {
+    #[serde(flatten)]
+    evaluation: &'a Evaluation,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    by_component: Option<&'a ComponentCosts>,
+}
+
 /// Runs the subcommand.
 pub fn run(args: &EvalArgs) -> Result<()> {
     let observer = args.common.observer();
+    if args.by_component && !format::is_packed(&args.model)? {
+        let why = format!("{} is not packed, so its components cost nothing", args.model.display());
+        return Err(Error::Option { option: "--by-component", why });
+    }
     let paths: Vec<&Path> = std::iter::once(&args.model).chain(&args.baseline).map(PathBuf::as_path).collect();
     let models = args.checkpoint.open(&paths, args.verify_hashes.then_some(&observer), &args.common)?;
     let (source, baseline) = (&*models[0], models.get(1).map(|model| &**model));
@@ -94,11 +122,20 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     };
     let cpu = Cpu::from_environment()?;
     let evaluation = evaluate(cpu, source, baseline, &tokens, &options, &observer)?;
+    let costs = match baseline {
+        Some(baseline) if args.by_component => {
+            let packed = PackedFile::open(&args.model)?;
+            let windows = args.component_windows as usize;
+            Some(component_costs(cpu, &packed, baseline, &tokens, windows, &options, &observer)?)
+        }
+        _ => None,
+    };
     if args.json {
-        print(&serde_json::to_string_pretty(&evaluation).expect("plain numbers and strings"))
-    } else {
-        print(&render(&evaluation))
+        let report = Report { evaluation: &evaluation, by_component: costs.as_ref() };
+        return print(&serde_json::to_string_pretty(&report).expect("plain numbers and strings"));
     }
+    print(&render(&evaluation))?;
+    costs.map_or(Ok(()), |costs| print(&format!("\n{}", components::render(&costs))))
 }
 
 fn render(evaluation: &Evaluation) -> String {

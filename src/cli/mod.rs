@@ -2,9 +2,11 @@
 
 mod archive;
 mod calibrate;
+mod components;
 mod convert;
 mod diff;
 mod eval;
+mod explain;
 mod generate;
 mod importance;
 mod inspect;
@@ -54,6 +56,7 @@ enum Command {
     Eval(eval::EvalArgs),
     Verify(verify::VerifyArgs),
     Inspect(inspect::InspectArgs),
+    Explain(explain::ExplainArgs),
     Diff(diff::DiffArgs),
     Calibrate(calibrate::CalibrateArgs),
     Importance(importance::ImportanceArgs),
@@ -107,6 +110,7 @@ pub fn run() -> ExitCode {
         Command::Eval(args) => eval::run(args).map(|()| ExitCode::SUCCESS),
         Command::Verify(args) => verify::run(args),
         Command::Inspect(args) => inspect::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Explain(args) => explain::run(args).map(|()| ExitCode::SUCCESS),
         Command::Diff(args) => diff::run(args).map(|()| ExitCode::SUCCESS),
         Command::Calibrate(args) => calibrate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Importance(args) => importance::run(args).map(|()| ExitCode::SUCCESS),

@@ -2,6 +2,7 @@
 
 pub mod calibrate;
 pub mod causality;
+pub mod components;
 pub mod difference;
 pub mod generate;
 pub mod logits;

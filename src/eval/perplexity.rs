@@ -244,7 +244,13 @@ pub fn evaluate(
 
 /// The scored positions of a batch of `len` tokens from `first` of a window: the row of the batch that each slice of at
 /// most `rows` starts at, and the tokens that its rows are to predict.
-fn slices(window: &[u32], first: usize, len: usize, skip: usize, rows: usize) -> impl Iterator<Item = (usize, &[u32])> {
+pub(super) fn slices(
+    window: &[u32],
+    first: usize,
+    len: usize,
+    skip: usize,
+    rows: usize,
+) -> impl Iterator<Item = (usize, &[u32])> {
     // The row of a position predicts the token after it.
     let start = (first + 1).max(skip);
     let end = (first + len + 1).min(window.len());
@@ -257,7 +263,7 @@ pub(super) fn slice_rows(vocab_size: usize, models: usize) -> usize {
 }
 
 /// Refuses a baseline whose logits are about other tokens.
-fn check_comparable(
+pub(super) fn check_comparable(
     (source, model): (&dyn TensorSource, &Model<CpuOps>),
     (baseline, baseline_model): (&dyn TensorSource, &Model<CpuOps>),
     ctx: usize,

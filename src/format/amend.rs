@@ -113,6 +113,7 @@ fn plan_scales(
             component: component.clone(),
             complex: None,
             encoding: Encoding::Float { dtype: FloatName::F32 },
+            reason: None,
         });
     }
     let found = |name: &str| {
@@ -131,5 +132,6 @@ fn planned(tensor: &PackedTensor) -> PlannedTensor {
         component: tensor.component.clone(),
         complex: tensor.complex,
         encoding: tensor.encoding,
+        reason: tensor.reason.clone(),
     }
 }

@@ -22,6 +22,8 @@ pub struct PlannedTensor {
     /// Which half of a complex tensor it is.
     pub complex: Option<ComplexPart>,
     pub encoding: Encoding,
+    /// Why it has this encoding, for the manifest.
+    pub reason: Option<Value>,
 }
 
 impl PlannedTensor {
@@ -322,6 +324,7 @@ pub(super) fn tensor_entry(tensor: &PlannedTensor, stored: &[Stored]) -> TensorE
         component: tensor.component.clone(),
         complex: tensor.complex.map(|half| serde_json::to_value(half).expect("a half is JSON")),
         encoding: serde_json::to_value(tensor.encoding).expect("an encoding is JSON"),
+        reason: tensor.reason.clone(),
         parts: serde_json::to_value(parts).expect("parts are JSON"),
     }
 }

@@ -77,6 +77,9 @@ pub struct TensorEntry {
     pub complex: Option<Value>,
     /// A tagged object; see [`crate::encoding::Encoding`].
     pub encoding: Value,
+    /// Why it has this encoding, where the policy does not say it, as the producer records it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<Value>,
     /// An object from roles to parts; see [`Parts`].
     pub parts: Value,
 }

@@ -57,6 +57,8 @@ pub struct PackedTensor {
     /// Which half of a complex tensor it is.
     pub complex: Option<ComplexPart>,
     pub encoding: Encoding,
+    /// Why it has this encoding, as the producer records it.
+    pub reason: Option<Value>,
     /// The values, or codes, scales and (where there are any) zero points.
     pub parts: Vec<PackedPart>,
 }
@@ -399,8 +401,8 @@ fn read_tensor(
     }
     let encoding = read_encoding(&path, entry)?;
     let complex = read_half(&path(), entry)?;
-    let planned =
-        PlannedTensor { name: entry.name.clone(), shape, component: entry.component.clone(), complex, encoding };
+    let (name, component, reason) = (entry.name.clone(), entry.component.clone(), entry.reason.clone());
+    let planned = PlannedTensor { name, shape, component, complex, encoding, reason };
     let expected = stored_parts(&planned);
     let named = read_parts(&path, entry)?;
     let slots = [
@@ -439,8 +441,8 @@ fn read_tensor(
         }
         parts.push(part);
     }
-    let PlannedTensor { name, shape, component, .. } = planned;
-    Ok(PackedTensor { name, shape, component, complex, encoding, parts })
+    let PlannedTensor { name, shape, component, reason, .. } = planned;
+    Ok(PackedTensor { name, shape, component, complex, encoding, reason, parts })
 }
 
 fn read_encoding(path: &impl Fn() -> PathBuf, entry: &TensorEntry) -> Result<Encoding> {

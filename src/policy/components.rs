@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use regex::Regex;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use toml::Spanned;
 
@@ -47,6 +47,16 @@ struct Rule {
     pattern: Regex,
     architectures: Option<Vec<String>>,
     tiny: bool,
+    /// Whether it stands in the user's own file.
+    own: bool,
+}
+
+/// The rule that gave a tensor its component.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MatchedRule {
+    pub pattern: String,
+    /// Whether it stands in the user's file of rules, and not among the built-in ones.
+    pub own: bool,
 }
 
 #[derive(Deserialize)]
@@ -79,7 +89,7 @@ impl ComponentRules {
         let file =
             PolicyFile::new(path, include_bytes!("components.toml").to_vec()).expect("the built-in rules are text");
         let mut rules = Self { rules: Vec::new(), encodings: BTreeMap::new(), coupled: Vec::new(), file: None };
-        rules.put_before(&file).expect("the built-in rules are valid");
+        rules.put_before(&file, false).expect("the built-in rules are valid");
         rules
     }
 
@@ -90,12 +100,12 @@ impl ComponentRules {
     /// A file that does not parse, a pattern or an encoding that does not, a component without an encoding.
     pub fn with_file(file: PolicyFile) -> Result<Self> {
         let mut rules = Self::builtin();
-        rules.put_before(&file)?;
+        rules.put_before(&file, true)?;
         rules.file = Some(file);
         Ok(rules)
     }
 
-    fn put_before(&mut self, file: &PolicyFile) -> Result<()> {
+    fn put_before(&mut self, file: &PolicyFile, own: bool) -> Result<()> {
         let table: Table = file.toml()?;
         for (component, text) in table.encodings {
             let field = |why: String| file.error_at(text.span(), format!("encodings: {component}: {why}"));
@@ -116,7 +126,7 @@ impl ComponentRules {
                 return Err(field(span, "component", "has no encoding; name one under [encodings]".into()));
             }
             let pattern = pattern(text.get_ref()).map_err(|error| field(text.span(), "pattern", error.to_string()))?;
-            rules.push(Rule { component, pattern, architectures, tiny });
+            rules.push(Rule { component, pattern, architectures, tiny, own });
         }
         rules.append(&mut self.rules);
         self.rules = rules;
@@ -136,6 +146,11 @@ impl ComponentRules {
 
     /// The component of a tensor of a model (`architectures[0]` of its config.json).
     pub fn component(&self, architecture: Option<&str>, name: &str, shape: &[usize]) -> &str {
+        self.classify(architecture, name, shape).0
+    }
+
+    /// The component of a tensor, and the rule that says so, where it is one and not the shape.
+    pub fn classify(&self, architecture: Option<&str>, name: &str, shape: &[usize]) -> (&str, Option<MatchedRule>) {
         let (rows, cols) = matrix_shape(shape);
         let tiny = cols < LEAST_COLUMNS || rows.saturating_mul(cols) < LEAST_WEIGHTS;
         let applies = |rule: &&Rule| {
@@ -144,10 +159,13 @@ impl ComponentRules {
                 && rule.pattern.is_match(name)
         };
         match self.rules.iter().find(applies) {
-            _ if shape.len() < 2 => PLAIN,
-            Some(rule) if rule.tiny || !tiny => &rule.component,
-            None if !tiny => OTHER,
-            _ => PLAIN,
+            _ if shape.len() < 2 => (PLAIN, None),
+            Some(rule) if rule.tiny || !tiny => {
+                let matched = MatchedRule { pattern: rule.pattern.to_string(), own: rule.own };
+                (&rule.component, Some(matched))
+            }
+            None if !tiny => (OTHER, None),
+            _ => (PLAIN, None),
         }
     }
 

@@ -8,6 +8,7 @@ use super::{
     PolicyFile, TensorInfo,
     importance::{Importance, TensorImportance},
     match_names,
+    reason::{Level, Rank},
 };
 use crate::{
     encoding::Request,
@@ -53,11 +54,11 @@ impl Dynamic {
         Ok(Self { importance, file, levels })
     }
 
-    /// What every tensor is to become.
+    /// What every tensor is to become, and its rank, which plain tensors have none of.
     ///
     /// # Errors
     /// A list that lacks a matrix or names one that is not there.
-    pub(super) fn requests(&self, tensors: &[TensorInfo]) -> Result<Vec<Request>> {
+    pub(super) fn ranked(&self, tensors: &[TensorInfo]) -> Result<Vec<(Request, Option<Rank>)>> {
         let entries = &self.importance.tensors;
         let matched = match_names(&self.file, entries.iter().map(|entry| entry.name.as_str()), tensors)?;
         let mut ranking: Vec<&TensorImportance> = entries.iter().collect();
@@ -66,19 +67,21 @@ impl Dynamic {
             order => order,
         });
         let (high, low) = counts(ranking.len(), &self.levels);
-        let request = |name: &str| {
-            let rank = ranking.iter().position(|entry| entry.name == name).expect("every entry is ranked");
-            match rank {
-                _ if rank < high => self.levels.high,
-                _ if rank >= ranking.len() - low => self.levels.low,
-                _ => self.levels.middle,
-            }
+        let ranked = |name: &str| {
+            let place = ranking.iter().position(|entry| entry.name == name).expect("every entry is ranked");
+            let (level, request) = match place {
+                _ if place < high => (Level::High, self.levels.high),
+                _ if place >= ranking.len() - low => (Level::Low, self.levels.low),
+                _ => (Level::Middle, self.levels.middle),
+            };
+            let rank = Rank { rank: place + 1, of: ranking.len(), score: ranking[place].score, level };
+            (request, Some(rank))
         };
-        let requests = tensors.iter().zip(matched).map(|(tensor, matched)| match matched {
-            None => Request::Keep,
-            Some(_) => request(&tensor.name),
+        let ranked = tensors.iter().zip(matched).map(|(tensor, matched)| match matched {
+            None => (Request::Keep, None),
+            Some(_) => ranked(&tensor.name),
         });
-        Ok(requests.collect())
+        Ok(ranked.collect())
     }
 
     /// The record for the manifest.
@@ -149,8 +152,8 @@ mod tests {
                 false => tensor(name, &[64, 64], "other"),
             })
             .collect();
-        let requests = Dynamic::parse(list(scores), levels)?.requests(&tensors)?;
-        Ok(requests.iter().map(ToString::to_string).collect())
+        let ranked = Dynamic::parse(list(scores), levels)?.ranked(&tensors)?;
+        Ok(ranked.iter().map(|(request, _)| request.to_string()).collect())
     }
 
     #[test]

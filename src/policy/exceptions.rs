@@ -16,6 +16,15 @@ pub struct Exceptions {
     overrides: Vec<(Regex, Request)>,
 }
 
+/// What an option says of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exception<'a> {
+    /// `--keep` or `--tensor`.
+    pub option: &'static str,
+    pub pattern: &'a str,
+    pub request: Request,
+}
+
 impl Exceptions {
     /// `keep` are patterns of names to leave at their source precision; `overrides` are `PATTERN=ENCODING`, of which
     /// the last that matches decides, before `keep`.
@@ -37,16 +46,32 @@ impl Exceptions {
         Ok(Self { keep, overrides })
     }
 
-    /// What the user wants of a tensor; `None` where that is up to the policy. Quantizing applies to matrices alone: a
-    /// plain tensor is left alone unless an override asks for another float type.
-    pub fn request(&self, name: &str, component: &str) -> Option<Request> {
-        let named =
-            self.overrides.iter().rev().find(|(pattern, _)| pattern.is_match(name)).map(|(_, request)| *request);
+    /// What the user wants of a tensor; `None` where that is up to the policy. Quantizing
+    /// applies to matrices alone: a plain tensor is left alone unless an override asks for another float type.
+    pub fn find(&self, name: &str, component: &str) -> Option<Exception<'_>> {
+        let named = self.overrides.iter().rev().find(|(pattern, _)| pattern.is_match(name));
         match named {
-            Some(Request::Quantize { .. }) if component == PLAIN => None,
-            Some(request) => Some(request),
-            None => self.keep.iter().any(|pattern| pattern.is_match(name)).then_some(Request::Keep),
+            Some((_, Request::Quantize { .. })) if component == PLAIN => None,
+            Some((pattern, request)) => {
+                Some(Exception { option: "--tensor", pattern: pattern.as_str(), request: *request })
+            }
+            None => {
+                let kept = self.keep.iter().find(|pattern| pattern.is_match(name));
+                kept.map(|pattern| Exception { option: "--keep", pattern: pattern.as_str(), request: Request::Keep })
+            }
         }
+    }
+
+    /// The exceptions that a policy's record in a manifest holds, which may be none of this program's making.
+    ///
+    /// # Errors
+    /// A pattern or an encoding that does not parse.
+    pub(super) fn of_record(policy: &Value) -> Result<Self> {
+        let texts = |key: &str| -> Vec<String> {
+            let texts = policy.get(key).and_then(Value::as_array).into_iter().flatten();
+            texts.filter_map(Value::as_str).map(str::to_owned).collect()
+        };
+        Self::new(&texts("keep"), &texts("tensor"))
     }
 
     /// A pattern that matches none of the names: most likely a typing error.
@@ -84,7 +109,7 @@ mod tests {
         let exceptions =
             Exceptions::new(&text(&["embed"]), &text(&["layers=int8:g64", r"layers\.0=int3", "norm=fp32"])).unwrap();
         let request = |name, component| {
-            exceptions.request(name, component).map_or_else(|| "policy".into(), |request| request.to_string())
+            exceptions.find(name, component).map_or_else(|| "policy".into(), |found| found.request.to_string())
         };
         assert_eq!(request("lm_head.weight", "output"), "policy");
         assert_eq!(request("embed.weight", "embedding"), "keep");

@@ -69,9 +69,13 @@ impl PolicyFile {
 
     /// An error about the line in which these bytes begin.
     pub(super) fn error_at(&self, span: Range<usize>, why: impl Into<String>) -> Error {
-        let before = &self.text.as_bytes()[..span.start.min(self.text.len())];
-        let line = before.iter().filter(|&&byte| byte == b'\n').count() + 1;
-        Error::PolicyFile { path: self.path.clone(), line: Some(line), why: why.into() }
+        Error::PolicyFile { path: self.path.clone(), line: Some(self.line(span.start)), why: why.into() }
+    }
+
+    /// The line, counted from 1, that the byte at this offset stands in.
+    pub(super) fn line(&self, offset: usize) -> usize {
+        let before = &self.text.as_bytes()[..offset.min(self.text.len())];
+        before.iter().filter(|&&byte| byte == b'\n').count() + 1
     }
 
     /// Its name and hash, for the manifest.

@@ -89,6 +89,11 @@ impl Budget {
         json!({ "name": "budget", "target": target, "coupled": self.coupled, "sensitivity": sensitivity })
     }
 
+    /// Whether a tensor shares its encoding with others, as far as its name tells.
+    pub(super) fn couples(&self, rules: &ComponentRules, name: &str) -> bool {
+        self.coupled && rules.coupling(name).is_some()
+    }
+
     /// Chooses an alternative for every tensor. `file_bytes` says how large the whole file of a choice would be, which is
     /// what the target bounds.
     ///

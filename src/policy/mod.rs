@@ -4,9 +4,11 @@ pub mod budget;
 mod components;
 mod dynamic;
 mod exceptions;
+pub mod explain;
 mod file;
 mod fit;
 pub mod importance;
+pub mod reason;
 mod recipe;
 mod sensitivity;
 
@@ -14,14 +16,15 @@ use std::collections::HashMap;
 
 use serde_json::{Value, json};
 
-pub use components::{ComponentRules, PLAIN};
+pub use components::{ComponentRules, MatchedRule, PLAIN};
 pub use dynamic::{Dynamic, Levels};
-pub use exceptions::Exceptions;
+pub use exceptions::{Exception, Exceptions};
 pub use file::PolicyFile;
 pub use fit::{Budget, SizedAlternative, Target};
 pub use recipe::{Line, Recipe};
 pub use sensitivity::{Cost, Sensitivity, SensitivityTable, TensorSensitivity};
 
+use self::reason::By;
 use crate::{
     encoding::Request,
     error::{Error, Result},
@@ -33,6 +36,8 @@ pub struct TensorInfo {
     pub name: String,
     pub shape: Vec<usize>,
     pub component: String,
+    /// The rule that gave it its component; `None` where its shape did.
+    pub rule: Option<MatchedRule>,
 }
 
 /// What a tensor may become.
@@ -52,6 +57,25 @@ impl Alternative {
 
     fn chosen(request: Request) -> Self {
         Self { request, named: false, cost: None }
+    }
+}
+
+/// What a policy says of one tensor.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Decision {
+    /// What it may become: several only where a budget is to choose among them.
+    pub alternatives: Vec<Alternative>,
+    /// What the policy went by, where its record alone does not tell.
+    pub by: Option<By>,
+}
+
+impl Decision {
+    fn named(request: Request, by: Option<By>) -> Self {
+        Self { alternatives: vec![Alternative::named(request)], by }
+    }
+
+    fn chosen(request: Request, by: Option<By>) -> Self {
+        Self { alternatives: vec![Alternative::chosen(request)], by }
     }
 }
 
@@ -88,36 +112,60 @@ impl Policy {
         Ok(Self { components: ComponentRules::builtin(), choice: Choice::Uniform(request), exceptions })
     }
 
-    /// What every tensor may become: several alternatives only where a budget is to choose among them.
+    /// What every tensor may become, and why.
     ///
     /// # Errors
     /// A list or a recipe that lacks a tensor or names one that is not there.
-    pub fn resolve(&self, tensors: &[TensorInfo]) -> Result<Vec<Vec<Alternative>>> {
-        let mut resolved = match &self.choice {
+    pub fn resolve(&self, tensors: &[TensorInfo]) -> Result<Vec<Decision>> {
+        let mut resolved: Vec<Decision> = match &self.choice {
             Choice::Recipe(recipe) => {
-                let requests = recipe.requests(tensors)?;
-                requests.into_iter().map(|request| vec![Alternative::named(request)]).collect()
+                let requests = recipe.requests(tensors)?.into_iter();
+                requests.map(|(request, line)| Decision::named(request, line.map(By::Recipe))).collect()
             }
-            Choice::Budget(budget) => budget.alternatives(tensors)?,
+            // What a choice goes by is known once it is made.
+            Choice::Budget(budget) => {
+                let alternatives = budget.alternatives(tensors)?.into_iter();
+                alternatives.map(|alternatives| Decision { alternatives, by: None }).collect()
+            }
             Choice::Dynamic(dynamic) => {
-                let requests = dynamic.requests(tensors)?;
-                requests.into_iter().map(|request| vec![Alternative::chosen(request)]).collect()
+                let ranked = dynamic.ranked(tensors)?.into_iter();
+                ranked.map(|(request, rank)| Decision::chosen(request, rank.map(By::Importance))).collect()
             }
             Choice::Uniform(request) => {
                 let one = |tensor: &TensorInfo| if tensor.component == PLAIN { Request::Keep } else { *request };
-                tensors.iter().map(|tensor| vec![Alternative::named(one(tensor))]).collect()
+                tensors.iter().map(|tensor| Decision::named(one(tensor), None)).collect()
             }
             Choice::Component => {
-                let one = |tensor: &TensorInfo| Alternative::chosen(self.components.encoding(&tensor.component));
-                tensors.iter().map(|tensor| vec![one(tensor)]).collect::<Vec<_>>()
+                let one = |tensor: &TensorInfo| {
+                    let request = self.components.encoding(&tensor.component);
+                    Decision::chosen(request, tensor.rule.clone().map(By::Rule))
+                };
+                tensors.iter().map(one).collect()
             }
         };
-        for (tensor, alternatives) in tensors.iter().zip(&mut resolved) {
-            if let Some(request) = self.exceptions.request(&tensor.name, &tensor.component) {
-                *alternatives = vec![Alternative::named(request)];
+        for (tensor, decision) in tensors.iter().zip(&mut resolved) {
+            if let Some(exception) = self.exceptions.find(&tensor.name, &tensor.component) {
+                *decision = Decision::named(exception.request, None);
             }
         }
         Ok(resolved)
+    }
+
+    /// What the policy went by when one of a tensor's alternatives was chosen, where its record alone does not tell.
+    pub fn by(
+        &self,
+        tensor: &TensorInfo,
+        decision: &Decision,
+        sized: &[SizedAlternative],
+        chosen: usize,
+    ) -> Option<By> {
+        match &self.choice {
+            Choice::Budget(budget) => {
+                let coupled = budget.couples(&self.components, &tensor.name);
+                reason::Cost::of(sized, chosen, coupled).map(By::Cost)
+            }
+            _ => decision.by.clone(),
+        }
     }
 
     /// The record for the manifest.
@@ -184,7 +232,7 @@ mod tests {
     use super::*;
 
     pub(super) fn tensor(name: &str, shape: &[usize], component: &str) -> TensorInfo {
-        TensorInfo { name: name.into(), shape: shape.to_vec(), component: component.into() }
+        TensorInfo { name: name.into(), shape: shape.to_vec(), component: component.into(), rule: None }
     }
 
     #[test]
@@ -198,9 +246,9 @@ mod tests {
         let exceptions = Exceptions::new(&["gate".into()], &["exp=int3:g64".into()]).unwrap();
         let policy = Policy { components: ComponentRules::builtin(), choice: Choice::Component, exceptions };
         let resolved = policy.resolve(&tensors).unwrap();
-        let text: Vec<_> = resolved.iter().map(|alternatives| alternatives[0].request.to_string()).collect();
+        let text: Vec<_> = resolved.iter().map(|decision| decision.alternatives[0].request.to_string()).collect();
         assert_eq!(text, ["int3:g64", "fp16", "keep", "keep"]);
-        let named: Vec<_> = resolved.iter().map(|alternatives| alternatives[0].named).collect();
+        let named: Vec<_> = resolved.iter().map(|decision| decision.alternatives[0].named).collect();
         assert_eq!(named, [true, false, true, false]);
         let record = policy.record();
         assert_eq!((&record["name"], &record["encodings"]["expert"]), (&json!("component"), &json!("int4:g128")));

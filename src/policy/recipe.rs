@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use toml::Spanned;
 
-use super::{PLAIN, PolicyFile, TensorInfo, check_version, components::pattern};
+use super::{PLAIN, PolicyFile, TensorInfo, check_version, components::pattern, reason::RecipeLine};
 use crate::{
     encoding::Request,
     error::{Error, Result},
@@ -66,11 +66,11 @@ impl Recipe {
         Ok(Self { file, names, patterns })
     }
 
-    /// What every tensor is to become.
+    /// What every tensor is to become, and the line that says so; a plain tensor that a pattern would quantize has none.
     ///
     /// # Errors
     /// A name or a pattern without a tensor, a tensor without an encoding, a plain tensor that is to be quantized.
-    pub(super) fn requests(&self, tensors: &[TensorInfo]) -> Result<Vec<Request>> {
+    pub(super) fn requests(&self, tensors: &[TensorInfo]) -> Result<Vec<(Request, Option<RecipeLine>)>> {
         for (name, entry) in &self.names {
             let at = |why: String| self.file.error_at(entry.span.clone(), why);
             match tensors.iter().find(|tensor| tensor.name == *name) {
@@ -88,14 +88,20 @@ impl Recipe {
                 return Err(self.file.error_at(entry.span.clone(), why));
             }
         }
+        let decided = |entry: &Entry, pattern: Option<&Regex>| {
+            let line = self.file.line(entry.span.start);
+            (entry.request, Some(RecipeLine { line, pattern: pattern.map(Regex::to_string) }))
+        };
         let request = |tensor: &TensorInfo| {
             if let Some(entry) = self.names.get(&tensor.name) {
-                return Ok(entry.request);
+                return Ok(decided(entry, None));
             }
             let matching = self.patterns.iter().rev().find(|(pattern, _)| pattern.is_match(&tensor.name));
-            match matching.map(|(_, entry)| entry.request) {
-                Some(Request::Quantize { .. }) if tensor.component == PLAIN => Ok(Request::Keep),
-                Some(request) => Ok(request),
+            match matching {
+                Some((_, Entry { request: Request::Quantize { .. }, .. })) if tensor.component == PLAIN => {
+                    Ok((Request::Keep, None))
+                }
+                Some((pattern, entry)) => Ok(decided(entry, Some(pattern))),
                 None => Err(self.file.error(format!(
                     "tensor {:?} of the checkpoint has no encoding; name it under [tensors] or match it under [patterns]",
                     tensor.name
@@ -197,6 +203,7 @@ mod tests {
         let text = Recipe::render(&lines, 12345, &json!({ "name": "x" }));
         assert!(text.contains("12345 bytes") && text.contains("predicted cost: 0.5"), "{text}");
         let requests = parse(&text).unwrap().requests(&model()).unwrap();
+        let requests: Vec<_> = requests.into_iter().map(|(request, _)| request).collect();
         assert_eq!(requests, lines.iter().map(|line| line.request).collect::<Vec<_>>());
     }
 
@@ -205,8 +212,11 @@ mod tests {
         let recipe =
             parse("version = 1\n[patterns]\n'.' = 'int4'\n'q' = 'int8'\n'^b' = 'int2'\n[tensors]\n'a.q' = 'fp16'\n");
         let requests = recipe.unwrap().requests(&model()).unwrap();
-        let text: Vec<_> = requests.iter().map(ToString::to_string).collect();
+        let text: Vec<_> = requests.iter().map(|(request, _)| request.to_string()).collect();
         assert_eq!(text, ["fp16", "int4:g128", "int2:g128", "int4:g128", "keep"]);
+        let line = |line, pattern: Option<&str>| Some(RecipeLine { line, pattern: pattern.map(str::to_owned) });
+        let lines: Vec<_> = requests.into_iter().map(|(_, line)| line).collect();
+        assert_eq!(lines, [line(7, None), line(3, Some(".")), line(5, Some("^b")), line(3, Some(".")), None]);
     }
 
     #[test]
