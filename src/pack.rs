@@ -1,5 +1,6 @@
 //! From a checkpoint to a packed file: what each tensor becomes, and how large it will be.
 
+mod rival;
 mod write;
 
 use std::{
@@ -29,7 +30,7 @@ use crate::{
     tensor::{CalibrationText, Tensor, TensorSource, matrix_shape},
 };
 
-pub use self::write::Writing;
+pub use self::{rival::Rival, write::Writing};
 
 /// Files of a model's folder that travel inside the packed file.
 const TRAVELLING_FILES: [&str; 11] = [
@@ -77,9 +78,13 @@ pub struct Packing<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a PackOptions,
     output: PathBuf,
+    outline: Vec<TensorInfo>,
+    prospects: Vec<Prospect>, // [tensors]
+    /// Which of its alternatives each tensor gets.
+    choice: Vec<usize>, // [tensors]
+    /// The preset that was found better than the policy's own choice.
+    adopted: Option<String>,
     tensors: Vec<PlannedTensor>,
-    /// What was asked for each tensor.
-    chosen: Vec<Alternative>,
     travelling: Vec<PlannedFile>,
     files: Vec<FilePlan>,
     /// What the user should know: kept tensors with NaN, a tied head left out.
@@ -126,38 +131,51 @@ impl<'a> Packing<'a> {
             }
         }
         let output = output.to_owned();
-        let (tensors, chosen, files) = (Vec::new(), Vec::new(), Vec::new());
-        let mut packing = Self { checkpoint, options, output, tensors, chosen, travelling, files, notices };
-        let choice = packing.choose(&outline, &prospects)?;
-        packing.tensors = packing.planned(&outline, &prospects, &choice);
-        let chosen = prospects.iter().zip(&choice);
-        packing.chosen = chosen.clone().map(|(prospect, &index)| prospect.sized[index].alternative).collect();
-        packing.files = packing.plan_files(&packing.tensors);
-        let unmet = chosen.map(|(prospect, &index)| prospect.outcomes[index].unmet.as_ref());
-        let unmet = outline.iter().zip(unmet).filter_map(|(info, why)| Some((info.name.as_str(), why?)));
-        packing.note(unmet);
+        let mut packing = Self {
+            checkpoint,
+            options,
+            output,
+            outline,
+            prospects,
+            choice: Vec::new(),
+            adopted: None,
+            tensors: Vec::new(),
+            travelling,
+            files: Vec::new(),
+            notices,
+        };
+        packing.settle(packing.choose()?, None);
+        packing.note();
         packing.check_unique_names()?;
         Ok(packing)
     }
 
     /// Which alternative each tensor gets.
-    fn choose(&self, outline: &[TensorInfo], prospects: &[Prospect]) -> Result<Vec<usize>> {
+    fn choose(&self) -> Result<Vec<usize>> {
         let policy = &self.options.policy;
-        let Choice::Budget(budget) = &policy.choice else { return Ok(vec![0; outline.len()]) };
-        let sized: Vec<Vec<SizedAlternative>> = prospects.iter().map(|prospect| prospect.sized.clone()).collect();
-        let file_bytes = |choice: &[usize]| {
-            let tensors = self.planned(outline, prospects, choice);
-            format::planned_bytes(&self.output, &self.plan_files(&tensors))
-        };
-        budget.choose(&policy.components, outline, &sized, file_bytes)
+        let Choice::Budget(budget) = &policy.choice else { return Ok(vec![0; self.outline.len()]) };
+        let sized: Vec<Vec<SizedAlternative>> = self.prospects.iter().map(|prospect| prospect.sized.clone()).collect();
+        budget.choose(&policy.components, &self.outline, &sized, |choice| self.bytes_of(choice, None))
     }
 
-    fn planned(&self, outline: &[TensorInfo], prospects: &[Prospect], choice: &[usize]) -> Vec<PlannedTensor> {
+    /// Plans for this choice, which is a preset's if one was adopted.
+    fn settle(&mut self, choice: Vec<usize>, adopted: Option<String>) {
+        self.tensors = self.planned(&choice);
+        self.files = self.plan_files(&self.tensors, adopted.as_deref());
+        (self.choice, self.adopted) = (choice, adopted);
+    }
+
+    /// Bytes of the whole file for this choice, which may be a preset's.
+    fn bytes_of(&self, choice: &[usize], adopted: Option<&str>) -> u64 {
+        format::planned_bytes(&self.output, &self.plan_files(&self.planned(choice), adopted))
+    }
+
+    fn planned(&self, choice: &[usize]) -> Vec<PlannedTensor> {
         let one = |(info, (prospect, &index)): (&TensorInfo, (&Prospect, &usize))| {
             let reason = self.reason(info, prospect, index);
             planned(self.checkpoint, info, prospect.outcomes[index].encoding, reason)
         };
-        outline.iter().zip(prospects.iter().zip(choice)).map(one).collect()
+        self.outline.iter().zip(self.prospects.iter().zip(choice)).map(one).collect()
     }
 
     /// Why a tensor has the encoding that was chosen; `None` where the record of the policy says it all.
@@ -169,12 +187,13 @@ impl<'a> Packing<'a> {
     }
 
     /// Tells the user what became of tensors other than asked for.
-    fn note<'b>(&mut self, unmet: impl Iterator<Item = (&'b str, &'b Why)>) {
+    fn note(&mut self) {
         let mut left_alone = 0;
-        for (name, why) in unmet {
-            match why {
-                Why::LeftAsBf16 => left_alone += 1,
-                why => self.notices.push(format!("{name} {}", why.sentence())),
+        for (info, (prospect, &index)) in self.outline.iter().zip(self.prospects.iter().zip(&self.choice)) {
+            match &prospect.outcomes[index].unmet {
+                None => {}
+                Some(Why::LeftAsBf16) => left_alone += 1,
+                Some(why) => self.notices.push(format!("{} {}", info.name, why.sentence())),
             }
         }
         if left_alone > 0 {
@@ -197,7 +216,7 @@ impl<'a> Packing<'a> {
         }
     }
 
-    fn plan_files(&self, tensors: &[PlannedTensor]) -> Vec<FilePlan> {
+    fn plan_files(&self, tensors: &[PlannedTensor], adopted: Option<&str>) -> Vec<FilePlan> {
         let files = self.checkpoint.weight_files().iter();
         let files = files.map(|file| SourceFile::unhashed(file.name(), file.bytes().len() as u64));
         let source = Source { kind: self.checkpoint.kind().name().into(), files: files.collect() };
@@ -213,13 +232,16 @@ impl<'a> Packing<'a> {
         if tensors.iter().any(|tensor| matches!(tensor.encoding, Encoding::Ternary { .. })) {
             policy["ternary_threshold"] = json!(self.options.ternary_threshold);
         }
+        if let Some(name) = adopted {
+            policy["adopted"] = json!(name);
+        }
         let config = self.checkpoint.config().cloned();
         format::plan(&self.output, source, policy, config, tensors, &self.travelling, self.options.shard_bytes)
     }
 
     /// How a tensor is quantized; `None` for plain values.
-    fn quantize_options(&self, planned: &PlannedTensor) -> Option<QuantizeOptions> {
-        let (layout, scale_type) = planned.encoding.layout()?;
+    fn quantize_options(&self, encoding: Encoding) -> Option<QuantizeOptions> {
+        let (layout, scale_type) = encoding.layout()?;
         let PackOptions { rounding, ternary_threshold, .. } = *self.options;
         Some(QuantizeOptions { layout, scale_type, rounding, ternary_threshold })
     }
@@ -234,8 +256,9 @@ impl<'a> Packing<'a> {
         let lines: Vec<Line> = self
             .tensors
             .iter()
-            .zip(&self.chosen)
-            .map(|(tensor, chosen)| {
+            .zip(self.prospects.iter().zip(&self.choice))
+            .map(|(tensor, (prospect, &index))| {
+                let chosen = prospect.sized[index].alternative;
                 let request = match (chosen.request, tensor.encoding) {
                     (Request::Keep, _)
                     | (_, Encoding::Int { .. } | Encoding::Ternary { .. } | Encoding::Binary { .. }) => chosen.request,

@@ -15,7 +15,7 @@ use crate::{
         self, Quantized,
         gptq::{self, Factor},
     },
-    tensor::{Tensor, TensorData, TensorSource},
+    tensor::{Tensor, TensorSource},
 };
 
 impl<'a> Packing<'a> {
@@ -65,19 +65,12 @@ impl<'a> Writing<'a> {
     pub fn write_calibrated(&mut self, name: &str, factor: &Factor) -> Result<Tensor<'static>> {
         let found = self.packing.tensors.iter().position(|tensor| tensor.name == name);
         let planned = self.packing.tensors[found.expect("a pending tensor")].clone();
-        let options = self.packing.quantize_options(&planned).expect("a pending tensor is quantized");
+        let options = self.packing.quantize_options(planned.encoding).expect("a pending tensor is quantized");
         let tensor = self.packing.checkpoint.tensor(name)?;
         let mut quantized = Quantized::default();
         gptq::quantize(self.cpu, &tensor.matrix(), factor, &options, &mut quantized);
         self.write_quantized(&planned, &quantized)?;
-        let Quantized { codes, scales, zeros } = quantized;
-        let data = TensorData::Quantized {
-            layout: options.layout,
-            codes: codes.into(),
-            scale_type: options.scale_type,
-            scales: scales.into(),
-            zeros: zeros.into(),
-        };
+        let data = quantized.into_data(&options);
         Ok(Tensor::new(planned.shape, data).expect("quantized to the planned layout"))
     }
 
@@ -105,7 +98,7 @@ impl<'a> Writing<'a> {
             observer.check()?;
             let tensor = self.packing.checkpoint.tensor(&planned.name)?;
             let matrix = tensor.matrix();
-            match (planned.encoding, self.packing.quantize_options(&planned)) {
+            match (planned.encoding, self.packing.quantize_options(planned.encoding)) {
                 _ if self.written.contains(&planned.name) => {}
                 (_, Some(options)) => {
                     quant::quantize(self.cpu, &matrix, &options, &mut quantized);

@@ -94,6 +94,11 @@ impl Budget {
         self.coupled && rules.coupling(name).is_some()
     }
 
+    /// The most bytes that the whole file may have.
+    pub fn target_bytes(&self, tensors: &[TensorInfo]) -> u64 {
+        self.target.bytes(tensors.iter().map(|tensor| tensor.shape.iter().product::<usize>() as u64).sum())
+    }
+
     /// Chooses an alternative for every tensor. `file_bytes` says how large the whole file of a choice would be, which is
     /// what the target bounds.
     ///
@@ -130,8 +135,7 @@ impl Budget {
             }
             spread
         };
-        let parameters = tensors.iter().map(|tensor| tensor.shape.iter().product::<usize>() as u64).sum();
-        let chosen = fit(&items, self.target.bytes(parameters), |chosen| file_bytes(&spread(chosen)))?;
+        let chosen = fit(&items, self.target_bytes(tensors), |chosen| file_bytes(&spread(chosen)))?;
         Ok(spread(&chosen))
     }
 

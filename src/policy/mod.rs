@@ -8,6 +8,7 @@ pub mod explain;
 mod file;
 mod fit;
 pub mod importance;
+mod preset;
 pub mod reason;
 mod recipe;
 mod sensitivity;
@@ -21,6 +22,7 @@ pub use dynamic::{Dynamic, Levels};
 pub use exceptions::{Exception, Exceptions};
 pub use file::PolicyFile;
 pub use fit::{Budget, SizedAlternative, Target};
+pub use preset::Preset;
 pub use recipe::{Line, Recipe};
 pub use sensitivity::{Cost, Sensitivity, SensitivityTable, TensorSensitivity};
 

@@ -13,12 +13,27 @@ use bkpack_kernels::{
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
+use crate::tensor::TensorData;
+
 /// The bytes of a quantized matrix; reused from tensor to tensor.
 #[derive(Debug, Default)]
 pub struct Quantized {
     pub codes: Vec<u8>,  // [rows, code_bytes]
     pub scales: Vec<u8>, // [rows, groups]
     pub zeros: Vec<u8>,  // [rows, zero_bytes]
+}
+
+impl Quantized {
+    /// The data of a tensor that was quantized with these options.
+    pub fn into_data(self, options: &QuantizeOptions) -> TensorData<'static> {
+        TensorData::Quantized {
+            layout: options.layout,
+            codes: self.codes.into(),
+            scale_type: options.scale_type,
+            scales: self.scales.into(),
+            zeros: self.zeros.into(),
+        }
+    }
 }
 
 /// Weights of one task: large enough to hide its cost, small enough to stay in a core's cache.

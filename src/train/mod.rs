@@ -1,5 +1,6 @@
 //! What learns from a text: gradients, the importance of tensors, the costs of encodings, calibrated rounding.
 
+pub mod contest;
 pub mod fisher;
 pub mod gradients;
 pub mod importance;

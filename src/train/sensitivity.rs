@@ -25,7 +25,7 @@ use crate::{
         self, Quantized,
         cost::{Curvature, float_cost, quantized_cost},
     },
-    tensor::{Tensor, TensorData, TensorSource},
+    tensor::{Tensor, TensorSource},
 };
 
 /// What to measure on.
@@ -226,14 +226,7 @@ impl Costing<'_> {
         let options = self.options(layout, quant::range(self.cpu, &values, layout.group));
         let mut quantized = Quantized::default();
         quant::quantize_calibrated(self.cpu, &values, &options, Some(&matrix.cols), &mut quantized);
-        let Quantized { codes, scales, zeros } = quantized;
-        let data = TensorData::Quantized {
-            layout,
-            codes: codes.into(),
-            scale_type: options.scale_type,
-            scales: scales.into(),
-            zeros: zeros.into(),
-        };
+        let data = quantized.into_data(&options);
         Ok(Tensor::new(tensor.shape().to_vec(), data).expect("quantized to this layout"))
     }
 }
