@@ -6,4 +6,5 @@ pub mod difference;
 pub mod generate;
 pub mod logits;
 pub mod perplexity;
+pub mod targets;
 pub mod text;
