@@ -329,6 +329,9 @@ pub enum Error {
     /// A model computes what cannot be measured.
     #[error("{}: {why}", path.display(), why = long(why))]
     Output { path: PathBuf, why: String },
+    /// A model cannot be run with so little.
+    #[error("{}: {why}", path.display(), why = long(why))]
+    Reduction { path: PathBuf, why: String },
     /// A gradient is NaN or infinite.
     #[error("{}: the gradient of tensor {tensor} is NaN or infinite on window {window} of the text", path.display())]
     Gradient { path: PathBuf, tensor: String, window: usize },

@@ -1,8 +1,10 @@
-//! Running models on text: tokens, windows, calibration, perplexity, the distance to a baseline, logits, generation.
+//! Running models on text: tokens, windows, calibration, perplexity, the distance to a baseline, logits, generation;
+//! FLOP counts, targets.
 
 pub mod calibrate;
 pub mod causality;
 pub mod difference;
+pub mod flops;
 pub mod generate;
 pub mod logits;
 pub mod perplexity;
