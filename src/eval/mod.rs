@@ -1,5 +1,5 @@
 //! Running models on text: tokens, windows, calibration, perplexity, the distance to a baseline, logits, generation;
-//! FLOP counts, targets.
+//! sweeps over widths and compute, FLOP counts, targets.
 
 pub mod calibrate;
 pub mod causality;
@@ -8,5 +8,6 @@ pub mod flops;
 pub mod generate;
 pub mod logits;
 pub mod perplexity;
+pub mod sweep;
 pub mod targets;
 pub mod text;
