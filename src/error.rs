@@ -170,6 +170,9 @@ pub enum Error {
     /// A file that a policy is read from is broken, or does not fit the checkpoint.
     #[error("{}: {}{why}", path.display(), line.map_or(String::new(), |line| format!("line {line}: ")))]
     PolicyFile { path: PathBuf, line: Option<usize>, why: String },
+    /// A file of targets is broken, or a result that it names is.
+    #[error("{}: {}{why}", path.display(), line.map_or(String::new(), |line| format!("line {line}: ")), why = long(why))]
+    Targets { path: PathBuf, line: Option<usize>, why: String },
     /// No choice of encodings makes a file as small as asked for.
     #[error("a file of {asked} bytes is asked for, but the smallest that these encodings allow has {floor} bytes")]
     Budget { asked: u64, floor: u64 },
@@ -332,6 +335,9 @@ pub enum Error {
     /// A model computes what cannot be measured.
     #[error("{}: {why}", path.display(), why = long(why))]
     Output { path: PathBuf, why: String },
+    /// A model cannot be run with so little.
+    #[error("{}: {why}", path.display(), why = long(why))]
+    Reduction { path: PathBuf, why: String },
     /// A gradient is NaN or infinite.
     #[error("{}: the gradient of tensor {tensor} is NaN or infinite on window {window} of the text", path.display())]
     Gradient { path: PathBuf, tensor: String, window: usize },

@@ -15,6 +15,7 @@ mod policy;
 mod progress;
 mod sensitivity;
 mod source;
+mod sweep;
 mod synth;
 mod text;
 mod unpack;
@@ -65,6 +66,7 @@ enum Command {
     Logits(logits::LogitsArgs),
     Archive(archive::ArchiveArgs),
     Unpack(unpack::UnpackArgs),
+    Sweep(sweep::SweepArgs),
     Synth(synth::SynthArgs),
     /// Print a completion script for a shell
     #[command(after_help = COMPLETION_EXAMPLES)]
@@ -119,6 +121,7 @@ pub fn run() -> ExitCode {
         Command::Logits(args) => logits::run(args).map(|()| ExitCode::SUCCESS),
         Command::Archive(args) => archive::run(args).map(|()| ExitCode::SUCCESS),
         Command::Unpack(args) => unpack::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Sweep(args) => sweep::run(args).map(|()| ExitCode::SUCCESS),
         Command::Synth(args) => synth::run(args).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {
             // Into memory first: the generator panics where it cannot write.

@@ -36,6 +36,14 @@ impl ProgressObserver {
     pub fn new(visible: bool) -> Self {
         Self { visible, bar: Mutex::new(None) }
     }
+
+    /// Prints while the bar is out of the way.
+    pub fn suspended<T>(&self, print: impl FnOnce() -> T) -> T {
+        match &*self.bar.lock().expect("no panic while drawing") {
+            Some(bar) => bar.suspend(print),
+            None => print(),
+        }
+    }
 }
 
 impl Observer for ProgressObserver {

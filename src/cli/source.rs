@@ -13,7 +13,7 @@ use clap::Args;
 use super::{Common, progress::ProgressObserver};
 
 /// What the files of a checkpoint do not say.
-#[derive(Args, Debug)]
+#[derive(Args, Debug, Default)]
 pub struct SourceArgs {
     /// config.json for every checkpoint of the command that has none of its own; with a file of weights, the tokenizer
     /// is taken from the folder of FILE

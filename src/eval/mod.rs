@@ -1,11 +1,15 @@
-//! Running models on text: tokens, windows, calibration, perplexity, the distance to a baseline, logits, generation.
+//! Running models on text: tokens, windows, calibration, perplexity, the distance to a baseline, logits, generation;
+//! sweeps over widths and compute, FLOP counts, targets.
 
 pub mod calibrate;
 pub mod causality;
 pub mod components;
 pub mod difference;
+pub mod flops;
 pub mod generate;
 pub mod logits;
 pub mod perplexity;
 pub mod probe;
+pub mod sweep;
+pub mod targets;
 pub mod text;

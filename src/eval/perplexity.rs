@@ -18,6 +18,7 @@ use crate::{
         Model, State, check_tokens,
         config::check_not_synthetic,
         core_activations::{CoreTrace, core_record},
+        reduce::Reduction,
     },
     ops::{
         Ops,
@@ -147,9 +148,25 @@ pub fn evaluate(
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<Evaluation> {
+    evaluate_reduced(cpu, (source, &Reduction::default()), baseline, tokens, options, observer)
+}
+
+/// The same of a model from which something is left out; the baseline is run whole.
+///
+/// # Errors
+/// As [`evaluate`]; [`Error::Reduction`].
+pub fn evaluate_reduced(
+    cpu: Cpu,
+    (source, reduction): (&dyn TensorSource, &Reduction),
+    baseline: Option<&dyn TensorSource>,
+    tokens: &[u32],
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<Evaluation> {
     std::iter::once(source).chain(baseline).try_for_each(check_not_synthetic)?;
     let (ops, exact) = (CpuOps::new(cpu, options.activations), CpuOps::new(cpu, Activations::Exact));
-    let model = Model::load(source, &ops)?;
+    let mut model = Model::load(source, &ops)?;
+    model.reduce(reduction)?;
     let baseline = match baseline {
         Some(baseline) => Some((baseline, Model::load(baseline, &exact)?)),
         None => None,

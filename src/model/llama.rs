@@ -1,7 +1,12 @@
 //! The Llama family: the whole architecture.
 
 use super::{
-    Architecture, LayerState, Pass, Visit, check_shapes, config::LlamaConfig, linear::Linear, mixture::mixture, rope,
+    Architecture, LayerState, Pass, Visit, check_shapes,
+    config::LlamaConfig,
+    linear::Linear,
+    mixture::mixture,
+    reduce::{Reduction, retain},
+    rope,
 };
 use crate::{error::Result, ops::Ops, tensor::TensorSource};
 
@@ -155,6 +160,19 @@ impl<'a, O: Ops> Llama<'a, O> {
     /// What config.json says.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
+    }
+
+    /// Leaves out layers whose flag is not set, experts and positions.
+    pub(super) fn reduce(&mut self, kept: &[bool], reduction: &Reduction) {
+        retain(&mut self.layers, kept);
+        retain(&mut self.config.windows, kept);
+        self.config.layers = self.layers.len();
+        if let Some(most) = reduction.attention_window {
+            self.config.windows.iter_mut().for_each(|window| *window = most.min(*window));
+        }
+        if let (Some(experts), Some(chosen)) = (&mut self.config.experts, reduction.experts_per_token) {
+            experts.chosen = chosen;
+        }
     }
 
     /// The name of the matrix that gives the logits.

@@ -1,6 +1,6 @@
 //! Mamba: the whole architecture.
 
-use super::{Architecture, LayerState, Visit, check_shapes, config::MambaConfig, linear::Linear};
+use super::{Architecture, LayerState, Visit, check_shapes, config::MambaConfig, linear::Linear, reduce::retain};
 use crate::{
     error::Result,
     ops::{Ops, Scan},
@@ -87,6 +87,12 @@ impl<'a, O: Ops> Mamba<'a, O> {
     /// What config.json says.
     pub fn config(&self) -> &MambaConfig {
         &self.config
+    }
+
+    /// Leaves out layers whose flag is not set.
+    pub(super) fn reduce(&mut self, kept: &[bool]) {
+        retain(&mut self.layers, kept);
+        self.config.layers = self.layers.len();
     }
 
     /// The name of the matrix that gives the logits.

@@ -6,6 +6,7 @@ mod linear;
 pub mod llama;
 pub mod mamba;
 mod mixture;
+pub mod reduce;
 pub mod resnet_bk;
 pub mod rope;
 pub mod sample;

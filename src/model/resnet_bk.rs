@@ -6,6 +6,7 @@ use super::{
     core_activations::{CoreGrid, CoreTrace, CoreValues, core_record},
     linear::Linear,
     mixture::mixture,
+    reduce::{Reduction, retain},
 };
 use crate::{error::Result, ops::Ops, tensor::TensorSource};
 
@@ -105,6 +106,15 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
     /// What config.json says.
     pub fn config(&self) -> &ResNetBkConfig {
         &self.config
+    }
+
+    /// Leaves out layers whose flag is not set, and experts.
+    pub(super) fn reduce(&mut self, kept: &[bool], reduction: &Reduction) {
+        retain(&mut self.layers, kept);
+        self.config.layers = self.layers.len();
+        if let Some(chosen) = reduction.experts_per_token {
+            self.config.experts.chosen = chosen;
+        }
     }
 
     /// The longest context, in tokens.

@@ -1,6 +1,7 @@
 //! The operations that a model's forward pass is written in, and the back ends that run them.
 
 pub mod autograd;
+pub mod count;
 pub mod cpu;
 pub mod recorder;
 

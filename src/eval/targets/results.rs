@@ -1,0 +1,84 @@
+//! Result files: what `bkpack eval --json` and `bkpack sweep` write, and the plainer files of other programs.
+
+use std::{fs::File, io::Read, path::Path};
+
+use serde_json::Value;
+
+use super::{Figures, MAX_FILE_BYTES, Metric, number};
+use crate::json;
+
+/// The most files of a folder that are looked at.
+const MAX_FILES: usize = 10_000;
+
+/// A model at one amount of compute.
+#[derive(Debug)]
+pub(super) struct Configuration {
+    /// `None` where the model computes NaN or infinity.
+    pub ppl: Option<f64>,
+    pub flops_per_token: f64,
+    pub marks: Vec<&'static str>,
+}
+
+/// Reads one result; the error is a sentence.
+pub(super) fn read_result(path: &Path) -> Result<Figures, String> {
+    let bytes = read_small(path)?;
+    match json::parse(path, &bytes) {
+        Ok(Value::Object(figures)) => Ok(figures),
+        Ok(_) => Err(format!("{} is no JSON object", path.display())),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Reads the configurations of a model among the JSON files of a folder; the error is a sentence.
+pub(super) fn read_configurations(folder: &Path, model: &str) -> Result<Vec<Configuration>, String> {
+    let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if path.extension().is_some_and(|extension| extension == "json") {
+            paths.push(path);
+        }
+        if paths.len() > MAX_FILES {
+            return Err(format!("{} holds more than {MAX_FILES} results", folder.display()));
+        }
+    }
+    paths.sort();
+    let mut configurations = Vec::new();
+    for path in paths {
+        let figures = read_result(&path)?;
+        if !figures.contains_key("config_id") || figures.get("model").and_then(Value::as_str) != Some(model) {
+            continue;
+        }
+        let flops_per_token = number(&figures, Metric::FlopsPerToken)
+            .filter(|flops| *flops > 0.0)
+            .ok_or_else(|| format!("{} holds no number \"flops_per_token\"", path.display()))?;
+        let ppl = number(&figures, Metric::Ppl);
+        configurations.push(Configuration { ppl, flops_per_token, marks: marks(&figures) });
+    }
+    if configurations.is_empty() {
+        return Err(format!("{} holds no configuration of model {model:?}", folder.display()));
+    }
+    Ok(configurations)
+}
+
+/// What a result must not be quoted without.
+pub(super) fn marks(figures: &Figures) -> Vec<&'static str> {
+    let marks = [("simulated", "SIMULATED"), ("looks_ahead", "LOOKS AHEAD")];
+    let given = |key| figures.get(key).is_some_and(|value| *value != Value::Bool(false) && !value.is_null());
+    marks.into_iter().filter(|(key, _)| given(*key)).map(|(_, mark)| mark).collect()
+}
+
+/// The bytes of a file that is expected to be small; the error is a sentence.
+pub(super) fn read_small(path: &Path) -> Result<Vec<u8>, String> {
+    let failed = |error: std::io::Error| format!("{}: {error}", path.display());
+    // A pipe or a device could block, or never end.
+    if !std::fs::metadata(path).map_err(failed)?.is_file() {
+        return Err(format!("{} is no file", path.display()));
+    }
+    let mut bytes = Vec::new();
+    File::open(path).map_err(failed)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        return Err(format!("{} has more than {MAX_FILE_BYTES} bytes", path.display()));
+    }
+    Ok(bytes)
+}
