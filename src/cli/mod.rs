@@ -5,6 +5,7 @@ mod calibrate;
 mod convert;
 mod diff;
 mod eval;
+mod figure;
 mod generate;
 mod importance;
 mod inspect;
