@@ -365,6 +365,9 @@ pub enum Error {
     /// A measurement of quality on random weights.
     #[error("{}: its weights are random (written by bkpack synth): perplexity would mean nothing", path.display())]
     Synthetic { path: PathBuf },
+    /// A figure cannot be drawn or written.
+    #[error("figure: {why}", why = long(why))]
+    Figure { why: String },
     /// Two models cannot be compared.
     #[error("{why}", why = long(why))]
     Incomparable { why: String },

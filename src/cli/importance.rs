@@ -8,14 +8,24 @@ use bkpack::{
     model::Model,
     ops::cpu::{Activations, CpuOps},
     policy::importance::Importance,
-    report::table::table,
+    report::{
+        figure::Figure,
+        importance::{Bar, draw},
+        table::table,
+    },
     tensor::CalibrationText,
     train::importance::{Options, measure, write},
 };
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs, text::read_either};
+use super::{
+    Common,
+    figure::{DPI, FigureFiles},
+    print, refuse_file_of_checkpoint, refuse_same_file,
+    source::SourceArgs,
+    text::read_either,
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -23,6 +33,8 @@ Examples:
       50 windows of 512 tokens: gradient, output variance, weight and score of every tensor
   bkpack importance ./model --tokens ids.json --batches 20 --ctx 256 -o importance.json
       Token ids of your own, fewer and shorter windows
+  bkpack importance ./model --text calibration.txt -o importance.json --plot importance.svg
+      A bar chart of the scores too (svg, pdf, png or eps; always with a PNG beside it)
   bkpack importance ./model --text calibration.txt -o importance.json --resume
       Go on where an interrupted run was left
 
@@ -55,11 +67,15 @@ pub struct ImportanceArgs {
     #[arg(short, long, value_name = "FILE")]
     output: PathBuf,
 
+    /// Draw the scores as a bar chart; the extension is the format (svg, pdf, png, eps), and a PNG is written in any case
+    #[arg(long, value_name = "FIG")]
+    plot: Option<PathBuf>,
+
     /// Go on where an interrupted run with the same model, text and options was left
     #[arg(long)]
     resume: bool,
 
-    /// Replace the output file if it exists
+    /// Replace output files that exist
     #[arg(long)]
     force: bool,
 
@@ -80,6 +96,7 @@ pub fn run(args: &ImportanceArgs) -> Result<()> {
     let source = args.checkpoint.open(&[&args.model], None, &args.common)?.remove(0);
     refuse_file_of_checkpoint(&args.model, &args.output)?;
     check_output(&args.output, args.force)?;
+    let figure = args.plot.as_deref().map(|path| FigureFiles::new("--plot", path, &[], DPI, args.force)).transpose()?;
     let (path, tokens) = read_either(&*source, &args.text, &args.tokens)?;
     refuse_same_file(path, &args.output)?;
     let cpu = Cpu::from_environment()?;
@@ -95,11 +112,29 @@ pub fn run(args: &ImportanceArgs) -> Result<()> {
     }
     let importance = measure(cpu, &*source, text, &tokens, &options, &observer)?;
     write(&importance, &args.output, &options.partial, args.force)?;
+    if let Some(figure) = figure {
+        figure.write(&bar_chart(&importance))?;
+    }
     match (args.json, args.common.quiet) {
         (true, _) => print(&serde_json::to_string_pretty(&importance).expect("plain numbers and strings")),
         (false, true) => Ok(()),
         (false, false) => print(&render(&importance)),
     }
+}
+
+fn bar_chart(importance: &Importance) -> Figure {
+    let bars: Vec<Bar> = importance
+        .tensors
+        .iter()
+        .map(|tensor| Bar { name: tensor.name.clone(), component: tensor.component.clone(), score: tensor.score })
+        .collect();
+    let title = format!("Importance of the tensors of {}", importance.model.name);
+    let Importance { batches, ctx, text, .. } = importance;
+    let text = &text.name;
+    let subtitle = format!(
+        "0.5 gradient + 0.3 output variance + 0.2 weight, standardized; {batches} windows of {ctx} tokens of {text}"
+    );
+    draw(&title, &subtitle, &bars)
 }
 
 fn render(importance: &Importance) -> String {

@@ -7,6 +7,7 @@ mod convert;
 mod diff;
 mod eval;
 mod explain;
+mod figure;
 mod generate;
 mod importance;
 mod inspect;

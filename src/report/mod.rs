@@ -1,4 +1,6 @@
-//! Plain records of what was done and measured, and the tables that show them.
+//! Plain records of what was done and measured, and the tables and figures that show them.
 
 pub mod convert;
+pub mod figure;
+pub mod importance;
 pub mod table;

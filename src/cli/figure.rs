@@ -1,0 +1,72 @@
+//! The files of a figure: which ones a name stands for, and writing all of them or none.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+};
+
+use bkpack::{
+    Error, Result,
+    error::long,
+    format::{check_output, persist, temporary_beside},
+    report::figure::{Figure, Format},
+};
+
+/// Dots per inch where the user names none.
+pub const DPI: u16 = 300;
+
+/// The files that a figure is written to.
+pub struct FigureFiles {
+    files: Vec<(Format, PathBuf)>,
+    dpi: u16,
+    force: bool,
+}
+
+impl FigureFiles {
+    /// `output` with each of `formats` (or with its own extension, or as PDF) and a PNG preview, checked before any work.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for an extension of another kind of picture; what [`check_output`] refuses.
+    pub fn new(option: &'static str, output: &Path, formats: &[Format], dpi: u16, force: bool) -> Result<Self> {
+        let extension = output.extension().map(|extension| extension.to_string_lossy().into_owned());
+        let own = extension.as_deref().and_then(|extension| extension.parse::<Format>().ok());
+        let other = ["jpg", "jpeg", "gif", "tif", "tiff", "webp", "bmp", "ps", "html", "json"];
+        if let Some(extension) = extension.filter(|extension| other.contains(&extension.to_lowercase().as_str())) {
+            let why = format!("a figure is written as pdf, svg, png or eps, not {}", long(&extension));
+            return Err(Error::Option { option, why });
+        }
+        let stem = if own.is_some() { output.with_extension("") } else { output.to_owned() };
+        if stem.file_name().is_none() {
+            return Err(Error::Option { option, why: format!("{} names no file", output.display()) });
+        }
+        let mut formats = if formats.is_empty() { vec![own.unwrap_or(Format::Pdf)] } else { formats.to_vec() };
+        formats.push(Format::Png);
+        formats.sort_unstable();
+        formats.dedup();
+        let files: Vec<(Format, PathBuf)> = formats
+            .into_iter()
+            .map(|format| {
+                // Not with_extension: a name such as `llama-1.1b` has no extension.
+                let mut path = stem.clone().into_os_string();
+                path.push(format!(".{}", format.name()));
+                (format, path.into())
+            })
+            .collect();
+        for (_, path) in &files {
+            check_output(path, force)?;
+        }
+        Ok(Self { files, dpi, force })
+    }
+
+    /// Writes all files, or none if one cannot be drawn or its folder takes no files.
+    pub fn write(&self, figure: &Figure) -> Result<()> {
+        let mut written = Vec::new();
+        for (format, path) in &self.files {
+            let bytes = figure.render(*format, self.dpi)?;
+            let mut temporary = temporary_beside(path)?;
+            temporary.write_all(&bytes).map_err(Error::io(path))?;
+            written.push((temporary, path));
+        }
+        written.into_iter().try_for_each(|(temporary, path)| persist(temporary, path, self.force))
+    }
+}
