@@ -47,7 +47,7 @@ fn text() -> CalibrationText {
 }
 
 fn options(partial: &Path, batches: usize, resume: bool) -> Options {
-    Options { batches, ctx: Some(CTX), partial: partial.to_owned(), resume }
+    Options { batches, ctx: Some(CTX), partial: Some(partial.to_owned()), resume }
 }
 
 fn run(source: &Checkpoint, tokens: &[u32], options: &Options, observer: &dyn Observer) -> Result<Importance> {

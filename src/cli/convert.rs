@@ -17,18 +17,37 @@ use bkpack::{
     model::{self, config::check_not_synthetic},
     ops::cpu::Activations,
     pack::{Calibration, DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
-    report::convert::Summary,
+    policy::PolicyFile,
+    progress::Observer,
+    report::{
+        convert::Summary,
+        table::{count, table},
+    },
     tensor::{CalibrationText, TensorSource},
-    train::rounding::{Samples, write_calibrated},
+    train::{
+        contest::{Entry, contest},
+        importance,
+        rounding::{Samples, write_calibrated},
+        sensitivity,
+    },
 };
 use bkpack_kernels::{Cpu, cpu::quantize::Rounding};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::{
-    Common, components, policy::PolicyArgs, print, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs,
+    Common, components,
+    policy::{PolicyArgs, Statistics},
+    print, refuse_file_of_checkpoint, refuse_same_file,
+    source::SourceArgs,
     text::read_either,
 };
+
+/// Windows of a calibration text that importance is measured on, at most.
+const IMPORTANCE_WINDOWS: usize = 50;
+
+/// The first window of a calibration text that sensitivity was not measured on.
+const UNSEEN_WINDOW: usize = sensitivity::DEFAULT_WINDOWS + sensitivity::MOST_PROBE_WINDOWS;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -44,6 +63,8 @@ Examples:
       The most important fifth of the tensors FP16, the least important two fifths INT4
   bkpack convert ./model -o model.bkpack --policy budget --sensitivity costs.json --target-ratio 8
       The encodings that cost least in a file an eighth as large as FP32
+  bkpack convert ./model -o model.bkpack --policy budget --target-size 80MB --calib text.txt --rounding gptq
+      The same with costs measured on a text, and weights rounded to make up for their errors on it
   bkpack convert ./model --policy component --plan-only -o plan.toml
   bkpack convert ./model -o model.bkpack --recipe plan.toml
       What would become of each tensor, to read and to edit; then pack by it
@@ -78,7 +99,8 @@ pub struct ConvertArgs {
     #[arg(long, value_enum, default_value_t = RoundingName::Search)]
     rounding: RoundingName,
 
-    /// Calibration text for --rounding gptq and --report-kld (UTF-8); never the text that the model is tested on
+    /// Calibration text (UTF-8) for --rounding gptq, --policy budget, --policy dynamic and --report-kld; never the text that
+    /// the model is tested on
     #[arg(long, value_name = "FILE", group = "calibration")]
     calib: Option<PathBuf>,
 
@@ -163,26 +185,11 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         return Err(Error::Option { option: "--ternary-threshold", why });
     }
     let calibrated = matches!(args.rounding, RoundingName::Gptq);
-    let has_text = args.calib.is_some() || args.calib_tokens.is_some();
-    if has_text != (calibrated || args.report_kld) {
-        let why = "--rounding gptq needs --calib or --calib-tokens, and only it and --report-kld look at them".into();
-        return Err(Error::Option { option: "--rounding", why });
-    }
+    check_calibration(args, calibrated)?;
     if args.json && args.output.is_none() {
         let why = "is for the figures; with --plan-only name a file for the recipe with --output".into();
         return Err(Error::Option { option: "--json", why });
     }
-    let mut options = PackOptions {
-        policy: args.policy.policy()?,
-        rounding: match args.rounding {
-            RoundingName::Rtn => Rounding::Nearest,
-            RoundingName::Search | RoundingName::Gptq => Rounding::Search,
-        },
-        calibration: None,
-        ternary_threshold: args.ternary_threshold,
-        allow_nonfinite: args.allow_nonfinite,
-        shard_bytes: args.shard_size,
-    };
     if args.source.is_file() && format::is_packed(&args.source)? {
         let why = "is packed already; convert the checkpoint that it came from".into();
         return Err(Error::NotAModel { path: args.source.clone(), why });
@@ -198,12 +205,31 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         check_not_synthetic(&checkpoint)?;
     }
     let cpu = Cpu::from_environment()?;
+    let has_text = args.calib.is_some() || args.calib_tokens.is_some();
     let calibration = if has_text { Some(read_calibration(args, &checkpoint)?) } else { None };
-    if calibrated {
-        options.calibration = calibration.as_ref().map(|(_, calibration)| calibration.clone());
-    }
+    let rounding = match args.rounding {
+        RoundingName::Rtn => Rounding::Nearest,
+        RoundingName::Search | RoundingName::Gptq => Rounding::Search,
+    };
+    let options = PackOptions {
+        policy: args.policy.policy(|statistics| {
+            let (tokens, calibration) = calibration.as_ref().expect("a text was asked for");
+            measure(statistics, cpu, &checkpoint, tokens, calibration, rounding, &observer)
+        })?,
+        rounding,
+        calibration: calibration.as_ref().filter(|_| calibrated).map(|(_, calibration)| calibration.clone()),
+        ternary_threshold: args.ternary_threshold,
+        allow_nonfinite: args.allow_nonfinite,
+        shard_bytes: args.shard_size,
+    };
     let output = args.output.as_deref().unwrap_or(Path::new("model.bkpack"));
-    let packing = Packing::plan(&checkpoint, &options, output, cpu, &observer)?;
+    let mut packing = Packing::plan(&checkpoint, &options, output, cpu, &observer)?;
+    let compared = match &calibration {
+        Some((tokens, Calibration { ctx, .. })) if args.policy.is_budget() => {
+            contest(cpu, &checkpoint, &mut packing, tokens, (*ctx, UNSEEN_WINDOW), &observer)?
+        }
+        _ => Vec::new(),
+    };
     packing.notices.iter().for_each(|notice| args.common.notice(notice));
     let file_bytes = packing.file_bytes();
     let tensors: Vec<_> = packing
@@ -246,15 +272,84 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     };
     match (args.json, args.common.quiet) {
         (true, _) => {
-            let report = Report { summary: &summary, by_component: costs.as_ref() };
+            let report = Report { summary: &summary, compared: &compared, by_component: costs.as_ref() };
             print(&serde_json::to_string_pretty(&report).expect("plain numbers and strings"))
         }
         (false, true) => Ok(()),
         (false, false) => {
             let costs = costs.map_or_else(String::new, |costs| format!("\n\n{}", components::render(&costs)));
-            print(&format!("{}{costs}", summary.render()))
+            print(&format!("{}{}{costs}", summary.render(), render_compared(&compared)))
         }
     }
+}
+
+/// A calibration text is there where something needs it, and only there.
+fn check_calibration(args: &ConvertArgs, calibrated: bool) -> Result<()> {
+    let has_text = args.calib.is_some() || args.calib_tokens.is_some();
+    let missing = match args.policy.missing() {
+        _ if has_text => None,
+        Some(Statistics::Importance) => {
+            Some(("--importance", "--policy dynamic needs it, or --calib to measure it on"))
+        }
+        Some(Statistics::Sensitivity) => {
+            Some(("--sensitivity", "--policy budget needs it, or --calib to measure it on"))
+        }
+        None if calibrated => Some(("--rounding", "--rounding gptq needs --calib or --calib-tokens")),
+        None => None,
+    };
+    if let Some((option, why)) = missing {
+        return Err(Error::Option { option, why: why.into() });
+    }
+    let used = calibrated || args.report_kld || args.policy.is_budget() || args.policy.missing().is_some();
+    if has_text && !used {
+        let why =
+            "only --rounding gptq, --policy budget, --policy dynamic without --importance and --report-kld look at it";
+        return Err(Error::Option { option: "--calib", why: why.into() });
+    }
+    Ok(())
+}
+
+/// Measures what a policy goes by.
+fn measure(
+    statistics: Statistics,
+    cpu: Cpu,
+    checkpoint: &Checkpoint,
+    tokens: &[u32],
+    calibration: &Calibration,
+    rounding: Rounding,
+    observer: &dyn Observer,
+) -> Result<PolicyFile> {
+    let (text, ctx) = (calibration.text.clone(), Some(calibration.ctx));
+    let name = format!("measured on {}", text.name);
+    let json = match statistics {
+        Statistics::Importance => {
+            let batches = calibration.windows.min(IMPORTANCE_WINDOWS);
+            let options = importance::Options { batches, ctx, partial: None, resume: false };
+            serde_json::to_vec(&importance::measure(cpu, checkpoint, text, tokens, &options, observer)?)
+        }
+        Statistics::Sensitivity => {
+            let windows = calibration.windows.min(sensitivity::DEFAULT_WINDOWS);
+            let options = sensitivity::Options { windows, ctx, rounding };
+            serde_json::to_vec(&sensitivity::measure(cpu, checkpoint, tokens, &options, observer)?)
+        }
+    };
+    PolicyFile::new(Path::new(&name), json.expect("plain numbers and strings"))
+}
+
+fn render_compared(compared: &[Entry]) -> String {
+    if compared.is_empty() {
+        return String::new();
+    }
+    let mut lines = table(&["measured on the calibration text", "bytes", "KL divergence", ""], 1);
+    for entry in compared {
+        let mark = match entry {
+            Entry { chosen: true, .. } => "packed",
+            Entry { fits: false, .. } => "too large",
+            _ => "",
+        };
+        lines.add_row([entry.name.clone(), count(entry.bytes), format!("{:.6}", entry.kld), mark.into()]);
+    }
+    format!("\n\n{}", lines.trim_fmt())
 }
 
 /// What is printed for machines.
@@ -262,6 +357,9 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
 struct Report<'a> {
     #[serde(flatten)]
     summary: &'a Summary,
+    /// The mixes that a budget's was measured against.
+    #[serde(skip_serializing_if = "<[Entry]>::is_empty")]
+    compared: &'a [Entry],
     #[serde(skip_serializing_if = "Option::is_none")]
     by_component: Option<&'a ComponentCosts>,
 }

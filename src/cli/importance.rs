@@ -106,12 +106,13 @@ pub fn run(args: &ImportanceArgs) -> Result<()> {
     let text = CalibrationText::of(path)?;
     let mut partial = args.output.clone().into_os_string();
     partial.push(".partial");
-    let options = Options { batches: args.batches, ctx: args.ctx, partial: partial.into(), resume: args.resume };
-    if args.resume && !options.partial.exists() {
-        args.common.notice(&format!("{} does not exist: starting anew", options.partial.display()));
+    let partial = PathBuf::from(partial);
+    let options = Options { batches: args.batches, ctx: args.ctx, partial: Some(partial.clone()), resume: args.resume };
+    if args.resume && !partial.exists() {
+        args.common.notice(&format!("{} does not exist: starting anew", partial.display()));
     }
     let importance = measure(cpu, &*source, text, &tokens, &options, &observer)?;
-    write(&importance, &args.output, &options.partial, args.force)?;
+    write(&importance, &args.output, &partial, args.force)?;
     if let Some(figure) = figure {
         figure.write(&bar_chart(&importance))?;
     }

@@ -38,7 +38,7 @@ pub struct PolicyArgs {
     #[arg(long)]
     asymmetric: bool,
 
-    /// dynamic: how important each tensor is, as `bkpack importance` writes it
+    /// dynamic: how important each tensor is, as `bkpack importance` writes it [default: measured on --calib]
     #[arg(long, value_name = "FILE")]
     importance: Option<PathBuf>,
 
@@ -54,7 +54,7 @@ pub struct PolicyArgs {
     #[arg(long, value_enum)]
     high: Option<High>,
 
-    /// budget: what each encoding of each tensor costs
+    /// budget: what each encoding of each tensor costs, as `bkpack sensitivity` writes it [default: measured on --calib]
     #[arg(long, value_name = "FILE")]
     sensitivity: Option<PathBuf>,
 
@@ -108,6 +108,13 @@ enum High {
     Int8,
 }
 
+/// What a policy goes by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Statistics {
+    Importance,
+    Sensitivity,
+}
+
 /// A uniform width before group and symmetry are known.
 #[derive(Clone, Copy, Debug)]
 enum Bits {
@@ -131,21 +138,40 @@ fn parse_bits(text: &str) -> Result<Bits, &'static str> {
 }
 
 impl PolicyArgs {
-    /// The policy that these options describe; reads the files that they name.
+    fn name(&self) -> PolicyName {
+        match self.recipe {
+            Some(_) => PolicyName::Recipe,
+            None => self.policy.unwrap_or(PolicyName::Uniform),
+        }
+    }
+
+    /// What must be measured before the policy can choose; `None` where a file holds it or nothing is needed.
+    pub fn missing(&self) -> Option<Statistics> {
+        match self.name() {
+            PolicyName::Dynamic if self.importance.is_none() => Some(Statistics::Importance),
+            PolicyName::Budget if self.sensitivity.is_none() => Some(Statistics::Sensitivity),
+            _ => None,
+        }
+    }
+
+    /// Whether a text lets the policy's choice be measured against others.
+    pub fn is_budget(&self) -> bool {
+        self.name() == PolicyName::Budget
+    }
+
+    /// The policy that these options describe; reads the files that they name and has [measured](Self::missing) what none
+    /// of them holds.
     ///
     /// # Errors
     /// An option that does not belong to the policy or is missing, a file that does not parse.
-    pub fn policy(&self) -> Result<Policy> {
-        let name = match self.recipe {
-            Some(_) => PolicyName::Recipe,
-            None => self.policy.unwrap_or(PolicyName::Uniform),
-        };
+    pub fn policy(&self, measure: impl FnOnce(Statistics) -> Result<PolicyFile>) -> Result<Policy> {
+        let name = self.name();
         self.refuse_options_of_others(name)?;
         let choice = match name {
             PolicyName::Uniform => Choice::Uniform(self.uniform()?),
             PolicyName::Component => Choice::Component,
-            PolicyName::Dynamic => Choice::Dynamic(self.dynamic()?),
-            PolicyName::Budget => Choice::Budget(self.budget()?),
+            PolicyName::Dynamic => Choice::Dynamic(self.dynamic(measure)?),
+            PolicyName::Budget => Choice::Budget(self.budget(measure)?),
             PolicyName::Recipe => {
                 let path = self.recipe.as_ref().expect("a recipe was named");
                 Choice::Recipe(Recipe::parse(PolicyFile::read(path)?)?)
@@ -202,11 +228,7 @@ impl PolicyArgs {
         Ok(Request::Quantize { grid, group: self.group_size.unwrap_or(DEFAULT_GROUP) })
     }
 
-    fn dynamic(&self) -> Result<Dynamic> {
-        let Some(path) = &self.importance else {
-            let why = "is needed for --policy dynamic; bkpack importance writes such a file";
-            return Err(Error::Option { option: "--importance", why: why.into() });
-        };
+    fn dynamic(&self, measure: impl FnOnce(Statistics) -> Result<PolicyFile>) -> Result<Dynamic> {
         let group = self.group_size.unwrap_or(DEFAULT_GROUP);
         let int = |bits| Request::Quantize { grid: Grid::Int { bits, symmetric: true }, group };
         let levels = Levels {
@@ -219,10 +241,14 @@ impl PolicyArgs {
             middle: int(8),
             low: int(4),
         };
-        Dynamic::parse(PolicyFile::read(path)?, levels)
+        let file = match &self.importance {
+            Some(path) => PolicyFile::read(path)?,
+            None => measure(Statistics::Importance)?,
+        };
+        Dynamic::parse(file, levels)
     }
 
-    fn budget(&self) -> Result<Budget> {
+    fn budget(&self, measure: impl FnOnce(Statistics) -> Result<PolicyFile>) -> Result<Budget> {
         let target = match (self.target_ratio, self.target_bpw, self.target_size) {
             (Some(ratio), _, _) => Target::Ratio(ratio),
             (_, Some(bits), _) => Target::BitsPerWeight(bits),
@@ -232,10 +258,10 @@ impl PolicyArgs {
                 return Err(Error::Option { option: "--target-ratio", why: why.into() });
             }
         };
-        let Some(path) = &self.sensitivity else {
-            let why = "is needed for --policy budget: what each encoding of each tensor costs";
-            return Err(Error::Option { option: "--sensitivity", why: why.into() });
+        let file = match &self.sensitivity {
+            Some(path) => PolicyFile::read(path)?,
+            None => measure(Statistics::Sensitivity)?,
         };
-        Budget::new(SensitivityTable::parse(PolicyFile::read(path)?)?, target, self.coupled)
+        Budget::new(SensitivityTable::parse(file)?, target, self.coupled)
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use bkpack::{
     Result,
     format::{check_output, write_file},
-    train::sensitivity::{Options, measure},
+    train::sensitivity::{DEFAULT_WINDOWS, Options, measure},
 };
 use bkpack_kernels::{Cpu, cpu::quantize::Rounding};
 use clap::Args;
@@ -35,7 +35,7 @@ pub struct SensitivityArgs {
     tokens: Option<PathBuf>,
 
     /// Windows to look at, from the start of the text
-    #[arg(long, value_name = "N", default_value_t = 16)]
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_WINDOWS)]
     batches: usize,
 
     /// Tokens in a window [default: 512, or the model's context if that is shorter]

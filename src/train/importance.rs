@@ -34,8 +34,9 @@ pub struct Options {
     pub batches: usize,
     /// Tokens of a window; see [`Protocol::new`](crate::eval::perplexity::Protocol::new).
     pub ctx: Option<usize>,
-    /// A file for the sums so far, removed at the end; what is there is replaced unless the run resumes it.
-    pub partial: PathBuf,
+    /// A file for the sums so far, removed at the end; what is there is replaced unless the run resumes it. Without one, an
+    /// interrupted run is lost.
+    pub partial: Option<PathBuf>,
     /// Go on where the partial file, if there is one, was left.
     pub resume: bool,
 }
@@ -124,7 +125,9 @@ pub fn measure(
     observer.advance(partial.done * ctx as u64);
     for (index, window) in windows.iter().enumerate().skip(partial.done as usize) {
         if let Err(cancelled) = observer.check() {
-            partial.save(&options.partial)?;
+            if let Some(path) = &options.partial {
+                partial.save(path)?;
+            }
             return Err(cancelled);
         }
         let gradients = differentiator.gradients(window)?.gradients;
@@ -140,8 +143,11 @@ pub fn measure(
         }
         partial.done += 1;
         observer.advance(ctx as u64);
-        if partial.done.is_multiple_of(SAVE_EVERY) && (partial.done as usize) < windows.len() {
-            partial.save(&options.partial)?;
+        if let Some(path) = &options.partial
+            && partial.done.is_multiple_of(SAVE_EVERY)
+            && (partial.done as usize) < windows.len()
+        {
+            partial.save(path)?;
         }
     }
     observer.end();
@@ -189,10 +195,10 @@ fn key(model: &MeasuredModel, tokens: &[u32], batches: usize, ctx: usize) -> Str
 
 impl Partial {
     fn begin(options: &Options, key: String) -> Result<Self> {
-        let path = &options.partial;
-        if !options.resume || !path.exists() {
-            return Ok(Self { key, done: 0, sums: BTreeMap::new() });
-        }
+        let anew = Self { key: key.clone(), done: 0, sums: BTreeMap::new() };
+        let Some(path) = options.partial.as_ref().filter(|path| options.resume && path.exists()) else {
+            return Ok(anew);
+        };
         let bytes = std::fs::read(path).map_err(Error::io(path))?;
         let found: Self = json::parse(path, &bytes)?;
         if found.key != key || found.done > options.batches as u64 {

@@ -39,7 +39,13 @@ pub struct Options {
     pub rounding: Rounding,
 }
 
-/// Tokens that a short measurement looks at.
+/// Windows to differentiate on, unless told otherwise.
+pub const DEFAULT_WINDOWS: usize = 8;
+
+/// Windows that short measurements look at, at most.
+pub const MOST_PROBE_WINDOWS: usize = 8;
+
+/// Tokens that a short measurement looks at, if they fit the windows.
 const PROBE_TOKENS: usize = 1024;
 
 /// Widths that are measured, the coarser first.
@@ -85,7 +91,7 @@ pub fn measure(
     let model = Model::load(source, &ops)?;
     let ctx = options.ctx.unwrap_or(model.max_positions().min(512));
     let all: Vec<&[u32]> = tokens.chunks_exact(ctx).collect();
-    let count = PROBE_TOKENS.div_ceil(ctx).min(all.len());
+    let count = PROBE_TOKENS.div_ceil(ctx).min(MOST_PROBE_WINDOWS).min(all.len());
     let first = options.windows.min(all.len() - count);
     let groups = groups(&model, &fisher);
     let mut starts: Vec<usize> = groups.iter().filter_map(|group| group.start).collect();
