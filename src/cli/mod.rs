@@ -12,6 +12,7 @@ mod generate;
 mod importance;
 mod inspect;
 mod logits;
+mod plot;
 mod policy;
 mod progress;
 mod sensitivity;
@@ -63,6 +64,7 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     Importance(importance::ImportanceArgs),
     Sensitivity(sensitivity::SensitivityArgs),
+    Plot(plot::PlotArgs),
     Generate(generate::GenerateArgs),
     Logits(logits::LogitsArgs),
     Archive(archive::ArchiveArgs),
@@ -118,6 +120,7 @@ pub fn run() -> ExitCode {
         Command::Calibrate(args) => calibrate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Importance(args) => importance::run(args).map(|()| ExitCode::SUCCESS),
         Command::Sensitivity(args) => sensitivity::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Plot(args) => plot::run(args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Logits(args) => logits::run(args).map(|()| ExitCode::SUCCESS),
         Command::Archive(args) => archive::run(args).map(|()| ExitCode::SUCCESS),

@@ -84,19 +84,18 @@ const DIRECTIONS: [(f64, f64); 8] =
 /// Space between labels, and between a label and what it must not cover.
 const GAP: f64 = 1.0;
 
-/// Places labels within `bounds`, each off all `obstacles` and all labels before it, as near to its point as may be. A
-/// label leaves `lines` free where it can. One that fits nowhere gets none.
+/// Places labels within `bounds`, each off all `obstacles`, `lines` and labels before it, as near to its point as may be.
+/// One that finds no place beside its point gets none: far away it would be taken for another's.
 pub fn place(labels: &[Label], obstacles: &[Area], lines: &[Segment], bounds: Area) -> Vec<Option<Area>> {
     let mut taken = obstacles.to_vec();
     let mut placed = Vec::with_capacity(labels.len());
     for label in labels {
-        let free = |area: &Area| bounds.holds(*area) && !taken.iter().any(|other| area.grown(GAP).meets(*other));
-        let clear = |area: &Area| !lines.iter().any(|&line| area.is_crossed(line));
-        let near: Vec<Area> = candidates(label).filter(free).collect();
-        let found = near.iter().copied().find(clear).or_else(|| {
-            // Farther from the point, a place off the lines is worth less than one beside it.
-            near.first().copied().or_else(|| nearest_in_grid(label, bounds, &free))
-        });
+        let free = |area: &Area| {
+            bounds.holds(*area)
+                && !taken.iter().any(|other| area.grown(GAP).meets(*other))
+                && !lines.iter().any(|&line| area.grown(GAP).is_crossed(line))
+        };
+        let found = candidates(label).find(free);
         taken.extend(found);
         placed.push(found);
     }
@@ -113,26 +112,6 @@ fn candidates(label: &Label) -> impl Iterator<Item = Area> + '_ {
             Area { x: center.0 - width / 2.0, y: center.1 - height / 2.0, width, height }
         })
     })
-}
-
-/// The free place on a grid over the bounds whose centre is nearest to the point.
-fn nearest_in_grid(label: &Label, bounds: Area, free: &dyn Fn(&Area) -> bool) -> Option<Area> {
-    let (width, height) = (label.width, label.height);
-    let steps = |room: f64, step: f64| if room < 0.0 { 0 } else { (room / step) as usize + 1 };
-    let (across, down) = (height, height / 2.0);
-    let columns = steps(bounds.width - width, across);
-    let rows = steps(bounds.height - height, down);
-    let distance = |area: &Area| {
-        let (x, y) = area.center();
-        (x - label.point.0).hypot(y - label.point.1)
-    };
-    (0..rows * columns)
-        .map(|index| {
-            let (row, column) = (index / columns, index % columns);
-            Area { x: bounds.x + column as f64 * across, y: bounds.y + row as f64 * down, width, height }
-        })
-        .filter(|area| free(area))
-        .min_by(|a, b| distance(a).total_cmp(&distance(b)))
 }
 
 #[cfg(test)]
@@ -164,6 +143,7 @@ mod tests {
             for (index, area) in found.iter().enumerate() {
                 prop_assert!(BOUNDS.holds(*area), "{:?} leaves the bounds", area);
                 prop_assert!(!obstacles.iter().any(|other| area.meets(*other)), "{:?} covers a marker", area);
+                prop_assert!(!lines.iter().any(|line| area.is_crossed(*line)), "{:?} covers a line", area);
                 prop_assert!(!found[..index].iter().any(|other| area.meets(*other)), "{:?} covers a label", area);
             }
             for (label, area) in labels.iter().zip(&placed) {
@@ -195,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_left_free_where_there_is_room_and_full_bounds_take_nothing() {
+    fn lines_are_left_free_and_full_bounds_take_nothing() {
         let label = Label { point: (200.0, 100.0), width: 40.0, height: 10.0, clearance: 4.0 };
         let line = ((200.0, 100.0), (200.0, 10.0));
         let area = place(&[label], &[], &[line], BOUNDS)[0].unwrap();
