@@ -213,7 +213,7 @@ fn plot_tensors(args: &TensorsArgs) -> Result<()> {
     let name = args.packed.file_name().unwrap_or_default().to_string_lossy();
     let (parameters, bytes) = (packed.parameters(), packed.file_bytes());
     let subtitle = format!(
-        "{name}: {} parameters in {} bytes, {:.3} bits a weight, header and files included",
+        "{name}: {} parameters in {} bytes, {:.3} bits a weight",
         count(parameters),
         count(bytes),
         8.0 * bytes as f64 / parameters as f64

@@ -214,11 +214,8 @@ fn metrics(data: &Efficiency, series: &[Series]) -> Vec<String> {
     match data.equal_flops().first() {
         Some(it) => {
             let [a, b] = it.points.each_ref().map(|it| shown(it.ppl));
-            lines.push(format!(
-                "Within {}: {first} PPL {a}, {second} PPL {b} ({:+.1} %)",
-                flops(it.flops),
-                -it.lower_percent
-            ));
+            let change = format!("{:+.1}", -it.lower_percent).replace('-', "−");
+            lines.push(format!("Within {}: {first} PPL {a}, {second} PPL {b} ({change} %)", flops(it.flops)));
         }
         None => lines.push("No number of FLOPs within which both have a configuration".into()),
     }
