@@ -159,7 +159,7 @@ fn the_importance_command_draws_its_scores() {
 fn quantized(model: &str, values: &[(f64, f64)]) -> Vec<Quantized> {
     let point = |&(bits, ppl): &(f64, f64)| {
         let perplexity = Some(ppl).filter(|ppl| ppl.is_finite());
-        Quantized { model: model.into(), bits, perplexity, looks_ahead: false, simulated: false }
+        Quantized { model: model.into(), bits, perplexity, looks_ahead: false, simulated: false, protocol: None }
     };
     values.iter().map(point).collect()
 }
@@ -256,7 +256,9 @@ fn robustness_is_tidy_whatever_the_data() {
         let (figure, unlabelled) = robustness_figure::draw(&data, &format!("Case {name}"));
         keep(&figure, &format!("robustness-{name}"));
         Drawing::of(&figure).assert_tidy();
-        assert!(unlabelled == 0 || name == "crowd", "{name}: {unlabelled} values without a label");
+        // Two models that fail at one width share one label.
+        let most = if name == "not-finite" { 1 } else { 0 };
+        assert!(unlabelled <= most || name == "crowd", "{name}: {unlabelled} values without a label");
     }
 }
 
@@ -269,6 +271,7 @@ fn configurations(model: &str, values: &[(f64, f64)]) -> Vec<Configuration> {
         compute_factor: None,
         looks_ahead: false,
         simulated: false,
+        protocol: None,
     };
     values.iter().enumerate().map(of).collect()
 }
@@ -500,6 +503,14 @@ fn what_is_wrong_with_results_is_named_and_the_rest_drawn() {
         ("h.json", "[]"),
         ("i.json", r#"{"notes": []}"#),
         ("j.json", r#"{"config_id": "x", "model": "llama", "perplexity": 50, "flops_per_token": 1000000}"#),
+        (
+            "l.json",
+            r#"{"bit_width": 2, "perplexity": 60, "model": "llama", "protocol": {"ctx": 256, "skip": 1, "scored": 255}}"#,
+        ),
+        (
+            "m.json",
+            r#"{"bit_width": 3, "perplexity": 55, "model": "llama", "protocol": {"ctx": 512, "skip": 1, "scored": 511}}"#,
+        ),
         ("k.json", r#"{"bit_width": 8, "perplexity": 49.5, "model": "other\u001b[31m"}"#),
         ("readme.txt", "not a result"),
     ]);
@@ -513,6 +524,7 @@ fn what_is_wrong_with_results_is_named_and_the_rest_drawn() {
         "note: results/g.json: the header names \"perplexity\" twice; it is left out\n",
         "note: results/h.json: not a JSON object; it is left out\n",
         "note: results/i.json: no bit_width, so no result of this kind; it is left out\n",
+        "note: the results of llama do not compare: 255 tokens of text ?, windows of 256, 1 skipped; 511 tokens of",
         "note: the perplexity of Llama at INT4 is not finite\n",
         "note: Llama at INT8 is missing\n",
     ] {

@@ -64,12 +64,12 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     Importance(importance::ImportanceArgs),
     Sensitivity(sensitivity::SensitivityArgs),
-    Plot(plot::PlotArgs),
     Generate(generate::GenerateArgs),
     Logits(logits::LogitsArgs),
     Archive(archive::ArchiveArgs),
     Unpack(unpack::UnpackArgs),
     Sweep(sweep::SweepArgs),
+    Plot(plot::PlotArgs),
     Synth(synth::SynthArgs),
     /// Print a completion script for a shell
     #[command(after_help = COMPLETION_EXAMPLES)]
@@ -120,12 +120,12 @@ pub fn run() -> ExitCode {
         Command::Calibrate(args) => calibrate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Importance(args) => importance::run(args).map(|()| ExitCode::SUCCESS),
         Command::Sensitivity(args) => sensitivity::run(args).map(|()| ExitCode::SUCCESS),
-        Command::Plot(args) => plot::run(args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Logits(args) => logits::run(args).map(|()| ExitCode::SUCCESS),
         Command::Archive(args) => archive::run(args).map(|()| ExitCode::SUCCESS),
         Command::Unpack(args) => unpack::run(args).map(|()| ExitCode::SUCCESS),
         Command::Sweep(args) => sweep::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Plot(args) => plot::run(args).map(|()| ExitCode::SUCCESS),
         Command::Synth(args) => synth::run(args).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {
             // Into memory first: the generator panics where it cannot write.

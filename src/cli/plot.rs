@@ -191,7 +191,7 @@ fn plot_efficiency(args: &EfficiencyArgs) -> Result<()> {
     let data = Efficiency::new(&points, &args.data.models, args.target_ppl).map_err(refuse)?;
     let (figure, unlabelled) =
         efficiency_figure::draw(&data, args.output.title("Efficiency: perplexity against compute"));
-    notes.extend(data.notes());
+    notes.extend_from_slice(data.notes());
     if unlabelled > 0 {
         notes.push(format!("{unlabelled} annotations have no room in the plot; the box below it has what they say"));
     }

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::{
     figure::{display_name, is_mamba, is_resnet_bk},
     requirement::{Measured, Requirement, Side},
-    results::Configuration,
+    results::{Configuration, protocol_notes},
     robustness::{by_id, choose},
 };
 
@@ -33,7 +33,7 @@ pub struct Efficiency {
     pub target_ppl: f64,
     pub simulated: bool,
     looks_ahead: Vec<bool>,
-    not_finite: Vec<String>,
+    notes: Vec<String>,
 }
 
 /// Two models where both are at least as good as a perplexity.
@@ -81,11 +81,13 @@ impl Efficiency {
         let chosen = || found.iter().filter(|found| of(found).is_some());
         let drawn =
             |found: &&Configuration| points.iter().any(|point| point.id == found.id && of(found) == Some(point.model));
-        let not_finite = chosen().filter(|found| !drawn(found)).map(|found| found.id.clone()).collect();
+        let mut notes = protocol_notes(chosen().map(|found| (found.model.as_str(), found.protocol.as_deref())));
+        let broken = chosen().filter(|found| !drawn(found));
+        notes.extend(broken.map(|found| format!("the perplexity of {} is not finite: it is not drawn", found.id)));
         let ahead = |model: &String| found.iter().any(|found| found.model == *model && found.looks_ahead);
         let looks_ahead = models.iter().map(ahead).collect();
         let simulated = chosen().any(|found| found.simulated);
-        Ok(Self { models, points, target_ppl, simulated, looks_ahead, not_finite })
+        Ok(Self { models, points, target_ppl, simulated, looks_ahead, notes })
     }
 
     /// Whether the perplexities of a model are those of no language model.
@@ -98,9 +100,9 @@ impl Efficiency {
         self.points.iter().filter(move |point| point.model == model)
     }
 
-    /// A sentence about each configuration that cannot be drawn.
-    pub fn notes(&self) -> Vec<String> {
-        self.not_finite.iter().map(|id| format!("the perplexity of {id} is not finite: it is not drawn")).collect()
+    /// A sentence about each configuration that cannot be drawn, and about results that do not compare.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
     }
 
     /// The points that no other one dominates (fewer FLOPs and no worse, or better at no more FLOPs), by FLOPs.
@@ -349,6 +351,7 @@ mod tests {
             compute_factor: None,
             looks_ahead: false,
             simulated: false,
+            protocol: None,
         };
         Efficiency::new(&found.iter().map(of).collect::<Vec<_>>(), &[], 30.0).unwrap()
     }

@@ -74,7 +74,7 @@ impl Requirement {
         };
         let value = match self.value {
             Measured::Finite(value) => format!("value {value:.2}"),
-            Measured::NotFinite => "value not finite".into(),
+            Measured::NotFinite => "no finite value".into(),
             Measured::Missing => "not measured".into(),
         };
         let side = match self.side {

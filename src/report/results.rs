@@ -23,6 +23,8 @@ pub struct Quantized {
     /// The perplexity is not that of a language model.
     pub looks_ahead: bool,
     pub simulated: bool,
+    /// How it was measured, where the file says so: results with the same text can be compared.
+    pub protocol: Option<String>,
 }
 
 /// A model with a part of its compute.
@@ -39,6 +41,8 @@ pub struct Configuration {
     /// The perplexity is not that of a language model.
     pub looks_ahead: bool,
     pub simulated: bool,
+    /// How it was measured, where the file says so: results with the same text can be compared.
+    pub protocol: Option<String>,
 }
 
 /// Results that can be drawn, and a sentence about each that cannot.
@@ -62,6 +66,7 @@ pub fn quantized(paths: &[PathBuf]) -> Result<Results<Quantized>> {
             perplexity: perplexity(object)?,
             looks_ahead: flag(object, "looks_ahead"),
             simulated: flag(object, "simulated"),
+            protocol: protocol(object),
         })
     };
     let key = |found: &Quantized| (found.model.clone(), format!("{}", found.bits));
@@ -81,6 +86,7 @@ pub fn configurations(paths: &[PathBuf]) -> Result<Results<Configuration>> {
             compute_factor: number(object, "compute_factor").ok().flatten(),
             looks_ahead: flag(object, "looks_ahead"),
             simulated: flag(object, "simulated"),
+            protocol: protocol(object),
         })
     };
     let key = |found: &Configuration| (found.model.clone(), found.id.clone());
@@ -219,6 +225,35 @@ fn model(object: &Map<String, Value>) -> Result<String, String> {
 
 fn flag(object: &Map<String, Value>, name: &str) -> bool {
     object.get(name) == Some(&Value::Bool(true))
+}
+
+/// What must be equal for two perplexities to be comparable, in words.
+fn protocol(object: &Map<String, Value>) -> Option<String> {
+    let protocol = object.get("protocol")?.as_object()?;
+    let field = |name: &str| protocol.get(name).map_or("?".into(), Value::to_string);
+    let text = protocol.get("text").and_then(|text| text.get("blake3")).and_then(Value::as_str).unwrap_or("?");
+    let text = text.chars().take(8).collect::<String>();
+    let (ctx, skip, scored) = (field("ctx"), field("skip"), field("scored"));
+    Some(format!("{scored} tokens of text {text}, windows of {ctx}, {skip} skipped"))
+}
+
+/// Sentences about results that were not measured in the same way: of one model, and across models.
+pub(super) fn protocol_notes<'a>(found: impl Iterator<Item = (&'a str, Option<&'a str>)> + Clone) -> Vec<String> {
+    let mut notes = Vec::new();
+    let mut all: Vec<(&str, &str)> = found.filter_map(|(model, protocol)| Some((model, protocol?))).collect();
+    all.sort_unstable();
+    all.dedup();
+    for pair in all.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
+        let ((model, one), (_, other)) = (pair[0], pair[1]);
+        notes.push(format!("the results of {model} do not compare: {one}; {other}"));
+    }
+    let mut protocols: Vec<&str> = all.iter().map(|(_, protocol)| *protocol).collect();
+    protocols.sort_unstable();
+    protocols.dedup();
+    if notes.is_empty() && protocols.len() > 1 {
+        notes.push(format!("the models were measured in {} ways: {}", protocols.len(), protocols.join("; ")));
+    }
+    notes
 }
 
 #[cfg(test)]

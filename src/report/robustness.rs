@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{
     figure::{display_name, is_mamba, is_resnet_bk},
     requirement::{Measured, Requirement, Side},
-    results::Quantized,
+    results::{Quantized, protocol_notes},
 };
 
 /// Results of several models at several widths, in order.
@@ -49,9 +49,10 @@ impl Robustness {
         self.points.iter().any(|point| point.model == model && point.looks_ahead)
     }
 
-    /// A sentence about each model and width that is missing or is not finite.
+    /// A sentence about each model and width that is missing or is not finite, and about results that do not compare.
     pub fn notes(&self) -> Vec<String> {
-        let mut notes = Vec::new();
+        let protocols = self.points.iter().map(|point| (point.model.as_str(), point.protocol.as_deref()));
+        let mut notes = protocol_notes(protocols);
         for model in &self.models {
             for &bits in &self.widths {
                 let name = format!("{} at {}", display_name(model), width_name(bits));

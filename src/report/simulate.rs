@@ -17,7 +17,14 @@ pub fn quantized(seed: u64) -> Vec<Quantized> {
         for (bits, factor) in widths.into_iter().zip(factors) {
             let noise: f64 = random.sample(StandardNormal);
             let perplexity = Some(base * factor * (1.0 + spread * noise.clamp(-2.0, 2.0)));
-            points.push(Quantized { model: model.into(), bits, perplexity, looks_ahead: false, simulated: true });
+            points.push(Quantized {
+                model: model.into(),
+                bits,
+                perplexity,
+                looks_ahead: false,
+                simulated: true,
+                protocol: None,
+            });
         }
     }
     points
@@ -42,6 +49,7 @@ pub fn configurations(seed: u64, count: usize) -> Vec<Configuration> {
                 compute_factor: Some(compute_factor),
                 looks_ahead: false,
                 simulated: true,
+                protocol: None,
             });
         }
     }

@@ -33,6 +33,12 @@ impl Area {
         (self.x + self.width / 2.0, self.y + self.height / 2.0)
     }
 
+    /// How far a point is from the rectangle.
+    pub fn distance(self, (x, y): (f64, f64)) -> f64 {
+        let beyond = |value: f64, low: f64, high: f64| (low - value).max(value - high).max(0.0);
+        beyond(x, self.x, self.right()).hypot(beyond(y, self.y, self.bottom()))
+    }
+
     /// Whether the two share more than an edge.
     pub fn meets(self, other: Self) -> bool {
         self.x < other.right() && other.x < self.right() && self.y < other.bottom() && other.y < self.bottom()
@@ -84,8 +90,12 @@ const DIRECTIONS: [(f64, f64); 8] =
 /// Space between labels, and between a label and what it must not cover.
 const GAP: f64 = 1.0;
 
-/// Places labels within `bounds`, each off all `obstacles`, `lines` and labels before it, as near to its point as may be.
-/// One that finds no place beside its point gets none: far away it would be taken for another's.
+/// By how much another's point may be nearer to a label than its own where no better place is free: such points almost
+/// coincide.
+const SLACK: f64 = 2.0;
+
+/// Places labels within `bounds`, each off all `obstacles`, `lines` and labels before it, as near to its point as may be, and
+/// no nearer to the point of any other label. One that finds no place gets none.
 pub fn place(labels: &[Label], obstacles: &[Area], lines: &[Segment], bounds: Area) -> Vec<Option<Area>> {
     let mut taken = obstacles.to_vec();
     let mut placed = Vec::with_capacity(labels.len());
@@ -95,7 +105,13 @@ pub fn place(labels: &[Label], obstacles: &[Area], lines: &[Segment], bounds: Ar
                 && !taken.iter().any(|other| area.grown(GAP).meets(*other))
                 && !lines.iter().any(|&line| area.grown(GAP).is_crossed(line))
         };
-        let found = candidates(label).find(free);
+        // Nearer to another's point it would be read as the other's value.
+        let own = |area: &Area, slack: f64| {
+            let away = area.distance(label.point);
+            labels.iter().all(|other| other.point == label.point || away < area.distance(other.point) + slack)
+        };
+        let find = |slack| candidates(label).find(|area| free(area) && own(area, slack));
+        let found = find(0.0).or_else(|| find(SLACK));
         taken.extend(found);
         placed.push(found);
     }
@@ -148,6 +164,10 @@ mod tests {
             }
             for (label, area) in labels.iter().zip(&placed) {
                 let size = area.map(|area| (area.width, area.height));
+                let nearer = |area: Area| labels.iter().all(|other| {
+                    other.point == label.point || area.distance(label.point) < area.distance(other.point) + SLACK
+                });
+                prop_assert!(area.is_none_or(nearer), "{:?} is nearer to another point", area);
                 prop_assert!(size.is_none_or(|size| size == (label.width, label.height)));
             }
         }
