@@ -365,6 +365,9 @@ pub enum Error {
     /// A measurement of quality on random weights.
     #[error("{}: its weights are random (written by bkpack synth): perplexity would mean nothing", path.display())]
     Synthetic { path: PathBuf },
+    /// The files of a sweep hold nothing that can be used.
+    #[error("{}: {why}", path.display(), why = long(why))]
+    Results { path: PathBuf, why: String },
     /// A figure cannot be drawn or written.
     #[error("figure: {why}", why = long(why))]
     Figure { why: String },

@@ -12,6 +12,8 @@ use bkpack::{
     report::figure::{Figure, Format},
 };
 
+use super::refuse_same_file;
+
 /// Dots per inch where the user names none.
 pub const DPI: u16 = 300;
 
@@ -58,13 +60,26 @@ impl FigureFiles {
         Ok(Self { files, dpi, force })
     }
 
-    /// Writes all files, or none if one cannot be drawn or its folder takes no files.
-    pub fn write(&self, figure: &Figure) -> Result<()> {
-        let mut written = Vec::new();
+    /// The paths.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|(_, path)| path.as_path())
+    }
+
+    /// Refuses to write a figure over the file that it shows.
+    pub fn refuse_input(&self, input: &Path) -> Result<()> {
+        self.paths().try_for_each(|path| refuse_same_file(input, path))
+    }
+
+    /// Writes all files and `more` beside them, or none if one cannot be drawn or its folder takes no files.
+    pub fn write(&self, figure: &Figure, more: &[(PathBuf, Vec<u8>)]) -> Result<()> {
+        let mut contents = more.to_vec();
         for (format, path) in &self.files {
-            let bytes = figure.render(*format, self.dpi)?;
+            contents.push((path.clone(), figure.render(*format, self.dpi)?));
+        }
+        let mut written = Vec::new();
+        for (path, bytes) in &contents {
             let mut temporary = temporary_beside(path)?;
-            temporary.write_all(&bytes).map_err(Error::io(path))?;
+            temporary.write_all(bytes).map_err(Error::io(path))?;
             written.push((temporary, path));
         }
         written.into_iter().try_for_each(|(temporary, path)| persist(temporary, path, self.force))

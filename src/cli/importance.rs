@@ -114,7 +114,7 @@ pub fn run(args: &ImportanceArgs) -> Result<()> {
     let importance = measure(cpu, &*source, text, &tokens, &options, &observer)?;
     write(&importance, &args.output, &partial, args.force)?;
     if let Some(figure) = figure {
-        figure.write(&bar_chart(&importance))?;
+        figure.write(&bar_chart(&importance), &[])?;
     }
     match (args.json, args.common.quiet) {
         (true, _) => print(&serde_json::to_string_pretty(&importance).expect("plain numbers and strings")),

@@ -12,6 +12,7 @@ mod generate;
 mod importance;
 mod inspect;
 mod logits;
+mod plot;
 mod policy;
 mod progress;
 mod sensitivity;
@@ -68,6 +69,7 @@ enum Command {
     Archive(archive::ArchiveArgs),
     Unpack(unpack::UnpackArgs),
     Sweep(sweep::SweepArgs),
+    Plot(plot::PlotArgs),
     Synth(synth::SynthArgs),
     /// Print a completion script for a shell
     #[command(after_help = COMPLETION_EXAMPLES)]
@@ -123,6 +125,7 @@ pub fn run() -> ExitCode {
         Command::Archive(args) => archive::run(args).map(|()| ExitCode::SUCCESS),
         Command::Unpack(args) => unpack::run(args).map(|()| ExitCode::SUCCESS),
         Command::Sweep(args) => sweep::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Plot(args) => plot::run(args).map(|()| ExitCode::SUCCESS),
         Command::Synth(args) => synth::run(args).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {
             // Into memory first: the generator panics where it cannot write.

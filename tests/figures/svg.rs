@@ -38,6 +38,10 @@ impl Drawing {
             let of_group = |node: roxmltree::Node| node.attribute("class").map(str::to_owned);
             let group = node.ancestors().find_map(of_group).unwrap_or_default();
             match node.tag_name().name() {
+                "text" if group == "watermark" => {
+                    let area = Area { x: 0.0, y: 0.0, width: 0.0, height: 0.0 };
+                    texts.push(Placed { area, text: node.text().unwrap_or("").into(), group });
+                }
                 "text" => texts.push(Placed { area: area(node), text: node.text().unwrap_or("").into(), group }),
                 tag @ ("rect" | "circle" | "path" | "line" | "polyline") => {
                     let mut paint = ["fill", "stroke"].into_iter().filter_map(|name| node.attribute(name));

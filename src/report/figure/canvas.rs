@@ -8,7 +8,7 @@ use kuva::{
         axis::add_axes_and_grid,
         color::Color,
         layout::{ComputedLayout, Layout, TickFormat},
-        render::{Primitive, Scene, TextAnchor},
+        render::{PathData, Primitive, Scene, TextAnchor},
         theme::Theme,
     },
 };
@@ -19,6 +19,7 @@ use super::{Figure, font, labels::Area};
 pub mod colors {
     pub const BLACK: &str = "#000000";
     pub const ORANGE: &str = "#e69f00";
+    pub const SKY: &str = "#56b4e9";
     pub const GREEN: &str = "#009e73";
     pub const BLUE: &str = "#0072b2";
     pub const RED: &str = "#d55e00";
@@ -93,9 +94,9 @@ pub struct Canvas {
 }
 
 impl Canvas {
-    /// A white page; the title is that of the document.
+    /// A white page of whole points; the title is that of the document.
     pub fn new(width: f64, height: f64, title: &str) -> Self {
-        let mut scene = Scene::new(width, height);
+        let mut scene = Scene::new(width.ceil(), height.ceil());
         scene.font_family = Some(font::FAMILY.to_owned());
         Self { scene, title: title.to_owned() }
     }
@@ -173,6 +174,50 @@ impl Canvas {
         });
     }
 
+    /// A path (`d` as in SVG), filled where `fill` names a colour.
+    pub fn path(&mut self, d: String, fill: Option<&str>, stroke: &str, width: f64) {
+        self.scene.add(Primitive::Path(Box::new(PathData {
+            d,
+            fill: fill.map(Color::from),
+            stroke: Color::from(stroke),
+            stroke_width: width,
+            opacity: None,
+            stroke_dasharray: None,
+        })));
+    }
+
+    /// A polyline; `dashes` as in SVG, `""` for none.
+    pub fn polyline(&mut self, points: Vec<(f64, f64)>, color: &str, width: f64, dashes: &str) {
+        self.scene.add(Primitive::PolyLine {
+            points,
+            stroke: Color::from(color),
+            stroke_width: width,
+            stroke_dasharray: (!dashes.is_empty()).then(|| dashes.to_owned()),
+        });
+    }
+
+    /// A circle with a white rim, which sets it off from lines below.
+    pub fn circle(&mut self, (cx, cy): (f64, f64), r: f64, fill: &str) {
+        self.scene.add(Primitive::Circle {
+            cx,
+            cy,
+            r,
+            fill: Color::from(fill),
+            fill_opacity: None,
+            stroke: Some(Color::from("#ffffff")),
+            stroke_width: Some(0.8),
+        });
+    }
+
+    /// SIMULATED across a plot.
+    pub fn watermark(&mut self, plot: Area) {
+        let size = (plot.width / 7.2) as u32;
+        let style = Text::new(size).bold().color("#d8d8d8").anchor(Anchor::Middle);
+        let (x, y) = plot.center();
+        let middle = (x + f64::from(size) / 6.0, y + f64::from(size) / 3.0);
+        self.group("watermark", |canvas| canvas.rotated_text(middle, "SIMULATED", style, Some(-26.0)));
+    }
+
     /// Grid, axes, tick marks and their labels; returns how values map to points.
     pub fn axes(&mut self, axes: &Axes, adjust: impl FnOnce(Layout) -> Layout) -> ComputedLayout {
         let Area { x, y, .. } = axes.plot;
@@ -210,7 +255,7 @@ impl Canvas {
 
 /// A number beside a tick mark, as short as it is exact, with a real minus sign.
 fn tick(value: f64) -> String {
-    let text = if value == 0.0 || (1e-3..1e6).contains(&value.abs()) {
+    let text = if value == 0.0 || (1e-2..1e5).contains(&value.abs()) {
         // Ticks are multiples of a step; what lies beyond twelve digits is rounding.
         let rounded: f64 = format!("{value:.12e}").parse().expect("a number");
         rounded.to_string()
@@ -226,7 +271,7 @@ mod tests {
 
     #[test]
     fn ticks_are_short() {
-        let shown = [0.0, -1.0, 0.30000000000000004, 2500.0, 5e9, -2.5e-7].map(tick);
-        assert_eq!(shown, ["0", "−1", "0.3", "2500", "5e9", "−2.5e−7"]);
+        let shown = [0.0, -1.0, 0.30000000000000004, 2500.0, 1e5, -2.5e-7].map(tick);
+        assert_eq!(shown, ["0", "−1", "0.3", "2500", "1e5", "−2.5e−7"]);
     }
 }

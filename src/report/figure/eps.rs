@@ -22,41 +22,43 @@ pub fn write(tree: &Tree, title: &str) -> String {
         height.ceil(),
         env!("CARGO_PKG_VERSION"),
     );
-    group(&mut out, tree.root());
+    group(&mut out, tree.root(), Transform::identity());
     out.push_str("grestore\nshowpage\n%%EOF\n");
     out
 }
 
-fn group(out: &mut String, parent: &Group) {
+/// Draws a group; `outer` maps what surrounds it to the page. The outlines of a text do not know their place on the page,
+/// so transforms are followed from the root on.
+fn group(out: &mut String, parent: &Group, outer: Transform) {
+    let transform = outer.pre_concat(parent.transform());
     for node in parent.children() {
         match node {
-            Node::Group(inner) => group(out, inner),
-            Node::Path(path) => draw(out, path),
-            Node::Text(text) => group(out, text.flattened()),
+            Node::Group(inner) => group(out, inner, transform),
+            Node::Path(path) => draw(out, path, transform),
+            Node::Text(text) => group(out, text.flattened(), transform),
             Node::Image(_) => unreachable!("the canvas draws no images"),
         }
     }
 }
 
-fn draw(out: &mut String, path: &Path) {
+fn draw(out: &mut String, path: &Path, transform: Transform) {
     if !path.is_visible() {
         return;
     }
     if let Some(fill) = path.fill() {
-        outline(out, path);
+        outline(out, path, transform);
         color(out, fill.paint());
         out.push_str(if fill.rule() == FillRule::EvenOdd { "eofill\n" } else { "fill\n" });
     }
     if let Some(stroke) = path.stroke() {
-        outline(out, path);
+        outline(out, path, transform);
         color(out, stroke.paint());
-        pen(out, stroke, path.abs_transform());
+        pen(out, stroke, transform);
         out.push_str("stroke\n");
     }
 }
 
-fn outline(out: &mut String, path: &Path) {
-    let transform = path.abs_transform();
+fn outline(out: &mut String, path: &Path, transform: Transform) {
     let at = |mut point: Point| {
         transform.map_point(&mut point);
         format!("{} {}", short(point.x), short(point.y))
@@ -122,4 +124,26 @@ fn short(value: f32) -> String {
     let text = format!("{value:.2}");
     let text = text.trim_end_matches('0').trim_end_matches('.');
     if text == "-0" { "0".into() } else { text.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::report::figure::{Canvas, Format, Text};
+
+    #[test]
+    fn a_text_that_is_turned_stands_upright() {
+        let mut canvas = Canvas::new(100.0, 200.0, "é, (a title)");
+        canvas.rotated_text((50.0, 150.0), "perplexity", Text::new(10), Some(-90.0));
+        let eps = String::from_utf8(canvas.finish().render(Format::Eps, 72).unwrap()).unwrap();
+        let starts = eps.lines().filter_map(|line| line.strip_suffix(" m"));
+        let points: Vec<(f64, f64)> = starts
+            .map(|point| point.split_once(' ').unwrap())
+            .map(|(x, y)| (x.parse().unwrap(), y.parse().unwrap()))
+            .collect();
+        // The first outline is that of the page.
+        let letters = &points[1..];
+        assert!(letters.len() > 10, "{eps}");
+        assert!(letters.iter().all(|(x, y)| (41.0..54.0).contains(x) && (90.0..151.0).contains(y)), "{letters:?}");
+        assert!(eps.contains("%%BoundingBox: 0 0 100 200\n") && eps.contains("%%Title: , (a title)\n"));
+    }
 }

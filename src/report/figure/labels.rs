@@ -33,6 +33,12 @@ impl Area {
         (self.x + self.width / 2.0, self.y + self.height / 2.0)
     }
 
+    /// How far a point is from the rectangle.
+    pub fn distance(self, (x, y): (f64, f64)) -> f64 {
+        let beyond = |value: f64, low: f64, high: f64| (low - value).max(value - high).max(0.0);
+        beyond(x, self.x, self.right()).hypot(beyond(y, self.y, self.bottom()))
+    }
+
     /// Whether the two share more than an edge.
     pub fn meets(self, other: Self) -> bool {
         self.x < other.right() && other.x < self.right() && self.y < other.bottom() && other.y < self.bottom()
@@ -84,19 +90,28 @@ const DIRECTIONS: [(f64, f64); 8] =
 /// Space between labels, and between a label and what it must not cover.
 const GAP: f64 = 1.0;
 
-/// Places labels within `bounds`, each off all `obstacles` and all labels before it, as near to its point as may be. A
-/// label leaves `lines` free where it can. One that fits nowhere gets none.
+/// By how much another's point may be nearer to a label than its own where no better place is free: such points almost
+/// coincide.
+const SLACK: f64 = 2.0;
+
+/// Places labels within `bounds`, each off all `obstacles`, `lines` and labels before it, as near to its point as may be, and
+/// no nearer to the point of any other label. One that finds no place gets none.
 pub fn place(labels: &[Label], obstacles: &[Area], lines: &[Segment], bounds: Area) -> Vec<Option<Area>> {
     let mut taken = obstacles.to_vec();
     let mut placed = Vec::with_capacity(labels.len());
     for label in labels {
-        let free = |area: &Area| bounds.holds(*area) && !taken.iter().any(|other| area.grown(GAP).meets(*other));
-        let clear = |area: &Area| !lines.iter().any(|&line| area.is_crossed(line));
-        let near: Vec<Area> = candidates(label).filter(free).collect();
-        let found = near.iter().copied().find(clear).or_else(|| {
-            // Farther from the point, a place off the lines is worth less than one beside it.
-            near.first().copied().or_else(|| nearest_in_grid(label, bounds, &free))
-        });
+        let free = |area: &Area| {
+            bounds.holds(*area)
+                && !taken.iter().any(|other| area.grown(GAP).meets(*other))
+                && !lines.iter().any(|&line| area.grown(GAP).is_crossed(line))
+        };
+        // Nearer to another's point it would be read as the other's value.
+        let own = |area: &Area, slack: f64| {
+            let away = area.distance(label.point);
+            labels.iter().all(|other| other.point == label.point || away < area.distance(other.point) + slack)
+        };
+        let find = |slack| candidates(label).find(|area| free(area) && own(area, slack));
+        let found = find(0.0).or_else(|| find(SLACK));
         taken.extend(found);
         placed.push(found);
     }
@@ -113,26 +128,6 @@ fn candidates(label: &Label) -> impl Iterator<Item = Area> + '_ {
             Area { x: center.0 - width / 2.0, y: center.1 - height / 2.0, width, height }
         })
     })
-}
-
-/// The free place on a grid over the bounds whose centre is nearest to the point.
-fn nearest_in_grid(label: &Label, bounds: Area, free: &dyn Fn(&Area) -> bool) -> Option<Area> {
-    let (width, height) = (label.width, label.height);
-    let steps = |room: f64, step: f64| if room < 0.0 { 0 } else { (room / step) as usize + 1 };
-    let (across, down) = (height, height / 2.0);
-    let columns = steps(bounds.width - width, across);
-    let rows = steps(bounds.height - height, down);
-    let distance = |area: &Area| {
-        let (x, y) = area.center();
-        (x - label.point.0).hypot(y - label.point.1)
-    };
-    (0..rows * columns)
-        .map(|index| {
-            let (row, column) = (index / columns, index % columns);
-            Area { x: bounds.x + column as f64 * across, y: bounds.y + row as f64 * down, width, height }
-        })
-        .filter(|area| free(area))
-        .min_by(|a, b| distance(a).total_cmp(&distance(b)))
 }
 
 #[cfg(test)]
@@ -164,10 +159,15 @@ mod tests {
             for (index, area) in found.iter().enumerate() {
                 prop_assert!(BOUNDS.holds(*area), "{:?} leaves the bounds", area);
                 prop_assert!(!obstacles.iter().any(|other| area.meets(*other)), "{:?} covers a marker", area);
+                prop_assert!(!lines.iter().any(|line| area.is_crossed(*line)), "{:?} covers a line", area);
                 prop_assert!(!found[..index].iter().any(|other| area.meets(*other)), "{:?} covers a label", area);
             }
             for (label, area) in labels.iter().zip(&placed) {
                 let size = area.map(|area| (area.width, area.height));
+                let nearer = |area: Area| labels.iter().all(|other| {
+                    other.point == label.point || area.distance(label.point) < area.distance(other.point) + SLACK
+                });
+                prop_assert!(area.is_none_or(nearer), "{:?} is nearer to another point", area);
                 prop_assert!(size.is_none_or(|size| size == (label.width, label.height)));
             }
         }
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_are_left_free_where_there_is_room_and_full_bounds_take_nothing() {
+    fn lines_are_left_free_and_full_bounds_take_nothing() {
         let label = Label { point: (200.0, 100.0), width: 40.0, height: 10.0, clearance: 4.0 };
         let line = ((200.0, 100.0), (200.0, 10.0));
         let area = place(&[label], &[], &[line], BOUNDS)[0].unwrap();

@@ -4,6 +4,7 @@ mod canvas;
 mod eps;
 mod font;
 pub mod labels;
+mod series;
 
 use std::{io::Cursor, str::FromStr};
 
@@ -17,6 +18,8 @@ use resvg::{
 
 pub(super) use canvas::{Anchor, Axes, Canvas, Text, colors};
 pub(super) use font::{drawable, fit, width};
+pub(super) use series::{Sample, Series, cross, legend, legend_rows, shape_at, star};
+pub use series::{display_name, is_mamba, is_resnet_bk};
 
 use crate::error::{Error, Result};
 
