@@ -421,7 +421,8 @@ impl<'a> Rows<'a> {
         if self.args.json || self.args.common.quiet {
             return Ok(());
         }
-        let cells: String = columns.iter().zip(values).map(|((_, width), value)| format!("{value:>width$}")).collect();
+        let cells: String =
+            columns.iter().zip(values).map(|((_, width), value)| format!(" {value:>0$}", width - 1)).collect();
         self.observer.suspended(|| print(&format!("{name:<width$}{cells}", width = self.name_width)))
     }
 }
