@@ -218,11 +218,17 @@ impl<'a> Explainer<'a> {
             _ => "of the size that was asked for".into(),
         };
         let shared = if cost.coupled { ", together with the tensors that work on the same input" } else { "" };
-        let mut sentence = format!(
-            "Part of the mix of least predicted cost in a file {within}{shared}: this tensor costs {} in {} bytes.",
-            scientific(cost.cost),
-            subject.bytes
-        );
+        let adopted = self.policy.get("adopted").and_then(Value::as_str);
+        let mix = match adopted {
+            None => format!("the mix of least predicted cost in a file {within}{shared}"),
+            Some(name) => format!(
+                "a mix that needs no data ({}), which was measured to cost less than that of least predicted cost in a \
+                 file {within}",
+                short(name)
+            ),
+        };
+        let mut sentence =
+            format!("Part of {mix}: this tensor costs {} in {} bytes.", scientific(cost.cost), subject.bytes);
         let step = |other: &Neighbour| {
             let (bytes, costs) = (other.bytes.abs_diff(subject.bytes), (other.cost - cost.cost).abs());
             let price =

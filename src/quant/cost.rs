@@ -102,3 +102,96 @@ fn weighted_error(x: &[f32], y: &[f32], cols: &[f32]) -> f64 {
     };
     blocks.map(block).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use bkpack_kernels::{Grid, Layout, cpu::quantize::Rounding};
+    use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+    use super::*;
+    use crate::quant::{Quantized, quantize_calibrated};
+
+    /// A matrix, the weights of its rows and those of its columns.
+    fn case(rows: usize, cols: usize) -> (Vec<u8>, Vec<f64>, Vec<f32>) {
+        let mut random = StdRng::seed_from_u64((rows * 1000 + cols) as u64);
+        let values = (0..rows * cols).flat_map(|_| (random.random::<f32>() - 0.5).to_le_bytes()).collect();
+        let by_row = (0..rows).map(|_| random.random::<f64>()).collect();
+        let by_col = (0..cols).map(|_| random.random::<f32>()).collect();
+        (values, by_row, by_col)
+    }
+
+    fn options(bits: u32, symmetric: bool) -> QuantizeOptions {
+        QuantizeOptions {
+            layout: Layout { grid: Grid::Int { bits, symmetric }, group: 32 },
+            scale_type: FloatType::F16,
+            rounding: Rounding::Search,
+            ternary_threshold: 0.5,
+        }
+    }
+
+    #[test]
+    fn costs_are_those_of_what_would_be_packed() {
+        let cpu = Cpu::detect();
+        for (rows, cols) in [(1, 1), (3, 40), (70, 96), (300, 257)] {
+            let (values, by_row, by_col) = case(rows, cols);
+            let matrix = Matrix::new(rows, cols, Data::Float { dtype: FloatType::F32, values: &values }).unwrap();
+            let curvature = Curvature { rows: &by_row, cols: &by_col };
+            let brute = |decoded: &Matrix| {
+                let (mut x, mut y) = (vec![0.0; rows * cols], vec![0.0; rows * cols]);
+                cpu.dequantize(&matrix, 0, &mut x);
+                cpu.dequantize(decoded, 0, &mut y);
+                let one = |index: usize| {
+                    by_row[index / cols] * f64::from(by_col[index % cols]) * f64::from(x[index] - y[index]).powi(2)
+                };
+                (0..rows * cols).map(one).sum::<f64>()
+            };
+            // Sums of at most 16 products in f32, each of three roundings.
+            let near = |found: f64, expected: f64| (found - expected).abs() <= 2e-6 * expected;
+            for (bits, symmetric) in [(2, true), (4, false), (8, true)] {
+                let options = options(bits, symmetric);
+                let mut packed = Quantized::default();
+                quantize_calibrated(cpu, &matrix, &options, Some(&by_col), &mut packed);
+                let data = Data::Quantized {
+                    layout: options.layout,
+                    codes: &packed.codes,
+                    scale_type: options.scale_type,
+                    scales: &packed.scales,
+                    zeros: &packed.zeros,
+                };
+                let expected = brute(&Matrix::new(rows, cols, data).unwrap());
+                let found = quantized_cost(cpu, &matrix, &options, curvature);
+                assert!(near(found, expected), "{rows}x{cols} int{bits}: {found} instead of {expected}");
+            }
+            let halves = crate::quant::convert_float(cpu, &matrix, FloatType::BF16);
+            let expected =
+                brute(&Matrix::new(rows, cols, Data::Float { dtype: FloatType::BF16, values: &halves }).unwrap());
+            let found = float_cost(cpu, &matrix, FloatType::BF16, curvature);
+            assert!(near(found, expected), "{rows}x{cols} bf16: {found} instead of {expected}");
+            assert_eq!(float_cost(cpu, &matrix, FloatType::F32, curvature), 0.0);
+        }
+    }
+
+    #[test]
+    fn a_part_of_the_rows_stands_for_all() {
+        let cpu = Cpu::detect();
+        let (rows, cols) = (8 * MOST_WEIGHTS / 64, 64);
+        let (values, by_row, by_col) = case(rows, cols);
+        let whole = Matrix::new(rows, cols, Data::Float { dtype: FloatType::F32, values: &values }).unwrap();
+        let estimate = quantized_cost(cpu, &whole, &options(4, true), Curvature { rows: &by_row, cols: &by_col });
+        let pieces = values.chunks(MOST_WEIGHTS * 4).zip(by_row.chunks(MOST_WEIGHTS / cols)).map(|(values, rows)| {
+            let data = Data::Float { dtype: FloatType::F32, values };
+            let matrix = Matrix::new(rows.len(), cols, data).unwrap();
+            quantized_cost(cpu, &matrix, &options(4, true), Curvature { rows, cols: &by_col })
+        });
+        let exact: f64 = pieces.sum();
+        // 4,096 of 32,768 rows, whose costs vary by about a tenth once their weights are taken out.
+        assert!((estimate / exact - 1.0).abs() < 0.01, "{estimate} instead of {exact}");
+    }
+
+    #[test]
+    fn nothing_costs_nothing() {
+        let matrix = Matrix::new(0, 5, Data::Float { dtype: FloatType::F32, values: &[] }).unwrap();
+        let curvature = Curvature { rows: &[], cols: &[1.0; 5] };
+        assert_eq!(quantized_cost(Cpu::detect(), &matrix, &options(4, true), curvature), 0.0);
+    }
+}
