@@ -12,8 +12,7 @@ pub struct Curvature<'a> {
     pub cols: &'a [f32], // [cols]
 }
 
-/// The cost of a matrix quantized without feedback, `sum_ij rows[i] cols[j] (w_ij - q_ij)^2`; the search for scales is
-/// weighted by `cols`. Estimated on a part of the rows where there are many; the same for any number of threads.
+/// The cost of a matrix quantized without calibration, `sum_ij rows[i] cols[j] (w_ij - q_ij)^2`. Estimated on a part of the rows where there are many; the same for any number of threads.
 ///
 /// # Panics
 /// If the curvature is of other rows or columns.
@@ -26,7 +25,7 @@ pub fn quantized_cost(cpu: Cpu, matrix: &Matrix, options: &QuantizeOptions, curv
         let mut codes = vec![0; rows * code_bytes];
         let mut scales = vec![0; rows * scale_bytes];
         let mut zeros = vec![0; rows * zero_bytes];
-        cpu.quantize_rows(options, cols, x, Some(curvature.cols), &mut codes, &mut scales, &mut zeros);
+        cpu.quantize_rows(options, cols, x, None, &mut codes, &mut scales, &mut zeros);
         let data =
             Data::Quantized { layout, codes: &codes, scale_type: options.scale_type, scales: &scales, zeros: &zeros };
         let quantized = Matrix::new(rows, cols, data).expect("quantized to this layout");
@@ -109,7 +108,7 @@ mod tests {
     use rand::{RngExt, SeedableRng, rngs::StdRng};
 
     use super::*;
-    use crate::quant::{Quantized, quantize_calibrated};
+    use crate::quant::{Quantized, quantize};
 
     /// A matrix, the weights of its rows and those of its columns.
     fn case(rows: usize, cols: usize) -> (Vec<u8>, Vec<f64>, Vec<f32>) {
@@ -150,7 +149,7 @@ mod tests {
             for (bits, symmetric) in [(2, true), (4, false), (8, true)] {
                 let options = options(bits, symmetric);
                 let mut packed = Quantized::default();
-                quantize_calibrated(cpu, &matrix, &options, Some(&by_col), &mut packed);
+                quantize(cpu, &matrix, &options, &mut packed);
                 let data = Data::Quantized {
                     layout: options.layout,
                     codes: &packed.codes,

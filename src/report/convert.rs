@@ -103,7 +103,12 @@ impl Summary {
             ("ratio to the source", format!("{:.3}  ({} bytes)", self.ratio_source, count(self.source_bytes))),
         ];
         if !self.dry_run {
-            rows.push(("time", format!("{:.2} s  ({:.2} GB/s)", self.seconds, self.gb_per_second)));
+            // A conversion that calibrates takes its time for other things than reading.
+            let rate = match self.gb_per_second {
+                rate if rate >= 0.01 => format!("  ({rate:.2} GB/s)"),
+                _ => String::new(),
+            };
+            rows.push(("time", format!("{:.2} s{rate}", self.seconds)));
         }
         format!("{}\n\n{}", lines.trim_fmt(), facts(rows).trim_fmt())
     }

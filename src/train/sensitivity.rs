@@ -1,7 +1,7 @@
 //! Sensitivity: what each encoding of each matrix would cost, in nats a token of Kullback-Leibler divergence.
 //!
 //! The errors of an encoding, weighted by the [Fisher information](super::fisher), predict how the cost is spread over the
-//! matrices of one kind and over encodings. How large it is, short measurements tell: all matrices of a kind in a third of
+//! matrices of one kind and over encodings of like width. How large it is, short measurements tell: all matrices of a kind in a third of
 //! the blocks are quantized, at two widths, and the model's divergence is measured.
 
 use std::collections::{BTreeMap, HashMap};
@@ -49,7 +49,7 @@ pub const MOST_PROBE_WINDOWS: usize = 8;
 const PROBE_TOKENS: usize = 1024;
 
 /// Widths that are measured, the coarser first.
-const PROBE_BITS: [u32; 2] = [3, 4];
+const PROBE_BITS: [u32; 2] = [2, 4];
 
 /// Parts that the blocks are measured in.
 const DEPTHS: usize = 3;
@@ -113,10 +113,17 @@ pub fn measure(
             points.push(Point { predicted, measured: probe.divergence(changed, group.start)? });
             observer.advance((count * ctx) as u64);
         }
-        if let [coarse, fine] = points[..] {
-            for &index in &group.matrices {
-                correct(&mut costs[index], fisher[index].cols.len(), coarse, fine);
-            }
+        let [coarse, fine] = points[..] else { unreachable!("a point for each width") };
+        // What the Fisher information tells of one matrix is believed by half: among many, those that look the cheapest
+        // are often those that it is most wrong about.
+        let shares = group.matrices.iter().map(|&index| {
+            let own = cost_of(&costs[index], probed(PROBE_BITS[1], fisher[index].cols.len()));
+            (own * elements(&fisher[index]) as f64).sqrt()
+        });
+        let shares: Vec<f64> = shares.collect();
+        let whole: f64 = shares.iter().sum();
+        for (&index, share) in group.matrices.iter().zip(shares) {
+            correct(&mut costs[index], fisher[index].cols.len(), coarse, fine, share / whole);
         }
     }
     observer.end();
@@ -162,27 +169,25 @@ struct Point {
     measured: f64,
 }
 
-/// Makes predicted costs such that those of the group at both widths are the measured ones, by a power law between and
-/// beyond them: divergences grow slower than squared errors once these are large.
-fn correct(costs: &mut [(Request, f64)], cols: usize, coarse: Point, fine: Point) {
+/// Makes the predicted costs of a matrix such that those of its group come to the measured one at the finer width, and to
+/// about that at the coarser, by a power law: divergences grow otherwise than squared errors once these are large. `share`
+/// is the matrix's part of its group's cost.
+fn correct(costs: &mut [(Request, f64)], cols: usize, coarse: Point, fine: Point, share: f64) {
     /// What a measured divergence cannot be told from zero below.
     const LEAST: f64 = 1e-9;
-    if fine.predicted <= 0.0 || coarse.predicted <= fine.predicted {
+    let own = cost_of(costs, probed(PROBE_BITS[1], cols));
+    if own <= 0.0 || coarse.predicted <= fine.predicted {
         return;
     }
     let [coarse_log, fine_log] = [coarse, fine].map(|point| point.measured.max(LEAST).ln());
     let power = (coarse_log - fine_log) / (coarse.predicted / fine.predicted).ln();
     // Noise must not make fewer bits look better.
-    let power = power.clamp(0.3, 1.3);
-    let whole = cost_of(costs, probed(PROBE_BITS[1], cols));
-    if whole <= 0.0 {
-        return;
-    }
+    let power = power.clamp(0.3, 2.0);
     for (_, cost) in costs {
         // Beyond the finer of the two, where errors are small, cost is in proportion to them.
-        let relative = *cost / whole;
-        let power = if relative < 1.0 { 1.0 } else { power };
-        *cost = relative.powf(power) * whole * fine.measured.max(LEAST) / fine.predicted;
+        let relative = *cost / own;
+        let relative = if relative < 1.0 { relative } else { relative.powf(power) };
+        *cost = share * fine.measured.max(LEAST) * relative;
     }
 }
 
@@ -231,8 +236,47 @@ impl Costing<'_> {
         let layout = Layout { grid, group: group.columns(values.cols()) };
         let options = self.options(layout, quant::range(self.cpu, &values, layout.group));
         let mut quantized = Quantized::default();
-        quant::quantize_calibrated(self.cpu, &values, &options, Some(&matrix.cols), &mut quantized);
+        quant::quantize(self.cpu, &values, &options, &mut quantized);
         let data = quantized.into_data(&options);
         Ok(Tensor::new(tensor.shape().to_vec(), data).expect("quantized to this layout"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn corrected_costs_meet_what_was_measured() {
+        // Two matrices, the second with four times the errors; int3 lies between the measured widths, int6 beyond.
+        let request = |bits| probed(bits, 256);
+        let predicted = |factor: f64| {
+            [(2, 64.0), (3, 16.0), (4, 4.0), (6, 0.25)].map(|(bits, cost)| (request(bits), factor * cost)).to_vec()
+        };
+        let mut matrices = [predicted(1.0), predicted(4.0)];
+        let (coarse, fine) = (Point { predicted: 320.0, measured: 0.9 }, Point { predicted: 20.0, measured: 0.1 });
+        for (costs, share) in matrices.iter_mut().zip([1.0 / 3.0, 2.0 / 3.0]) {
+            correct(costs, 256, coarse, fine, share);
+        }
+        let sum = |bits| matrices.iter().map(|costs| cost_of(costs, request(bits))).sum::<f64>();
+        assert!((sum(4) - 0.1).abs() < 1e-12 && (sum(2) - 0.9).abs() < 1e-12, "{} {}", sum(4), sum(2));
+        assert!((sum(3) - 0.3).abs() < 1e-12, "the geometric mean: {}", sum(3));
+        assert!((sum(6) - 0.1 / 16.0).abs() < 1e-12, "in proportion to the errors: {}", sum(6));
+        assert_eq!(cost_of(&matrices[1], request(4)), 2.0 * cost_of(&matrices[0], request(4)));
+
+        // A matrix of zeros stays free, and so does one whose group showed nothing to go by.
+        let mut zeros = vec![(request(2), 0.0), (request(4), 0.0)];
+        correct(&mut zeros, 256, coarse, fine, 0.0);
+        assert!(zeros.iter().all(|(_, cost)| *cost == 0.0));
+        // Measurements the wrong way round still leave fewer bits the costlier.
+        let mut noisy = predicted(1.0);
+        correct(
+            &mut noisy,
+            256,
+            Point { predicted: 64.0, measured: 0.1 },
+            Point { predicted: 4.0, measured: 0.2 },
+            1.0,
+        );
+        assert!(noisy.is_sorted_by(|a, b| a.1 > b.1), "{noisy:?}");
     }
 }
