@@ -55,7 +55,9 @@ pub const DEFAULT_TERNARY_THRESHOLD: f32 = 0.5;
 pub struct PackOptions {
     pub policy: Policy,
     pub rounding: Rounding,
-    /// Where weights are rounded with error feedback: what the inputs come from.
+    /// Whether weights are rounded with error feedback.
+    pub feedback: bool,
+    /// The text that the policy or the rounding goes by.
     pub calibration: Option<Calibration>,
     pub ternary_threshold: f32,
     /// Keep a tensor with NaN or infinite values as FP32 instead of refusing it.
@@ -64,7 +66,7 @@ pub struct PackOptions {
     pub shard_bytes: Option<u64>,
 }
 
-/// The text that calibrated rounding sees, for the manifest.
+/// The text that a policy or calibrated rounding goes by, for the manifest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Calibration {
     pub text: CalibrationText,
@@ -82,13 +84,11 @@ pub struct Packing<'a> {
     prospects: Vec<Prospect>, // [tensors]
     /// Which of its alternatives each tensor gets.
     choice: Vec<usize>, // [tensors]
-    /// The preset that was found better than the policy's own choice.
-    adopted: Option<String>,
     tensors: Vec<PlannedTensor>,
     travelling: Vec<PlannedFile>,
     files: Vec<FilePlan>,
-    /// What the user should know: kept tensors with NaN, a tied head left out.
-    pub notices: Vec<String>,
+    /// What the user should know whatever the choice: a tied head left out.
+    notices: Vec<String>,
 }
 
 impl<'a> Packing<'a> {
@@ -138,15 +138,12 @@ impl<'a> Packing<'a> {
             outline,
             prospects,
             choice: Vec::new(),
-            adopted: None,
             tensors: Vec::new(),
             travelling,
             files: Vec::new(),
             notices,
         };
-        packing.settle(packing.choose()?, None);
-        packing.note();
-        packing.check_unique_names()?;
+        packing.settle(packing.choose()?, None)?;
         Ok(packing)
     }
 
@@ -159,10 +156,11 @@ impl<'a> Packing<'a> {
     }
 
     /// Plans for this choice, which is a preset's if one was adopted.
-    fn settle(&mut self, choice: Vec<usize>, adopted: Option<String>) {
+    fn settle(&mut self, choice: Vec<usize>, adopted: Option<String>) -> Result<()> {
         self.tensors = self.planned(&choice);
         self.files = self.plan_files(&self.tensors, adopted.as_deref());
-        (self.choice, self.adopted) = (choice, adopted);
+        self.choice = choice;
+        self.check_unique_names()
     }
 
     /// Bytes of the whole file for this choice, which may be a preset's.
@@ -186,21 +184,22 @@ impl<'a> Packing<'a> {
         (by.is_some() || instead.is_some()).then_some(Reason { by, instead })
     }
 
-    /// Tells the user what became of tensors other than asked for.
-    fn note(&mut self) {
+    /// What the user should know: tensors that became other than asked for, kept ones with NaN, a tied head left out.
+    pub fn notices(&self) -> Vec<String> {
+        let mut notices = self.notices.clone();
         let mut left_alone = 0;
         for (info, (prospect, &index)) in self.outline.iter().zip(self.prospects.iter().zip(&self.choice)) {
             match &prospect.outcomes[index].unmet {
                 None => {}
                 Some(Why::LeftAsBf16) => left_alone += 1,
-                Some(why) => self.notices.push(format!("{} {}", info.name, why.sentence())),
+                Some(why) => notices.push(format!("{} {}", info.name, why.sentence())),
             }
         }
         if left_alone > 0 {
             let tensors = if left_alone == 1 { "1 tensor".into() } else { format!("{left_alone} tensors") };
-            self.notices
-                .push(format!("{tensors} kept as BF16 where the policy says FP16: the same size, without a loss"));
+            notices.push(format!("{tensors} kept as BF16 where the policy says FP16: the same size, without a loss"));
         }
+        notices
     }
 
     /// A tensor may be named like a part of another one, or like a travelling file; one file cannot hold both.
@@ -221,14 +220,14 @@ impl<'a> Packing<'a> {
         let files = files.map(|file| SourceFile::unhashed(file.name(), file.bytes().len() as u64));
         let source = Source { kind: self.checkpoint.kind().name().into(), files: files.collect() };
         let mut policy = self.options.policy.record();
-        policy["rounding"] = match (&self.options.calibration, self.options.rounding) {
-            (Some(calibration), _) => {
-                policy["calibration"] = json!(calibration);
-                json!("gptq")
-            }
-            (None, Rounding::Nearest) => json!("rtn"),
-            (None, Rounding::Search) => json!("search"),
+        policy["rounding"] = match (self.options.feedback, self.options.rounding) {
+            (true, _) => json!("gptq"),
+            (false, Rounding::Nearest) => json!("rtn"),
+            (false, Rounding::Search) => json!("search"),
         };
+        if let Some(calibration) = &self.options.calibration {
+            policy["calibration"] = json!(calibration);
+        }
         if tensors.iter().any(|tensor| matches!(tensor.encoding, Encoding::Ternary { .. })) {
             policy["ternary_threshold"] = json!(self.options.ternary_threshold);
         }
@@ -402,7 +401,7 @@ fn check_float_range(checkpoint: &Checkpoint, name: &str, range: Range, to: Floa
     Err(Error::FloatRange { path, tensor, value: range.largest, dtype: FloatName::from(to).name() })
 }
 
-fn first_non_finite(cpu: Cpu, tensor: &Tensor) -> usize {
+pub(crate) fn first_non_finite(cpu: Cpu, tensor: &Tensor) -> usize {
     let matrix = tensor.matrix();
     let mut row = vec![0.0; matrix.cols()];
     for index in 0..matrix.rows() {

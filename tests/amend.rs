@@ -99,6 +99,7 @@ fn packed_fixture(output: &Path) {
     let options = PackOptions {
         policy: Policy::uniform("int4".parse::<Request>().unwrap(), &[], &[]).unwrap(),
         rounding: Rounding::Nearest,
+        feedback: false,
         calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
         allow_nonfinite: false,

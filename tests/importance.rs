@@ -16,7 +16,10 @@ use bkpack::{
         autograd::{AutogradOps, Precision},
         cpu::{Activations, CpuOps},
     },
-    policy::importance::{Importance, TensorImportance},
+    policy::{
+        ComponentRules,
+        importance::{Importance, TensorImportance},
+    },
     progress::{Observer, Silent, Unit},
     tensor::{CalibrationText, TensorSource},
     train::{
@@ -47,7 +50,7 @@ fn text() -> CalibrationText {
 }
 
 fn options(partial: &Path, batches: usize, resume: bool) -> Options {
-    Options { batches, ctx: Some(CTX), partial: Some(partial.to_owned()), resume }
+    Options { batches, ctx: Some(CTX), partial: Some(partial.to_owned()), rules: ComponentRules::builtin(), resume }
 }
 
 fn run(source: &Checkpoint, tokens: &[u32], options: &Options, observer: &dyn Observer) -> Result<Importance> {

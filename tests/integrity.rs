@@ -34,6 +34,7 @@ fn options(default: &str, overrides: &[&str]) -> PackOptions {
     PackOptions {
         policy: Policy::uniform(default.parse::<Request>().unwrap(), &[], &overrides).unwrap(),
         rounding: Rounding::Search,
+        feedback: false,
         calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
         allow_nonfinite: false,

@@ -44,6 +44,7 @@ fn pack(encoding: &str, keep: &[&str], rounding: Rounding) -> (TempDir, PackedFi
     let options = PackOptions {
         policy: Policy::uniform(encoding.parse().unwrap(), &keep, &[]).unwrap(),
         rounding,
+        feedback: false,
         calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
         allow_nonfinite: false,

@@ -98,6 +98,7 @@ fn perplexities_are_those_of_pytorch() {
                 )
                 .unwrap(),
                 rounding: Rounding::Nearest,
+                feedback: false,
                 calibration: None,
                 ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
                 allow_nonfinite: false,

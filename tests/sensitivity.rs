@@ -17,7 +17,7 @@ use bkpack::{
         autograd::{AutogradOps, Precision},
         cpu::{Activations, CpuOps},
     },
-    policy::{PLAIN, Sensitivity},
+    policy::{ComponentRules, PLAIN, Sensitivity},
     progress::Silent,
     quant::{Quantized, quantize},
     tensor::{Tensor, TensorSource, matrix_shape},
@@ -112,10 +112,10 @@ fn drawn_gradients_vanish_on_average() {
 #[test]
 fn a_text_too_short_and_experts_never_chosen() {
     let (source, cpu) = (open("mixtral"), Cpu::detect());
-    let refused = fisher::measure(cpu, &source, &tokens(CTX - 1), (1, Some(CTX)), &Silent);
+    let refused = fisher::measure(cpu, &source, &tokens(CTX - 1), (1, Some(CTX)), &ComponentRules::builtin(), &Silent);
     assert!(matches!(refused, Err(Error::Tokens { .. })), "{:?}", refused.err());
     // Four tokens choose few experts; those that none chose count as their component does.
-    let found = fisher::measure(cpu, &source, &tokens(4), (1, Some(4)), &Silent).unwrap();
+    let found = fisher::measure(cpu, &source, &tokens(4), (1, Some(4)), &ComponentRules::builtin(), &Silent).unwrap();
     for matrix in &found {
         let total: f64 = matrix.rows.iter().sum();
         assert!(total > 0.0 && total.is_finite(), "{} has {total}", matrix.name);
@@ -150,7 +150,7 @@ fn probes_run_only_what_changes() {
 
 fn sensitivity(source: &Checkpoint) -> Sensitivity {
     let options = Options { windows: 4, ctx: Some(CTX), rounding: Rounding::Search };
-    measure(Cpu::detect(), source, &tokens(40 * CTX), &options, &Silent).unwrap()
+    measure(Cpu::detect(), source, &tokens(40 * CTX), &options, &ComponentRules::builtin(), &Silent).unwrap()
 }
 
 #[test]
@@ -160,7 +160,7 @@ fn every_matrix_has_a_cost_for_every_encoding() {
         let found = sensitivity(&source);
         assert_eq!(found, sensitivity(&source), "{name}: the same figures twice");
         let packed = {
-            let rules = bkpack::policy::ComponentRules::builtin();
+            let rules = ComponentRules::builtin();
             let architecture = source.config().unwrap()["architectures"][0].as_str();
             let matrices = source.names().iter().filter(|name| {
                 rules.component(architecture, name, source.shape(name).unwrap()) != PLAIN && **name != "lm_head.weight"

@@ -17,7 +17,7 @@ use bkpack::{
     model::{self, config::check_not_synthetic},
     ops::cpu::Activations,
     pack::{Calibration, DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
-    policy::PolicyFile,
+    policy::{ComponentRules, PolicyFile},
     progress::Observer,
     report::{
         convert::Summary,
@@ -25,7 +25,7 @@ use bkpack::{
     },
     tensor::{CalibrationText, TensorSource},
     train::{
-        contest::{Entry, contest},
+        contest::{self, Entry},
         importance,
         rounding::{Samples, write_calibrated},
         sensitivity,
@@ -212,12 +212,17 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
         RoundingName::Search | RoundingName::Gptq => Rounding::Search,
     };
     let options = PackOptions {
-        policy: args.policy.policy(|statistics| {
+        policy: args.policy.policy(|statistics, rules| {
             let (tokens, calibration) = calibration.as_ref().expect("a text was asked for");
-            measure(statistics, cpu, &checkpoint, tokens, calibration, rounding, &observer)
+            let measurement = Measurement { statistics, cpu, rules, rounding };
+            measurement.run(&checkpoint, tokens, calibration, &observer)
         })?,
         rounding,
-        calibration: calibration.as_ref().filter(|_| calibrated).map(|(_, calibration)| calibration.clone()),
+        feedback: calibrated,
+        calibration: match &calibration {
+            Some((_, calibration)) if calibrated || args.policy.goes_by_text() => Some(calibration.clone()),
+            _ => None,
+        },
         ternary_threshold: args.ternary_threshold,
         allow_nonfinite: args.allow_nonfinite,
         shard_bytes: args.shard_size,
@@ -226,11 +231,14 @@ pub fn run(args: &ConvertArgs) -> Result<()> {
     let mut packing = Packing::plan(&checkpoint, &options, output, cpu, &observer)?;
     let compared = match &calibration {
         Some((tokens, Calibration { ctx, .. })) if args.policy.is_budget() => {
-            contest(cpu, &checkpoint, &mut packing, tokens, (*ctx, UNSEEN_WINDOW), &observer)?
+            if tokens.len() < UNSEEN_WINDOW * ctx + contest::TOKENS {
+                args.common.notice("the text is short: mixes are compared on windows that costs were measured on, too");
+            }
+            contest::contest(cpu, &checkpoint, &mut packing, tokens, (*ctx, UNSEEN_WINDOW), &observer)?
         }
         _ => Vec::new(),
     };
-    packing.notices.iter().for_each(|notice| args.common.notice(notice));
+    packing.notices().iter().for_each(|notice| args.common.notice(notice));
     let file_bytes = packing.file_bytes();
     let tensors: Vec<_> = packing
         .tensors()
@@ -309,38 +317,49 @@ fn check_calibration(args: &ConvertArgs, calibrated: bool) -> Result<()> {
     Ok(())
 }
 
-/// Measures what a policy goes by.
-fn measure(
+/// What a policy goes by, and how it is measured.
+struct Measurement<'a> {
     statistics: Statistics,
     cpu: Cpu,
-    checkpoint: &Checkpoint,
-    tokens: &[u32],
-    calibration: &Calibration,
+    rules: &'a ComponentRules,
     rounding: Rounding,
-    observer: &dyn Observer,
-) -> Result<PolicyFile> {
-    let (text, ctx) = (calibration.text.clone(), Some(calibration.ctx));
-    let name = format!("measured on {}", text.name);
-    let json = match statistics {
-        Statistics::Importance => {
-            let batches = calibration.windows.min(IMPORTANCE_WINDOWS);
-            let options = importance::Options { batches, ctx, partial: None, resume: false };
-            serde_json::to_vec(&importance::measure(cpu, checkpoint, text, tokens, &options, observer)?)
-        }
-        Statistics::Sensitivity => {
-            let windows = calibration.windows.min(sensitivity::DEFAULT_WINDOWS);
-            let options = sensitivity::Options { windows, ctx, rounding };
-            serde_json::to_vec(&sensitivity::measure(cpu, checkpoint, tokens, &options, observer)?)
-        }
-    };
-    PolicyFile::new(Path::new(&name), json.expect("plain numbers and strings"))
+}
+
+impl Measurement<'_> {
+    fn run(
+        &self,
+        checkpoint: &Checkpoint,
+        tokens: &[u32],
+        calibration: &Calibration,
+        observer: &dyn Observer,
+    ) -> Result<PolicyFile> {
+        let Self { statistics, cpu, rules, rounding } = *self;
+        let (text, ctx) = (calibration.text.clone(), Some(calibration.ctx));
+        let name = match statistics {
+            Statistics::Importance => format!("importance measured on {}", text.name),
+            Statistics::Sensitivity => format!("sensitivity measured on {}", text.name),
+        };
+        let json = match statistics {
+            Statistics::Importance => {
+                let batches = calibration.windows.min(IMPORTANCE_WINDOWS);
+                let options = importance::Options { batches, ctx, partial: None, rules: rules.clone(), resume: false };
+                serde_json::to_vec(&importance::measure(cpu, checkpoint, text, tokens, &options, observer)?)
+            }
+            Statistics::Sensitivity => {
+                let windows = calibration.windows.min(sensitivity::DEFAULT_WINDOWS);
+                let options = sensitivity::Options { windows, ctx, rounding };
+                serde_json::to_vec(&sensitivity::measure(cpu, checkpoint, tokens, &options, rules, observer)?)
+            }
+        };
+        PolicyFile::new(Path::new(&name), json.expect("plain numbers and strings"))
+    }
 }
 
 fn render_compared(compared: &[Entry]) -> String {
     if compared.is_empty() {
         return String::new();
     }
-    let mut lines = table(&["measured on the calibration text", "bytes", "KL divergence", ""], 1);
+    let mut lines = table(&["on the calibration text, rounded without it", "bytes", "KL divergence", ""], 1);
     for entry in compared {
         let mark = match entry {
             Entry { chosen: true, .. } => "packed",

@@ -7,7 +7,7 @@ use bkpack::{
     format::check_output,
     model::Model,
     ops::cpu::{Activations, CpuOps},
-    policy::importance::Importance,
+    policy::{ComponentRules, importance::Importance},
     report::{
         figure::Figure,
         importance::{Bar, draw},
@@ -107,7 +107,13 @@ pub fn run(args: &ImportanceArgs) -> Result<()> {
     let mut partial = args.output.clone().into_os_string();
     partial.push(".partial");
     let partial = PathBuf::from(partial);
-    let options = Options { batches: args.batches, ctx: args.ctx, partial: Some(partial.clone()), resume: args.resume };
+    let options = Options {
+        batches: args.batches,
+        ctx: args.ctx,
+        partial: Some(partial.clone()),
+        rules: ComponentRules::builtin(),
+        resume: args.resume,
+    };
     if args.resume && !partial.exists() {
         args.common.notice(&format!("{} does not exist: starting anew", partial.display()));
     }

@@ -154,6 +154,11 @@ impl PolicyArgs {
         }
     }
 
+    /// Whether the policy looks at a calibration text that is there.
+    pub fn goes_by_text(&self) -> bool {
+        self.is_budget() || self.missing().is_some()
+    }
+
     /// Whether a text lets the policy's choice be measured against others.
     pub fn is_budget(&self) -> bool {
         self.name() == PolicyName::Budget
@@ -164,9 +169,15 @@ impl PolicyArgs {
     ///
     /// # Errors
     /// An option that does not belong to the policy or is missing, a file that does not parse.
-    pub fn policy(&self, measure: impl FnOnce(Statistics) -> Result<PolicyFile>) -> Result<Policy> {
+    pub fn policy(&self, measure: impl FnOnce(Statistics, &ComponentRules) -> Result<PolicyFile>) -> Result<Policy> {
         let name = self.name();
         self.refuse_options_of_others(name)?;
+        let exceptions = Exceptions::new(&self.keep, &self.tensor)?;
+        let components = match &self.rules {
+            Some(path) => ComponentRules::with_file(PolicyFile::read(path)?)?,
+            None => ComponentRules::builtin(),
+        };
+        let measure = |statistics| measure(statistics, &components);
         let choice = match name {
             PolicyName::Uniform => Choice::Uniform(self.uniform()?),
             PolicyName::Component => Choice::Component,
@@ -177,11 +188,7 @@ impl PolicyArgs {
                 Choice::Recipe(Recipe::parse(PolicyFile::read(path)?)?)
             }
         };
-        let components = match &self.rules {
-            Some(path) => ComponentRules::with_file(PolicyFile::read(path)?)?,
-            None => ComponentRules::builtin(),
-        };
-        Ok(Policy { components, choice, exceptions: Exceptions::new(&self.keep, &self.tensor)? })
+        Ok(Policy { components, choice, exceptions })
     }
 
     /// An option that a policy would not look at is most likely a mistake.
@@ -258,6 +265,7 @@ impl PolicyArgs {
                 return Err(Error::Option { option: "--target-ratio", why: why.into() });
             }
         };
+        target.check()?;
         let file = match &self.sensitivity {
             Some(path) => PolicyFile::read(path)?,
             None => measure(Statistics::Sensitivity)?,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use bkpack::{
     Result,
     format::{check_output, write_file},
+    policy::ComponentRules,
     train::sensitivity::{DEFAULT_WINDOWS, Options, measure},
 };
 use bkpack_kernels::{Cpu, cpu::quantize::Rounding};
@@ -67,7 +68,7 @@ pub fn run(args: &SensitivityArgs) -> Result<()> {
     refuse_same_file(path, &args.output)?;
     let cpu = Cpu::from_environment()?;
     let options = Options { windows: args.batches, ctx: args.ctx, rounding: Rounding::Search };
-    let sensitivity = measure(cpu, &source, &tokens, &options, &observer)?;
+    let sensitivity = measure(cpu, &source, &tokens, &options, &ComponentRules::builtin(), &observer)?;
     let mut text = serde_json::to_string_pretty(&sensitivity).expect("plain numbers and strings");
     text.push('\n');
     write_file(text.as_bytes(), &args.output, args.force)

@@ -285,6 +285,7 @@ impl Sweep {
         let options = PackOptions {
             policy: Policy::uniform(request, &self.keep, &[])?,
             rounding: self.rounding,
+            feedback: false,
             calibration: None,
             ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
             allow_nonfinite: false,

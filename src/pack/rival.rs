@@ -51,15 +51,24 @@ impl Packing<'_> {
             largest(&|preset| !preset.is_uniform()),
             larger.min_by_key(|(_, rival)| rival.bytes),
         ];
-        found.into_iter().flatten().map(|(_, rival)| rival.clone()).collect()
+        let mut different: Vec<Rival> = Vec::new();
+        for (_, rival) in found.into_iter().flatten() {
+            if rival.choice != self.choice && different.iter().all(|known| known.choice != rival.choice) {
+                different.push(rival.clone());
+            }
+        }
+        different
     }
 
     /// Packs as a rival does instead.
     ///
+    /// # Errors
+    /// A tensor that is named like a part of another one.
+    ///
     /// # Panics
     /// If it is another packing's.
-    pub fn adopt(&mut self, rival: &Rival) {
-        self.settle(rival.choice.clone(), Some(rival.name.clone()));
+    pub fn adopt(&mut self, rival: &Rival) -> Result<()> {
+        self.settle(rival.choice.clone(), Some(rival.name.clone()))
     }
 
     /// All matrices as they would be without calibrated rounding, by a rival's choice or, without one, by the packing's

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use toml::Spanned;
@@ -25,7 +25,7 @@ const LEAST_COLUMNS: usize = 32;
 const LEAST_WEIGHTS: usize = 1024;
 
 /// Rules from names to components, and from components to encodings.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct ComponentRules {
     rules: Vec<Rule>,
     encodings: BTreeMap<String, Request>,
@@ -41,7 +41,7 @@ pub(super) struct Coupling {
     shared: String,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Rule {
     component: String,
     pattern: Regex,
@@ -198,7 +198,7 @@ impl ComponentRules {
 
 /// Compiles a pattern; the error names it.
 pub(super) fn pattern(text: &str) -> Result<Regex> {
-    Regex::new(text).map_err(|error| Error::pattern(text, &error))
+    RegexBuilder::new(text).size_limit(1 << 18).build().map_err(|error| Error::pattern(text, &error))
 }
 
 #[cfg(test)]

@@ -71,7 +71,16 @@ impl Exceptions {
             let texts = policy.get(key).and_then(Value::as_array).into_iter().flatten();
             texts.filter_map(Value::as_str).map(str::to_owned).collect()
         };
-        Self::new(&texts("keep"), &texts("tensor"))
+        let (keep, overrides) = (texts("keep"), texts("tensor"));
+        // What compiling patterns may take is bounded: a file must not decide how much memory a look at it needs.
+        const MOST_BYTES: usize = 1 << 14;
+        match keep.iter().chain(&overrides).map(String::len).sum::<usize>() {
+            bytes if bytes > MOST_BYTES => Err(Error::Pattern {
+                pattern: format!("{bytes} bytes of patterns"),
+                why: format!("more than {MOST_BYTES} are not looked at"),
+            }),
+            _ => Self::new(&keep, &overrides),
+        }
     }
 
     /// A pattern that matches none of the names: most likely a typing error.

@@ -24,6 +24,22 @@ pub enum Target {
 }
 
 impl Target {
+    /// Checks that it can be aimed at.
+    ///
+    /// # Errors
+    /// [`Error::Option`] unless it is above zero.
+    pub fn check(self) -> Result<()> {
+        let (option, value) = match self {
+            Target::Ratio(ratio) => ("--target-ratio", ratio),
+            Target::BitsPerWeight(bits) => ("--target-bpw", bits),
+            Target::Bytes(bytes) => ("--target-size", bytes as f64),
+        };
+        if !(value > 0.0 && value.is_finite()) {
+            return Err(Error::Option { option, why: format!("{value} is not above zero") });
+        }
+        Ok(())
+    }
+
     /// The most bytes that the file of a model with this many weights may have.
     pub fn bytes(self, parameters: u64) -> u64 {
         match self {
@@ -63,14 +79,7 @@ impl Budget {
     /// # Errors
     /// A target that is not above zero.
     pub fn new(sensitivity: SensitivityTable, target: Target, coupled: bool) -> Result<Self> {
-        let (option, value) = match target {
-            Target::Ratio(ratio) => ("--target-ratio", ratio),
-            Target::BitsPerWeight(bits) => ("--target-bpw", bits),
-            Target::Bytes(bytes) => ("--target-size", bytes as f64),
-        };
-        if !(value > 0.0 && value.is_finite()) {
-            return Err(Error::Option { option, why: format!("{value} is not above zero") });
-        }
+        target.check()?;
         Ok(Self { sensitivity, target, coupled })
     }
 

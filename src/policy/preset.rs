@@ -3,7 +3,10 @@
 use bkpack_kernels::Grid;
 
 use super::{SizedAlternative, TensorInfo};
-use crate::encoding::{GroupSize, Request};
+use crate::{
+    encoding::{GroupSize, Request},
+    tensor::matrix_shape,
+};
 
 /// One encoding for the blocks, and one for embeddings and head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,7 +68,8 @@ impl Preset {
                 options.iter().position(|option| option.alternative.request == request)
             };
             // A row that does not fill a group is one.
-            place(GroupSize::Columns(columns)).or_else(|| place(GroupSize::WholeRow))
+            let (_, cols) = matrix_shape(&tensor.shape);
+            place(if cols <= columns as usize { GroupSize::WholeRow } else { GroupSize::Columns(columns) })
         };
         tensors.iter().zip(alternatives).map(one).collect()
     }

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Tokens that each mix is measured on.
-const TOKENS: usize = 4096;
+pub const TOKENS: usize = 4096;
 
 /// A mix that was measured.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -73,7 +73,7 @@ pub fn contest(
     let best = fitting.min_by(|&a, &b| entries[a].kld.total_cmp(&entries[b].kld)).expect("the budget's own fits");
     entries[best].chosen = true;
     if best > 0 {
-        packing.adopt(&rivals[best - 1]);
+        packing.adopt(&rivals[best - 1])?;
     }
     Ok(entries)
 }

@@ -41,7 +41,8 @@ struct Quantizable<'a> {
 }
 
 /// The information of every matrix that a policy can quantize, in the source's order, over the first `windows` of
-/// `tokens`. One that the text does not reach (an expert that is never chosen) is taken for its component's mean.
+/// `tokens`. One that the text does not reach (an expert that is never chosen) is taken for the mean
+/// of what it reaches of the component, or of the model.
 ///
 /// Memory is that of the model in F32, its gradients and what one window computes.
 ///
@@ -52,13 +53,14 @@ pub fn measure(
     source: &dyn TensorSource,
     tokens: &[u32],
     (windows, ctx): (usize, Option<usize>),
+    rules: &ComponentRules,
     observer: &dyn Observer,
 ) -> Result<Vec<Fisher>> {
     let ops = AutogradOps::new(cpu, Precision::Single);
     let differentiator = Differentiator::new(source, &ops, ctx, 1)?;
     let protocol = differentiator.protocol();
     let windows = differentiator.windows(tokens, windows)?;
-    let matrices = quantizable(source)?;
+    let matrices = quantizable(source, rules)?;
     let mut sums: Vec<[Vec<f64>; 2]> =
         matrices.iter().map(|matrix| [vec![0.0; matrix.rows], vec![0.0; matrix.cols]]).collect();
     let mut sampler = Sampler::new(cpu, 1.0, 1.0, 0)?;
@@ -80,16 +82,21 @@ pub fn measure(
     }
     observer.end();
 
-    let mut totals: HashMap<&str, [f64; 2]> = HashMap::new();
+    let (mut totals, mut all): (HashMap<&str, [f64; 2]>, _) = (HashMap::new(), [0.0; 2]);
     for (matrix, [rows, _]) in matrices.iter().zip(&sums) {
-        let [total, elements] = totals.entry(&matrix.component).or_default();
-        *total += rows.iter().sum::<f64>();
-        *elements += (matrix.rows * matrix.cols) as f64;
+        let sum = rows.iter().sum::<f64>();
+        // What was not reached must not make its like look cheap.
+        if sum > 0.0 {
+            for [total, elements] in [totals.entry(&matrix.component).or_default(), &mut all] {
+                *total += sum;
+                *elements += (matrix.rows * matrix.cols) as f64;
+            }
+        }
     }
     // The gradient of a mean over tokens, each of which adds its own at random: a token's square is that many times it.
     let scale = 0.5 * (protocol.ctx - protocol.skip) as f64 / windows.len() as f64;
     let fisher = matrices.iter().zip(&sums).map(|(matrix, [rows, cols])| {
-        let [total, elements] = totals[matrix.component.as_str()];
+        let [total, elements] = totals.get(matrix.component.as_str()).copied().unwrap_or(all);
         let (rows, cols) = product(rows, cols, total / elements.max(1.0), scale);
         Fisher { name: matrix.name.to_owned(), rows, cols }
     });
@@ -97,9 +104,8 @@ pub fn measure(
 }
 
 /// Every tensor that is neither plain nor a tied head.
-fn quantizable(source: &dyn TensorSource) -> Result<Vec<Quantizable<'_>>> {
+fn quantizable<'a>(source: &'a dyn TensorSource, rules: &ComponentRules) -> Result<Vec<Quantizable<'a>>> {
     let architecture = source.config().and_then(|config| config["architectures"][0].as_str());
-    let rules = ComponentRules::builtin();
     let tied = tied_head(source)?;
     let mut found = Vec::new();
     for name in source.names().iter().filter(|name| tied != Some(name.as_str())) {

@@ -28,7 +28,7 @@ use crate::{
 const SAVE_EVERY: u64 = 5;
 
 /// What to measure on, and where an interrupted run is kept.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Options {
     /// Windows to look at.
     pub batches: usize,
@@ -37,6 +37,8 @@ pub struct Options {
     /// A file for the sums so far, removed at the end; what is there is replaced unless the run resumes it. Without one, an
     /// interrupted run is lost.
     pub partial: Option<PathBuf>,
+    /// Which tensors are plain, and so not measured.
+    pub rules: ComponentRules,
     /// Go on where the partial file, if there is one, was left.
     pub resume: bool,
 }
@@ -115,7 +117,7 @@ pub fn measure(
     let differentiator = Differentiator::new(source, &ops, options.ctx, 1)?;
     let ctx = differentiator.protocol().ctx;
     let windows = differentiator.windows(tokens, options.batches)?;
-    let (quantizable, blake3) = look_at_weights(cpu, source)?;
+    let (quantizable, blake3) = look_at_weights(cpu, source, &options.rules)?;
     let name = source.path().canonicalize().unwrap_or_else(|_| source.path().to_owned());
     let name = name.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let model = MeasuredModel { name, blake3 };
@@ -162,9 +164,8 @@ pub fn measure(
 }
 
 /// Every tensor that is not plain and not a tied head, and a hash over all tensors: their names, shapes and values as F32.
-fn look_at_weights(cpu: Cpu, source: &dyn TensorSource) -> Result<(Vec<Quantizable>, String)> {
+fn look_at_weights(cpu: Cpu, source: &dyn TensorSource, rules: &ComponentRules) -> Result<(Vec<Quantizable>, String)> {
     let architecture = source.config().and_then(|config| config["architectures"][0].as_str());
-    let rules = ComponentRules::builtin();
     // It is packed as the embedding, so no policy asks for it.
     let tied = tied_head(source)?;
     let mut names = source.names().to_vec();

@@ -14,12 +14,12 @@ use bkpack_kernels::{
 use super::fisher::{self, Fisher};
 use crate::{
     encoding::{GroupSize, Request},
-    error::Result,
+    error::{Error, Result},
     eval::probe::Probe,
     model::{Model, config::check_not_synthetic},
     ops::cpu::{Activations, CpuOps},
-    pack::DEFAULT_TERNARY_THRESHOLD,
-    policy::{Cost, Sensitivity, TensorSensitivity, budget::candidates},
+    pack::{DEFAULT_TERNARY_THRESHOLD, first_non_finite},
+    policy::{ComponentRules, Cost, Sensitivity, TensorSensitivity, budget::candidates},
     progress::{Observer, Unit},
     quant::{
         self, Quantized,
@@ -67,16 +67,18 @@ struct Group {
 /// Memory is that of [`fisher::measure`].
 ///
 /// # Errors
-/// As [`fisher::measure`] and [`Probe::divergence`]; [`Error::Synthetic`](crate::Error::Synthetic) for random weights.
+/// As [`fisher::measure`] and [`Probe::divergence`]; [`Error::Synthetic`] for random weights; [`Error::NonFinite`] for NaN or
+/// infinite ones.
 pub fn measure(
     cpu: Cpu,
     source: &dyn TensorSource,
     tokens: &[u32],
     options: &Options,
+    rules: &ComponentRules,
     observer: &dyn Observer,
 ) -> Result<Sensitivity> {
     check_not_synthetic(source)?;
-    let fisher = fisher::measure(cpu, source, tokens, (options.windows, options.ctx), observer)?;
+    let fisher = fisher::measure(cpu, source, tokens, (options.windows, options.ctx), rules, observer)?;
     let costing = Costing { cpu, source, rounding: options.rounding };
     let elements = |matrix: &Fisher| (matrix.rows.len() * matrix.cols.len()) as u64;
     observer.begin("Costing", 4 * fisher.iter().map(elements).sum::<u64>(), Unit::Bytes);
@@ -204,6 +206,12 @@ impl Costing<'_> {
         let tensor = self.source.tensor(&matrix.name)?;
         let values = tensor.matrix();
         let curvature = Curvature { rows: &matrix.rows, cols: &matrix.cols };
+        let range = quant::range(self.cpu, &values, values.cols());
+        if range.non_finite > 0 {
+            let (path, name) = (self.source.path().to_owned(), matrix.name.clone());
+            let first = first_non_finite(self.cpu, &tensor);
+            return Err(Error::NonFinite { path, tensor: name, count: range.non_finite, first });
+        }
         let mut ranges = HashMap::new();
         let mut costs = Vec::new();
         for request in candidates(values.cols()) {
@@ -218,7 +226,10 @@ impl Costing<'_> {
                     quantized_cost(self.cpu, &values, &self.options(layout, range), curvature)
                 }
             };
-            costs.push((request, cost));
+            // A float type that cannot hold a weight is no candidate.
+            if cost.is_finite() {
+                costs.push((request, cost));
+            }
         }
         Ok(costs)
     }

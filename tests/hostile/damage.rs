@@ -122,6 +122,7 @@ fn options() -> PackOptions {
     PackOptions {
         policy: Policy::uniform("int4:g32".parse().unwrap(), &[], &overrides).unwrap(),
         rounding: Rounding::Nearest,
+        feedback: false,
         calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
         allow_nonfinite: false,
