@@ -602,9 +602,10 @@ fn efficiency_results_are_drawn_from_files() {
         (0, "note: the perplexity of mamba_config_2 is not finite: it is not drawn\n")
     );
     assert!(output.contains("Lowest FLOPs: 2.16 GFLOPs (PPL 30.00)") && output.contains("LOOKS AHEAD"), "{output}");
-    let requirement = &folder.json("s.json")["requirements"]["req_8_10_flops_2x_fewer_at_ppl_30"];
-    assert_eq!(requirement["status"], "PASS");
-    assert!((requirement["value"].as_f64().unwrap() - 9.97 / 2.16).abs() < 1e-9);
+    let requirement = &folder.json("s.json")["requirements"]["req_8_10_2x_fewer_flops_at_ppl_30"];
+    // Mamba reaches 32.25 at most: that it needs more than 4.62 times the FLOPs is no measured ratio.
+    assert_eq!((&requirement["status"], &requirement["value"]), (&"FAIL".into(), &serde_json::Value::Null));
+    assert!(output.contains("> 4.62×"), "{output}");
     let drawing = Drawing::parse(&std::fs::read_to_string(folder.0.path().join("fig.svg")).unwrap());
     drawing.assert_tidy();
     assert!(drawing.texts().contains(&"ResNet-BK (LOOKS AHEAD)"), "{:?}", drawing.texts());
