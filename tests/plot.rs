@@ -142,6 +142,30 @@ fn the_importance_command_draws_its_scores() {
     assert_eq!(refused.status.code(), Some(2));
     assert_eq!(message, "error: --plot: a figure is written as pdf, svg, png or eps, not jpg\n");
     assert!(!output.exists(), "checked before the work");
+    // The name of the output, of its preview and of the tokens: nothing is measured, nothing replaced.
+    std::fs::write(folder.path().join("taken.png"), "a picture").unwrap();
+    let refused = run("taken.svg", &[]);
+    assert!(refused.status.code() == Some(2) && String::from_utf8_lossy(&refused.stderr).contains("taken.png exists"));
+    let bare = |output: &str, plot: &str, tokens: &Path| {
+        let (model, tokens) = (path(&model), path(tokens));
+        let fixed = ["importance", &model, "--tokens", &tokens, "--ctx", "20", "--batches", "2", "--force"];
+        let (output, plot) = (path(&folder.path().join(output)), path(&folder.path().join(plot)));
+        let refused = bkpack(&[&fixed[..], &["-o", &output, "--plot", &plot]].concat());
+        (refused.status.code(), String::from_utf8_lossy(&refused.stderr).into_owned())
+    };
+    for (output, plot) in [("scores.svg", "scores.svg"), ("scores.png", "scores.svg"), ("scores.png", "./scores")] {
+        let (status, message) = bare(output, plot, &tokens);
+        assert!(status == Some(2) && message.contains("is another output of this command"), "{message}");
+        assert!(!folder.path().join(output).exists());
+    }
+    let odd = folder.path().join("ids.svg");
+    std::fs::copy(&tokens, &odd).unwrap();
+    let (status, message) = bare("importance.json", "ids.svg", &odd);
+    assert!(
+        status == Some(2) && message.starts_with("error: --plot: ") && message.contains("the input itself"),
+        "{message}"
+    );
+    assert!(!output.exists());
 
     let done = run("scores.svg", &[]);
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
@@ -375,6 +399,25 @@ fn tensors_are_tidy_whatever_their_names() {
         let tensors: Vec<Stored> = names.iter().map(|name| odd(name)).collect();
         Drawing::of(&tensors::draw("Encodings", &long, &tensors)).assert_tidy();
     }
+}
+
+#[test]
+fn tensors_of_a_huge_grid_are_cut_and_pixels_bounded() {
+    let cell =
+        |index: usize| stored(format!("model.layers.{}.kind{}.weight", index / 300, index % 300), "INT4", 4.0, 1);
+    let mut tensors: Vec<Stored> = (0..300 * 300).map(cell).collect();
+    tensors.extend((0..100).map(|index| stored(format!("outside{index}"), "INT4", 4.0, 1)));
+    let figure = tensors::draw("Encodings", "of a test", &tensors);
+    let drawing = Drawing::of(&figure);
+    let [layers, kinds, outside] = tensors::MOST;
+    assert_eq!((drawing.count("cells", "rect"), drawing.count("outside", "rect")), (layers * kinds, outside));
+    assert_eq!(
+        drawing.texts_of("left-out"),
+        ["… not shown, but in sums and legend: 44 more layers, 236 more kinds, 36 more tensors outside …"]
+    );
+    assert_eq!(drawing.texts_of("sums")[0], "300 B", "of a whole column");
+    let error = figure.render(Format::Png, 1200).unwrap_err().to_string();
+    assert!(error.contains("pixels are too many; lower --dpi"), "{error}");
 }
 
 /// A folder with result files, and the command run on it.
