@@ -183,7 +183,14 @@ fn the_importance_command_draws_its_scores() {
 fn quantized(model: &str, values: &[(f64, f64)]) -> Vec<Quantized> {
     let point = |&(bits, ppl): &(f64, f64)| {
         let perplexity = Some(ppl).filter(|ppl| ppl.is_finite());
-        Quantized { model: model.into(), bits, perplexity, looks_ahead: false, simulated: false, protocol: None }
+        Quantized {
+            model: model.into(),
+            width: bits.into(),
+            perplexity,
+            looks_ahead: false,
+            simulated: false,
+            protocol: None,
+        }
     };
     values.iter().map(point).collect()
 }
@@ -531,6 +538,24 @@ fn the_documents_minimal_files_are_drawn_with_their_requirements() {
         (status, error.as_str()),
         (2, "error: figure: there is no result of gpt; there are those of resnetbk, mamba\n")
     );
+}
+
+#[test]
+fn two_precisions_of_16_bits_are_two_columns() {
+    let file = |precision: &str, ppl: f64| {
+        format!(r#"{{"bit_width": 16, "precision": "{precision}", "perplexity": {ppl}, "model": "llama"}}"#)
+    };
+    let (bf16, fp16, same) = (file("bf16", 50.0), file("fp16", 49.0), file("bf16", 51.0));
+    let folder = Folder::of(&[("a.json", &bf16), ("b.json", &fp16), ("c.json", &same)]);
+    let (status, output, notes) = folder.plot(&["robustness", "results", "-o", "fig.svg", "--summary", "s.json"]);
+    let left_out = "note: results/c.json: the same model and bit_width as results/a.json; it is left out\n";
+    assert_eq!((status, notes.as_str()), (0, left_out));
+    assert!(output.contains("BF16         50.00") && output.contains("FP16         49.00"), "{output}");
+    let results = &folder.json("s.json")["models"]["llama"]["results"];
+    assert_eq!((&results["bf16"]["perplexity"], &results["fp16"]["perplexity"]), (&50.0.into(), &49.0.into()));
+    let drawing = Drawing::parse(&std::fs::read_to_string(folder.0.path().join("fig.svg")).unwrap());
+    drawing.assert_tidy();
+    assert!(["FP16", "BF16"].iter().all(|name| drawing.texts().contains(name)), "{:?}", drawing.texts());
 }
 
 #[test]
