@@ -142,6 +142,30 @@ fn the_importance_command_draws_its_scores() {
     assert_eq!(refused.status.code(), Some(2));
     assert_eq!(message, "error: --plot: a figure is written as pdf, svg, png or eps, not jpg\n");
     assert!(!output.exists(), "checked before the work");
+    // The name of the output, of its preview and of the tokens: nothing is measured, nothing replaced.
+    std::fs::write(folder.path().join("taken.png"), "a picture").unwrap();
+    let refused = run("taken.svg", &[]);
+    assert!(refused.status.code() == Some(2) && String::from_utf8_lossy(&refused.stderr).contains("taken.png exists"));
+    let bare = |output: &str, plot: &str, tokens: &Path| {
+        let (model, tokens) = (path(&model), path(tokens));
+        let fixed = ["importance", &model, "--tokens", &tokens, "--ctx", "20", "--batches", "2", "--force"];
+        let (output, plot) = (path(&folder.path().join(output)), path(&folder.path().join(plot)));
+        let refused = bkpack(&[&fixed[..], &["-o", &output, "--plot", &plot]].concat());
+        (refused.status.code(), String::from_utf8_lossy(&refused.stderr).into_owned())
+    };
+    for (output, plot) in [("scores.svg", "scores.svg"), ("scores.png", "scores.svg"), ("scores.png", "./scores")] {
+        let (status, message) = bare(output, plot, &tokens);
+        assert!(status == Some(2) && message.contains("is another output of this command"), "{message}");
+        assert!(!folder.path().join(output).exists());
+    }
+    let odd = folder.path().join("ids.svg");
+    std::fs::copy(&tokens, &odd).unwrap();
+    let (status, message) = bare("importance.json", "ids.svg", &odd);
+    assert!(
+        status == Some(2) && message.starts_with("error: --plot: ") && message.contains("the input itself"),
+        "{message}"
+    );
+    assert!(!output.exists());
 
     let done = run("scores.svg", &[]);
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
@@ -159,7 +183,14 @@ fn the_importance_command_draws_its_scores() {
 fn quantized(model: &str, values: &[(f64, f64)]) -> Vec<Quantized> {
     let point = |&(bits, ppl): &(f64, f64)| {
         let perplexity = Some(ppl).filter(|ppl| ppl.is_finite());
-        Quantized { model: model.into(), bits, perplexity, looks_ahead: false, simulated: false, protocol: None }
+        Quantized {
+            model: model.into(),
+            width: bits.into(),
+            perplexity,
+            looks_ahead: false,
+            simulated: false,
+            protocol: None,
+        }
     };
     values.iter().map(point).collect()
 }
@@ -377,6 +408,25 @@ fn tensors_are_tidy_whatever_their_names() {
     }
 }
 
+#[test]
+fn tensors_of_a_huge_grid_are_cut_and_pixels_bounded() {
+    let cell =
+        |index: usize| stored(format!("model.layers.{}.kind{}.weight", index / 300, index % 300), "INT4", 4.0, 1);
+    let mut tensors: Vec<Stored> = (0..300 * 300).map(cell).collect();
+    tensors.extend((0..100).map(|index| stored(format!("outside{index}"), "INT4", 4.0, 1)));
+    let figure = tensors::draw("Encodings", "of a test", &tensors);
+    let drawing = Drawing::of(&figure);
+    let [layers, kinds, outside] = tensors::MOST;
+    assert_eq!((drawing.count("cells", "rect"), drawing.count("outside", "rect")), (layers * kinds, outside));
+    assert_eq!(
+        drawing.texts_of("left-out"),
+        ["… not shown, but in sums and legend: 44 more layers, 236 more kinds, 36 more tensors outside …"]
+    );
+    assert_eq!(drawing.texts_of("sums")[0], "300 B", "of a whole column");
+    let error = figure.render(Format::Png, 1200).unwrap_err().to_string();
+    assert!(error.contains("pixels are too many; lower --dpi"), "{error}");
+}
+
 /// A folder with result files, and the command run on it.
 struct Folder(tempfile::TempDir);
 
@@ -491,6 +541,24 @@ fn the_documents_minimal_files_are_drawn_with_their_requirements() {
 }
 
 #[test]
+fn two_precisions_of_16_bits_are_two_columns() {
+    let file = |precision: &str, ppl: f64| {
+        format!(r#"{{"bit_width": 16, "precision": "{precision}", "perplexity": {ppl}, "model": "llama"}}"#)
+    };
+    let (bf16, fp16, same) = (file("bf16", 50.0), file("fp16", 49.0), file("bf16", 51.0));
+    let folder = Folder::of(&[("a.json", &bf16), ("b.json", &fp16), ("c.json", &same)]);
+    let (status, output, notes) = folder.plot(&["robustness", "results", "-o", "fig.svg", "--summary", "s.json"]);
+    let left_out = "note: results/c.json: the same model and bit_width as results/a.json; it is left out\n";
+    assert_eq!((status, notes.as_str()), (0, left_out));
+    assert!(output.contains("BF16         50.00") && output.contains("FP16         49.00"), "{output}");
+    let results = &folder.json("s.json")["models"]["llama"]["results"];
+    assert_eq!((&results["bf16"]["perplexity"], &results["fp16"]["perplexity"]), (&50.0.into(), &49.0.into()));
+    let drawing = Drawing::parse(&std::fs::read_to_string(folder.0.path().join("fig.svg")).unwrap());
+    drawing.assert_tidy();
+    assert!(["FP16", "BF16"].iter().all(|name| drawing.texts().contains(name)), "{:?}", drawing.texts());
+}
+
+#[test]
 fn what_is_wrong_with_results_is_named_and_the_rest_drawn() {
     let folder = Folder::of(&[
         ("a.json", r#"{"bit_width": 32, "perplexity": 48.8, "model": "llama", "extra": {"a": 1}}"#),
@@ -602,9 +670,10 @@ fn efficiency_results_are_drawn_from_files() {
         (0, "note: the perplexity of mamba_config_2 is not finite: it is not drawn\n")
     );
     assert!(output.contains("Lowest FLOPs: 2.16 GFLOPs (PPL 30.00)") && output.contains("LOOKS AHEAD"), "{output}");
-    let requirement = &folder.json("s.json")["requirements"]["req_8_10_flops_2x_fewer_at_ppl_30"];
-    assert_eq!(requirement["status"], "PASS");
-    assert!((requirement["value"].as_f64().unwrap() - 9.97 / 2.16).abs() < 1e-9);
+    let requirement = &folder.json("s.json")["requirements"]["req_8_10_2x_fewer_flops_at_ppl_30"];
+    // Mamba reaches 32.25 at most: that it needs more than 4.62 times the FLOPs is no measured ratio.
+    assert_eq!((&requirement["status"], &requirement["value"]), (&"FAIL".into(), &serde_json::Value::Null));
+    assert!(output.contains("> 4.62×"), "{output}");
     let drawing = Drawing::parse(&std::fs::read_to_string(folder.0.path().join("fig.svg")).unwrap());
     drawing.assert_tidy();
     assert!(drawing.texts().contains(&"ResNet-BK (LOOKS AHEAD)"), "{:?}", drawing.texts());

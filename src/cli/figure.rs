@@ -12,13 +12,14 @@ use bkpack::{
     report::figure::{Figure, Format},
 };
 
-use super::refuse_same_file;
+use super::{refuse_file_of_checkpoint, refuse_same_file};
 
 /// Dots per inch where the user names none.
 pub const DPI: u16 = 300;
 
 /// The files that a figure is written to.
 pub struct FigureFiles {
+    option: &'static str,
     files: Vec<(Format, PathBuf)>,
     dpi: u16,
     force: bool,
@@ -57,7 +58,7 @@ impl FigureFiles {
         for (_, path) in &files {
             check_output(path, force)?;
         }
-        Ok(Self { files, dpi, force })
+        Ok(Self { option, files, dpi, force })
     }
 
     /// The paths.
@@ -67,7 +68,28 @@ impl FigureFiles {
 
     /// Refuses to write a figure over the file that it shows.
     pub fn refuse_input(&self, input: &Path) -> Result<()> {
-        self.paths().try_for_each(|path| refuse_same_file(input, path))
+        self.paths().try_for_each(|path| refuse_same_file(input, path)).map_err(|error| self.under_option(error))
+    }
+
+    /// Refuses to write a figure over a file of the checkpoint it shows.
+    pub fn refuse_files_of(&self, checkpoint: &Path) -> Result<()> {
+        let refused = self.paths().try_for_each(|path| refuse_file_of_checkpoint(checkpoint, path));
+        refused.map_err(|error| self.under_option(error))
+    }
+
+    /// The error with the option that named the figure.
+    fn under_option(&self, error: Error) -> Error {
+        match error {
+            Error::Option { why, .. } => Error::Option { option: self.option, why },
+            error => error,
+        }
+    }
+
+    /// Refuses a figure whose files include another output of the same command, which may not exist yet.
+    pub fn refuse_other_output(&self, output: &Path) -> Result<()> {
+        let Some(same) = self.paths().find(|path| place(path) == place(output)) else { return Ok(()) };
+        let why = format!("{} is another output of this command, not a figure", same.display());
+        Err(Error::Option { option: self.option, why })
     }
 
     /// Writes all files and `more` beside them, or none if one cannot be drawn or its folder takes no files.
@@ -84,4 +106,10 @@ impl FigureFiles {
         }
         written.into_iter().try_for_each(|(temporary, path)| persist(temporary, path, self.force))
     }
+}
+
+/// Where a file is or would be: its folder may be reached in several ways, and it may be a link.
+fn place(path: &Path) -> Option<PathBuf> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    path.canonicalize().ok().or_else(|| Some(folder.canonicalize().ok()?.join(path.file_name()?)))
 }

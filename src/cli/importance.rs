@@ -99,14 +99,20 @@ pub fn run(args: &ImportanceArgs) -> Result<()> {
     let figure = args.plot.as_deref().map(|path| FigureFiles::new("--plot", path, &[], DPI, args.force)).transpose()?;
     let (path, tokens) = read_either(&*source, &args.text, &args.tokens)?;
     refuse_same_file(path, &args.output)?;
+    let mut partial = args.output.clone().into_os_string();
+    partial.push(".partial");
+    let partial = PathBuf::from(partial);
+    if let Some(figure) = &figure {
+        figure.refuse_files_of(&args.model)?;
+        figure.refuse_input(path)?;
+        figure.refuse_other_output(&args.output)?;
+        figure.refuse_other_output(&partial)?;
+    }
     let cpu = Cpu::from_environment()?;
     if Model::load(&*source, &CpuOps::new(cpu, Activations::Exact))?.runs_whole() {
         args.common.notice("the model looks ahead: its loss, and so these figures, are not those of a language model");
     }
     let text = CalibrationText::of(path)?;
-    let mut partial = args.output.clone().into_os_string();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
     let options = Options {
         batches: args.batches,
         ctx: args.ctx,

@@ -12,12 +12,27 @@ use crate::{
 /// Files that are larger are no results.
 const MOST_BYTES: u64 = 16 << 20;
 
+/// How weights are stored, as far as results tell it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Width {
+    /// 32, 16, 8 ..., 1.58 (ternary), 1.
+    pub bits: f64,
+    /// BF16, not FP16: both have 16 bits.
+    pub bf16: bool,
+}
+
+impl From<f64> for Width {
+    /// The usual precision of this many bits.
+    fn from(bits: f64) -> Self {
+        Self { bits, bf16: false }
+    }
+}
+
 /// A model at one width.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Quantized {
     pub model: String,
-    /// 32, 16, 8 ..., 1.58 (ternary), 1.
-    pub bits: f64,
+    pub width: Width,
     /// `None` where it is NaN or infinite.
     pub perplexity: Option<f64>,
     /// The perplexity is not that of a language model.
@@ -62,14 +77,14 @@ pub fn quantized(paths: &[PathBuf]) -> Result<Results<Quantized>> {
         let bits = bits.filter(|bits| *bits > 0.0 && *bits <= 64.0).ok_or("bit_width is not between 0 and 64")?;
         Ok(Quantized {
             model: model(object)?,
-            bits,
+            width: Width { bits, bf16: bits == 16.0 && object.get("precision").is_some_and(|name| name == "bf16") },
             perplexity: perplexity(object)?,
             looks_ahead: flag(object, "looks_ahead"),
             simulated: flag(object, "simulated"),
             protocol: protocol(object),
         })
     };
-    let key = |found: &Quantized| (found.model.clone(), format!("{}", found.bits));
+    let key = |found: &Quantized| (found.model.clone(), found.width);
     collect(paths, "bit_width", "config_id", parse, key)
 }
 

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::{
     figure::{display_name, is_mamba, is_resnet_bk},
     requirement::{Measured, Requirement, Side},
-    results::{Quantized, protocol_notes},
+    results::{Quantized, Width, protocol_notes},
 };
 
 /// Results of several models at several widths, in order.
@@ -14,7 +14,7 @@ pub struct Robustness {
     /// The series, ResNet-BK and Mamba first unless the user names an order.
     pub models: Vec<String>,
     /// The widths, the widest first.
-    pub widths: Vec<f64>,
+    pub widths: Vec<Width>,
     /// Below this perplexity a model is deployable.
     pub threshold: f64,
     pub simulated: bool,
@@ -28,20 +28,21 @@ impl Robustness {
     /// A sentence that names a model or the widths that no point has.
     pub fn new(mut points: Vec<Quantized>, models: &[String], widths: &[f64], threshold: f64) -> Result<Self, String> {
         let models = choose(points.iter().map(|point| point.model.as_str()), models)?;
-        points.retain(|point| models.contains(&point.model) && (widths.is_empty() || widths.contains(&point.bits)));
+        points
+            .retain(|point| models.contains(&point.model) && (widths.is_empty() || widths.contains(&point.width.bits)));
         if points.is_empty() {
             return Err("none of these models was measured at any of these widths".into());
         }
-        let mut found: Vec<f64> = points.iter().map(|point| point.bits).collect();
-        found.sort_by(|a, b| b.total_cmp(a));
+        let mut found: Vec<Width> = points.iter().map(|point| point.width).collect();
+        found.sort_by(|a, b| b.bits.total_cmp(&a.bits).then(a.bf16.cmp(&b.bf16)));
         found.dedup();
         let simulated = points.iter().any(|point| point.simulated);
         Ok(Self { models, widths: found, threshold, simulated, points })
     }
 
     /// What was measured of a model at a width.
-    pub fn point(&self, model: &str, bits: f64) -> Option<&Quantized> {
-        self.points.iter().find(|point| point.model == model && point.bits == bits)
+    pub fn point(&self, model: &str, width: Width) -> Option<&Quantized> {
+        self.points.iter().find(|point| point.model == model && point.width == width)
     }
 
     /// Whether the perplexities of a model are those of no language model.
@@ -54,9 +55,9 @@ impl Robustness {
         let protocols = self.points.iter().map(|point| (point.model.as_str(), point.protocol.as_deref()));
         let mut notes = protocol_notes(protocols);
         for model in &self.models {
-            for &bits in &self.widths {
-                let name = format!("{} at {}", display_name(model), width_name(bits));
-                match self.point(model, bits) {
+            for &width in &self.widths {
+                let name = format!("{} at {}", display_name(model), width_name(width));
+                match self.point(model, width) {
                     None => notes.push(format!("{name} is missing")),
                     Some(Quantized { perplexity: None, .. }) => {
                         notes.push(format!("the perplexity of {name} is not finite"));
@@ -68,15 +69,16 @@ impl Robustness {
         notes
     }
 
-    fn measured(&self, model: Option<&String>, bits: f64) -> Measured {
-        match model.and_then(|model| self.point(model, bits)) {
+    fn measured(&self, model: Option<&String>, width: impl Into<Width>) -> Measured {
+        let width = width.into();
+        match model.and_then(|model| self.point(model, width)) {
             None => Measured::Missing,
             Some(point) => point.perplexity.map_or(Measured::NotFinite, Measured::from),
         }
     }
 
-    fn degradation(&self, model: Option<&String>, bits: f64) -> Measured {
-        self.measured(model, bits).with(self.measured(model, 32.0), |ppl, base| 100.0 * (ppl / base - 1.0))
+    fn degradation(&self, model: Option<&String>, width: impl Into<Width>) -> Measured {
+        self.measured(model, width).with(self.measured(model, 32.0), |ppl, base| 100.0 * (ppl / base - 1.0))
     }
 
     /// The documents' claims about ResNet-BK and Mamba.
@@ -136,16 +138,16 @@ impl Robustness {
         let mut models = serde_json::Map::new();
         for model in &self.models {
             let mut results = serde_json::Map::new();
-            for &bits in &self.widths {
-                let Some(point) = self.point(model, bits) else { continue };
+            for &width in &self.widths {
+                let Some(point) = self.point(model, width) else { continue };
                 let finite = point.perplexity;
                 let value = json!({
-                    "bit_width": bits,
+                    "bit_width": width.bits,
                     "perplexity": finite,
-                    "degradation_percent": self.degradation(Some(model), bits).finite(),
+                    "degradation_percent": self.degradation(Some(model), width).finite(),
                     "deployable": finite.is_some_and(|ppl| ppl < self.threshold),
                 });
-                results.insert(width_name(bits).to_lowercase(), value);
+                results.insert(width_name(width).to_lowercase(), value);
             }
             let object = json!({
                 "name": display_name(model),
@@ -176,14 +178,14 @@ impl Robustness {
             lines.extend([String::new(), format!("{} Results{ahead}:", display_name(model)), rule('-')]);
             lines.push(format!("{:<12} {:<12} {:<13} Deployable", "Precision", "PPL", "Increase"));
             lines.push(rule('-'));
-            for &bits in &self.widths {
-                let Some(point) = self.point(model, bits) else { continue };
+            for &width in &self.widths {
+                let Some(point) = self.point(model, width) else { continue };
                 let ppl = point.perplexity.map_or("not finite".into(), |ppl| format!("{ppl:.2}"));
                 let increase =
-                    self.degradation(Some(model), bits).finite().map_or("".into(), |it| format!("{it:+.2} %"));
+                    self.degradation(Some(model), width).finite().map_or("".into(), |it| format!("{it:+.2} %"));
                 let deployable =
                     if point.perplexity.is_some_and(|ppl| ppl < self.threshold) { "✓ Yes" } else { "✗ No" };
-                lines.push(format!("{:<12} {ppl:<12} {increase:<13} {deployable}", width_name(bits)));
+                lines.push(format!("{:<12} {ppl:<12} {increase:<13} {deployable}", width_name(width)));
             }
         }
         lines.extend([String::new(), "Requirements Verification:".into(), rule('-')]);
@@ -224,10 +226,11 @@ pub(super) fn choose<'a>(found: impl Iterator<Item = &'a str>, asked: &[String])
     Ok(chosen)
 }
 
-/// `FP32`, `INT4`, `ternary` ...
-pub fn width_name(bits: f64) -> String {
-    match bits {
+/// `FP32`, `BF16`, `INT4`, `ternary` ...
+pub fn width_name(width: Width) -> String {
+    match width.bits {
         32.0 => "FP32".into(),
+        16.0 if width.bf16 => "BF16".into(),
         16.0 => "FP16".into(),
         1.0 => "binary".into(),
         bits if (1.5..1.7).contains(&bits) => "ternary".into(),

@@ -47,7 +47,7 @@ pub fn draw(data: &Robustness, title: &str) -> (Figure, usize) {
     }
     canvas.text((MARGIN, 20.0), &title, Text::new(11).bold());
     canvas.group("axes", |canvas| {
-        let names = data.widths.iter().map(|&bits| width_name(bits)).collect();
+        let names = data.widths.iter().map(|&width| width_name(width)).collect();
         canvas.axes(&axes, |layout| layout.with_x_categories(names).with_ticks(6));
         let middle = Text::new(9).anchor(Anchor::Middle);
         canvas.text((plot.center().0, plot.bottom() + 30.0), "precision of the weights", middle);
@@ -100,8 +100,8 @@ pub fn draw(data: &Robustness, title: &str) -> (Figure, usize) {
 /// missing.
 fn runs(data: &Robustness, model: &str) -> Vec<Vec<(usize, f64)>> {
     let mut runs = vec![Vec::new()];
-    for (index, &bits) in data.widths.iter().enumerate() {
-        match data.point(model, bits).map(|point| point.perplexity.filter(drawn)) {
+    for (index, &width) in data.widths.iter().enumerate() {
+        match data.point(model, width).map(|point| point.perplexity.filter(drawn)) {
             Some(Some(ppl)) => runs.last_mut().expect("never empty").push((index, ppl)),
             Some(None) => runs.push(Vec::new()),
             None => {}
@@ -116,7 +116,7 @@ fn legend_of<'a>(data: &Robustness, series: &'a [Series]) -> Vec<(Sample<'a>, St
         let ahead = if data.looks_ahead(model) { " (LOOKS AHEAD)" } else { "" };
         entries.push((Sample::Line(series), format!("{}{ahead}", series.name)));
     }
-    let at_four = || data.models.iter().filter_map(|model| data.point(model, 4.0)?.perplexity);
+    let at_four = || data.models.iter().filter_map(|model| data.point(model, 4.0.into())?.perplexity);
     if at_four().any(|ppl| ppl < data.threshold) {
         entries.push((Sample::Star(colors::GREEN), "deployable at INT4".into()));
     }
@@ -131,7 +131,7 @@ fn legend_of<'a>(data: &Robustness, series: &'a [Series]) -> Vec<(Sample<'a>, St
 /// What the vertical axis spans, and whether it is logarithmic.
 fn span(data: &Robustness) -> (f64, f64, bool) {
     let values = data.models.iter().flat_map(|model| {
-        data.widths.iter().filter_map(move |&bits| data.point(model, bits)?.perplexity.filter(drawn))
+        data.widths.iter().filter_map(move |&width| data.point(model, width)?.perplexity.filter(drawn))
     });
     let (least, most) =
         values.fold((data.threshold, data.threshold), |(least, most), value| (least.min(value), most.max(value)));
@@ -213,8 +213,8 @@ fn marks<'a>(
 ) -> Vec<Mark<'a>> {
     let mut marks = Vec::new();
     for (series, model) in series.iter().zip(&data.models) {
-        for (index, &bits) in data.widths.iter().enumerate() {
-            let Some(point) = data.point(model, bits) else { continue };
+        for (index, &width) in data.widths.iter().enumerate() {
+            let Some(point) = data.point(model, width) else { continue };
             let x = of_x(index);
             let text = point.perplexity.map_or("not finite".to_owned(), shown);
             let (at, kind) = match point.perplexity.filter(drawn) {
@@ -225,7 +225,7 @@ fn marks<'a>(
                     ((x + shift, plot.y + 6.0), Kind::Beyond)
                 }
                 Some(ppl) => {
-                    let kind = match bits == 4.0 {
+                    let kind = match width.bits == 4.0 {
                         true if ppl < data.threshold => Kind::Star,
                         true => Kind::Cross,
                         false => Kind::Point,

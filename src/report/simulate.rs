@@ -19,7 +19,7 @@ pub fn quantized(seed: u64) -> Vec<Quantized> {
             let perplexity = Some(base * factor * (1.0 + spread * noise.clamp(-2.0, 2.0)));
             points.push(Quantized {
                 model: model.into(),
-                bits,
+                width: bits.into(),
                 perplexity,
                 looks_ahead: false,
                 simulated: true,

@@ -1,5 +1,7 @@
 //! A heat map of what each tensor of a packed model takes: layers down, kinds of tensors across.
 
+use std::collections::{HashMap, hash_map};
+
 use super::{
     figure::{Anchor, Canvas, Figure, Text, colors, drawable, fit, labels::Area, width},
     table::count,
@@ -25,14 +27,20 @@ const NAMES_MOST: f64 = 150.0;
 /// Pages are not narrower, so that titles have room.
 const WIDTH_LEAST: f64 = 400.0;
 const MIXED: &str = "several encodings";
+/// Up to this many layers, kinds and tensors outside of layers are shown; of more, the first, and a line says so.
+pub const MOST: [usize; 3] = [256, 64, 64];
 
-/// Draws all tensors. `subtitle` says of what model.
+/// Draws all tensors. `subtitle` says of what model. Of more than [`MOST`], those that are left out count in the sums.
 pub fn draw(title: &str, subtitle: &str, tensors: &[Stored]) -> Figure {
     let (title, subtitle) = (drawable(title), drawable(subtitle));
     let grid = Grid::of(tensors);
+    let [layers_most, kinds_most, outside_most] = MOST;
     let row_names: Vec<String> =
-        grid.layers.iter().map(|layer| fit(&drawable(layer), 8.0, false, NAMES_MOST)).collect();
-    let kinds: Vec<String> = grid.kinds.iter().map(|kind| fit(&drawable(kind), 8.0, false, NAMES_MOST)).collect();
+        grid.layers.iter().take(layers_most).map(|layer| fit(&drawable(layer), 8.0, false, NAMES_MOST)).collect();
+    let kinds: Vec<String> =
+        grid.kinds.iter().take(kinds_most).map(|kind| fit(&drawable(kind), 8.0, false, NAMES_MOST)).collect();
+    let outside = &grid.outside[..grid.outside.len().min(outside_most)];
+    let left_out = left_out(&grid);
     let widest = |names: &[String]| names.iter().map(|name| width(name, 8.0, false)).fold(0.0, f64::max);
     let header = if kinds.is_empty() { 0.0 } else { widest(&kinds) + 6.0 };
     let left = MARGIN + widest(&row_names).max(30.0) + 6.0;
@@ -44,8 +52,8 @@ pub fn draw(title: &str, subtitle: &str, tensors: &[Stored]) -> Figure {
     let legend_rows = legend.iter().map(|entry| entry.row).max().map_or(0, |last| last + 1);
     let top = legend_top + 13.0 * legend_rows as f64 + 8.0 + header;
     let sums = if kinds.is_empty() { 0 } else { 1 };
-    let outside_top = top + ROW * (grid.layers.len() + sums) as f64 + if kinds.is_empty() { 0.0 } else { 14.0 };
-    let height = outside_top + ROW * grid.outside.len() as f64 + MARGIN;
+    let outside_top = top + ROW * (row_names.len() + sums) as f64 + if kinds.is_empty() { 0.0 } else { 14.0 };
+    let height = outside_top + ROW * (outside.len() + usize::from(left_out.is_some())) as f64 + MARGIN;
 
     let mut canvas = Canvas::new(page, height, &title);
     let room = page - 2.0 * MARGIN;
@@ -72,7 +80,7 @@ pub fn draw(title: &str, subtitle: &str, tensors: &[Stored]) -> Figure {
         }
     });
     canvas.group("cells", |canvas| {
-        for cell in &grid.cells {
+        for cell in grid.cells.iter().filter(|cell| cell.row < row_names.len() && cell.column < kinds.len()) {
             let area = Area { x: column(cell.column), y: top + ROW * cell.row as f64, width: CELL, height: ROW };
             draw_cell(canvas, area, cell.look(), cell.bytes);
         }
@@ -80,7 +88,7 @@ pub fn draw(title: &str, subtitle: &str, tensors: &[Stored]) -> Figure {
     if !kinds.is_empty() {
         canvas.group("sums", |canvas| {
             let style = Text::new(7).color(colors::DARK).anchor(Anchor::Middle);
-            let last = grid.layers.len();
+            let last = row_names.len();
             let sum =
                 |of: &dyn Fn(&Cell) -> bool| grid.cells.iter().filter(|cell| of(cell)).map(|cell| cell.bytes).sum();
             for index in 0..kinds.len() {
@@ -102,7 +110,7 @@ pub fn draw(title: &str, subtitle: &str, tensors: &[Stored]) -> Figure {
         });
     }
     canvas.group("outside", |canvas| {
-        for (index, tensor) in grid.outside.iter().enumerate() {
+        for (index, tensor) in outside.iter().enumerate() {
             let y = outside_top + ROW * index as f64;
             draw_cell(
                 canvas,
@@ -115,7 +123,29 @@ pub fn draw(title: &str, subtitle: &str, tensors: &[Stored]) -> Figure {
             canvas.text((MARGIN + CELL + 6.0, y + 8.8), &text, Text::new(NAME));
         }
     });
+    if let Some(text) = left_out {
+        let y = outside_top + ROW * outside.len() as f64 + 8.8;
+        let text = fit(&text, 8.0, false, room);
+        let style = Text::new(NAME).color(colors::DARK);
+        canvas.group("left-out", |canvas| {
+            canvas.text((MARGIN, y), &text, style);
+        });
+    }
     canvas.finish()
+}
+
+/// What has no room, as the figure says it.
+fn left_out(grid: &Grid) -> Option<String> {
+    let counts = [grid.layers.len(), grid.kinds.len(), grid.outside.len()];
+    let names = ["layers", "kinds", "tensors outside"];
+    let more: Vec<String> = counts
+        .into_iter()
+        .zip(MOST)
+        .zip(names)
+        .filter(|((count, most), _)| count > most)
+        .map(|((found, most), name)| format!("{} more {name}", count((found - most) as u64)))
+        .collect();
+    (!more.is_empty()).then(|| format!("… not shown, but in sums and legend: {} …", more.join(", ")))
 }
 
 fn draw_cell(canvas: &mut Canvas, area: Area, (fill, bits): (&str, f64), bytes: u64) {
@@ -192,22 +222,27 @@ impl<'a> Grid<'a> {
         rows.sort_unstable();
         rows.dedup();
         let (mut kinds, mut cells, mut outside) = (Vec::new(), Vec::<Cell>::new(), Vec::new());
+        let (mut columns, mut places) = (HashMap::new(), HashMap::new());
         for tensor in tensors {
             let Some((stack, layer, kind)) = split(&tensor.name) else {
                 outside.push(tensor);
                 continue;
             };
             let row = rows.binary_search(&(stack, layer)).expect("collected above");
-            let column = kinds.iter().position(|other| *other == kind).unwrap_or_else(|| {
-                kinds.push(kind);
+            let column = *columns.entry(kind).or_insert_with_key(|kind: &String| {
+                kinds.push(kind.clone());
                 kinds.len() - 1
             });
-            match cells.iter_mut().find(|cell| (cell.row, cell.column) == (row, column)) {
-                Some(cell) => {
+            match places.entry((row, column)) {
+                hash_map::Entry::Occupied(place) => {
+                    let cell: &mut Cell = &mut cells[*place.get()];
                     cell.bytes += tensor.bytes;
                     cell.mixed |= cell.first.encoding != tensor.encoding;
                 }
-                None => cells.push(Cell { row, column, bytes: tensor.bytes, first: tensor, mixed: false }),
+                hash_map::Entry::Vacant(place) => {
+                    place.insert(cells.len());
+                    cells.push(Cell { row, column, bytes: tensor.bytes, first: tensor, mixed: false });
+                }
             }
         }
         let name = |(stack, layer): &(&str, u64)| {

@@ -31,6 +31,9 @@ pub fn text_width(text: &str, size: f64, bold: bool) -> f64 {
 /// Points in an inch: the unit of a figure is the point.
 const POINTS: f64 = 72.0;
 
+/// A PNG has no more pixels: they take 1 GiB while they are drawn.
+const MOST_PIXELS: u64 = 1 << 28;
+
 /// What a figure can be written as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Format {
@@ -83,7 +86,7 @@ impl Figure {
     /// The bytes of a file; `dpi` is the resolution of pixels (PNG).
     ///
     /// # Errors
-    /// [`Error::Figure`]: so many pixels that they do not fit into memory.
+    /// [`Error::Figure`]: more than 2^28 pixels, or no page that the format can hold.
     pub fn render(&self, format: Format, dpi: u16) -> Result<Vec<u8>> {
         match format {
             Format::Svg => Ok(self.svg_with_fonts().into_bytes()),
@@ -117,6 +120,9 @@ impl Figure {
         let pixels = |points: f64| (points * scale).round().max(1.0) as u32;
         let (width, height) = (pixels(self.width), pixels(self.height));
         let refuse = || Error::Figure { why: format!("{width} x {height} pixels are too many; lower --dpi") };
+        if u64::from(width) * u64::from(height) > MOST_PIXELS {
+            return Err(refuse());
+        }
         let mut pixmap = Pixmap::new(width, height).ok_or_else(refuse)?;
         // The page may end within the last pixels.
         pixmap.fill(Color::WHITE);
