@@ -232,14 +232,55 @@ fn the_verified_file_is_measured_once_and_others_beside_it() {
 }
 
 #[test]
-fn simulated_and_invalid_figures_carry_their_mark() {
+fn simulated_and_invalid_figures_carry_their_mark_and_never_pass() {
     let setup = Setup::new();
     setup
         .write("s.json", r#"{"bit_width": 4, "perplexity": 30, "model": "m", "simulated": true, "looks_ahead": true}"#);
     let spec = "version = 1\nmeasurements.s.result = \"s.json\"\n".to_owned()
         + &target("t", "metric = \"ppl\"\nof = \"s\"\nbelow = 50");
-    let verdicts = setup.verdicts(&spec, &[], 0);
+    let verdicts = setup.verdicts(&spec, &[], 1);
     assert_eq!(verdicts[0]["measured"], "30.0000, SIMULATED; LOOKS AHEAD");
+    assert_eq!(verdicts[0]["passed"], json!(false));
+}
+
+#[test]
+fn results_that_were_measured_differently_are_not_compared() {
+    let setup = Setup::new();
+    let write = |name: &str, text: &str, ctx: u32| {
+        let protocol = json!({ "text": { "name": "t", "blake3": text }, "ctx": ctx, "skip": 1, "scored": 1000 });
+        let result = json!({ "perplexity": 30, "ratio_fp32": 4, "model": "m", "protocol": protocol });
+        setup.write(name, &result.to_string());
+    };
+    let spec = |rest: &str| {
+        let measurements = "version = 1\n[measurements]\n\
+            a = { result = \"a.json\", baseline = \"b.json\" }\nb = { result = \"b.json\" }\n";
+        measurements.to_owned() + &target("t", rest)
+    };
+    let comparing = [
+        "metric = \"ppl\"\nof = \"a\"\nminus = \"b\"\nbelow = 1",
+        "metric = \"ppl\"\nof = \"a\"\ndivided_by = \"b\"\nbelow = 2",
+        "metric = \"ppl_increase_percent\"\nof = \"a\"\nbelow = 5",
+    ];
+    write("a.json", "0123", 256);
+    for (text, ctx, differing) in [("4567", 256, "text \"0123\" and \"4567\""), ("0123", 512, "ctx 256 and 512")] {
+        write("b.json", text, ctx);
+        for rest in comparing {
+            setup.refused(&spec(rest), &[], &["line 5", "a.json", "b.json", "do not compare", differing]);
+        }
+    }
+    // A size, or a figure of one result alone, is what it is on any text.
+    setup.verdicts(&spec("metric = \"ratio_fp32\"\nof = \"a\"\ndivided_by = \"b\"\nat_least = 1"), &[], 0);
+    setup.verdicts(&spec("metric = \"ppl\"\nof = \"a\"\nbelow = 50"), &[], 0);
+    write("b.json", "0123", 256);
+    for rest in comparing {
+        assert!(setup.verdicts(&spec(rest), &[], 0)[0]["verdict"].get("remark").is_none());
+    }
+    setup.write("b.json", r#"{"perplexity": 30, "model": "m"}"#);
+    for rest in comparing {
+        let verdicts = setup.verdicts(&spec(rest), &[], 0);
+        let remark = verdicts[0]["verdict"]["remark"].as_str().unwrap();
+        assert!(remark.contains("b.json does not say how it was measured"), "{remark}");
+    }
 }
 
 #[test]

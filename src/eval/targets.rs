@@ -12,7 +12,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use self::results::{Configuration, read_configurations, read_result};
+use self::results::{Configuration, Protocol, read_configurations, read_result};
 use crate::{
     error::{Error, Result, short},
     tensor::TensorSource,
@@ -92,6 +92,11 @@ impl Metric {
     /// Whether it is found among several configurations of a model.
     const fn is_of_configurations(self) -> bool {
         matches!(self, Metric::LeastFlopsAtPpl | Metric::LeastPplAtFlops)
+    }
+
+    /// Whether it differs with what was run, so that two of it compare only where that was the same.
+    const fn depends_on_the_text(self) -> bool {
+        !matches!(self.needs(), Some(Needs::Size))
     }
 
     /// What must be run to measure it on a packed file; `None` where the result of a sweep is needed.
@@ -270,13 +275,13 @@ impl Targets {
     }
 
     fn verdict(&self, target: &Target, measured: &BTreeMap<String, Figures>) -> Result<Verdict> {
-        let mut remarks = Vec::new();
+        let mut found = Found::default();
         let mut quantity = target.quantity(&target.of);
-        let mut value = self.value(target, &target.of, measured, &mut remarks)?;
+        let mut value = self.value(target, &target.of, measured, &mut found)?;
         if let Some((relation, other)) = &target.relation {
             let sign = if *relation == Relation::DividedBy { '/' } else { '-' };
             quantity = format!("{quantity} {sign} {}", target.quantity(other));
-            let other = self.value(target, other, measured, &mut remarks)?;
+            let other = self.value(target, other, measured, &mut found)?;
             value = value.zip(other).map(|(value, other)| match relation {
                 Relation::DividedBy => value / other,
                 Relation::Minus => value - other,
@@ -287,7 +292,10 @@ impl Targets {
         {
             return Err(self.error(Some(target.line), format!("{quantity} is {number}, not a finite number")));
         }
-        remarks.dedup();
+        if target.metric.depends_on_the_text() {
+            found.compare().map_err(|why| self.error(Some(target.line), format!("target {}: {why}", target.id)))?;
+        }
+        let Found { remarks, marked, .. } = found;
         Ok(Verdict {
             id: target.id.clone(),
             what: target.what.clone(),
@@ -296,7 +304,7 @@ impl Targets {
             threshold: target.threshold,
             measured: value,
             remark: (!remarks.is_empty()).then(|| remarks.join("; ")),
-            passed: value.is_some_and(|value| target.comparison.holds(value, target.threshold)),
+            passed: !marked && value.is_some_and(|value| target.comparison.holds(value, target.threshold)),
         })
     }
 
@@ -306,11 +314,11 @@ impl Targets {
         target: &Target,
         name: &str,
         measured: &BTreeMap<String, Figures>,
-        remarks: &mut Vec<String>,
+        found: &mut Found,
     ) -> Result<Option<f64>> {
         let lacks = |why: String| self.error(Some(target.line), format!("target {}: {why}", target.id));
         if let Some(figures) = measured.get(name) {
-            mark(figures, remarks);
+            found.add(name, &results::marks(figures), results::protocol(figures));
             let number = number(figures, target.metric);
             return number.map(Some).ok_or_else(|| lacks(format!("{name} has no {}", target.metric.name())));
         }
@@ -322,7 +330,7 @@ impl Targets {
             Origin::Packed { .. } => Err(lacks(format!("{name} was not measured"))),
             Origin::Result { path, baseline } => {
                 let figures = read_result(path).map_err(told)?;
-                mark(&figures, remarks);
+                found.add(path.display(), &results::marks(&figures), results::protocol(&figures));
                 let get = |path: &Path, figures: &Figures, metric: Metric| {
                     let why = || told(format!("{} holds no number {:?}", path.display(), metric.name()));
                     number(figures, metric).ok_or_else(why)
@@ -331,20 +339,22 @@ impl Targets {
                     return get(path, &figures, target.metric).map(Some);
                 };
                 let of_baseline = read_result(baseline).map_err(told)?;
-                mark(&of_baseline, remarks);
+                found.add(baseline.display(), &results::marks(&of_baseline), results::protocol(&of_baseline));
                 let ratio = get(path, &figures, Metric::Ppl)? / get(baseline, &of_baseline, Metric::Ppl)?;
                 Ok(Some(100.0 * (ratio - 1.0)))
             }
             Origin::Configurations { folder, model } => {
                 let at = target.at.expect("parsed with the metric");
                 let configurations = read_configurations(folder, model).map_err(told)?;
-                configurations.iter().for_each(|configuration| mark_if(&configuration.marks, remarks));
-                let found = best(&configurations, target.metric, at);
-                if found.is_none() {
-                    let what = if target.metric == Metric::LeastFlopsAtPpl { "perplexity" } else { "FLOPs per token" };
-                    remarks.push(format!("no configuration of {name} has a {what} of at most {at}"));
+                for Configuration { path, marks, protocol, .. } in &configurations {
+                    found.add(path.display(), marks, protocol.clone());
                 }
-                Ok(found)
+                let best = best(&configurations, target.metric, at);
+                if best.is_none() {
+                    let what = if target.metric == Metric::LeastFlopsAtPpl { "perplexity" } else { "FLOPs per token" };
+                    found.remarks.push(format!("no configuration of {name} has a {what} of at most {at}"));
+                }
+                Ok(best)
             }
         }
     }
@@ -388,15 +398,46 @@ fn number(figures: &Figures, metric: Metric) -> Option<f64> {
     value.as_f64().filter(|number| number.is_finite())
 }
 
-/// A figure of simulated data, or of a model that sees later tokens, carries the mark with it.
-fn mark(figures: &Figures, remarks: &mut Vec<String>) {
-    mark_if(&results::marks(figures), remarks);
+/// What comes with the numbers of one target.
+#[derive(Default)]
+struct Found {
+    remarks: Vec<String>,
+    /// A figure of simulated data, or of a model that sees later tokens, proves nothing.
+    marked: bool,
+    /// Of each result that the target looks at.
+    protocols: Vec<(String, Option<Protocol>)>,
 }
 
-fn mark_if(marks: &[&'static str], remarks: &mut Vec<String>) {
-    for mark in marks {
-        if !remarks.iter().any(|remark| remark == mark) {
-            remarks.push((*mark).to_owned());
+impl Found {
+    fn add(&mut self, name: impl fmt::Display, marks: &[&'static str], protocol: Option<Protocol>) {
+        self.marked |= !marks.is_empty();
+        for mark in marks {
+            if !self.remarks.iter().any(|remark| remark == mark) {
+                self.remarks.push((*mark).to_owned());
+            }
         }
+        self.protocols.push((name.to_string(), protocol));
+    }
+
+    /// Remarks on a result that does not say how it was measured beside one that does; two that say different things are
+    /// an error, in a sentence.
+    fn compare(&mut self) -> Result<(), String> {
+        let known = |(name, protocol): &'_ (String, Option<Protocol>)| Some((name.clone(), protocol.clone()?));
+        let Some((first, protocol)) = self.protocols.iter().find_map(known) else { return Ok(()) };
+        for (name, other) in self.protocols.iter().filter_map(known) {
+            let differing = protocol.iter().zip(&other).filter(|(one, other)| one != other);
+            let differing: Vec<String> = differing
+                .map(|((field, one), (_, other))| {
+                    format!("{field} {} and {}", short(&one.to_string()), short(&other.to_string()))
+                })
+                .collect();
+            if !differing.is_empty() {
+                return Err(format!("{first} and {name} do not compare: {}", differing.join(", ")));
+            }
+        }
+        if let Some((name, _)) = self.protocols.iter().find(|(_, protocol)| protocol.is_none()) {
+            self.remarks.push(format!("{name} does not say how it was measured, {first} does"));
+        }
+        Ok(())
     }
 }

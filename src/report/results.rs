@@ -1,6 +1,10 @@
 //! The files of a sweep: one JSON object each, by this program or another one.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
 
 use serde_json::{Map, Value};
 
@@ -181,12 +185,18 @@ pub fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 }
 
 fn read(path: &Path) -> Result<Map<String, Value>> {
-    let size = std::fs::metadata(path).map_err(Error::io(path))?.len();
     let refuse = |why: &str| Error::Json { path: path.to_owned(), why: why.to_owned() };
-    if size > MOST_BYTES {
+    // A pipe or a device could block, or never end.
+    if !std::fs::metadata(path).map_err(Error::io(path))?.is_file() {
+        return Err(refuse("no regular file, so no result"));
+    }
+    let mut bytes = Vec::new();
+    let mut limited = File::open(path).map_err(Error::io(path))?.take(MOST_BYTES + 1);
+    limited.read_to_end(&mut bytes).map_err(Error::io(path))?;
+    if bytes.len() as u64 > MOST_BYTES {
         return Err(refuse("larger than 16 MiB, so no result"));
     }
-    let bytes = without_bare_numbers(std::fs::read(path).map_err(Error::io(path))?);
+    let bytes = without_bare_numbers(&bytes);
     match json::parse::<Value>(path, &bytes)? {
         Value::Object(object) => Ok(object),
         _ => Err(refuse("not a JSON object")),
@@ -194,23 +204,28 @@ fn read(path: &Path) -> Result<Map<String, Value>> {
 }
 
 /// Python writes NaN and infinities as words that are no JSON: they become `null`.
-fn without_bare_numbers(mut bytes: Vec<u8>) -> Vec<u8> {
+fn without_bare_numbers(bytes: &[u8]) -> Vec<u8> {
     const WORDS: [&[u8]; 3] = [b"-Infinity", b"Infinity", b"NaN"];
-    let (mut index, mut in_text) = (0, false);
-    while index < bytes.len() {
-        match bytes[index] {
-            b'\\' if in_text => index += 1,
+    let mut replaced = Vec::with_capacity(bytes.len());
+    let (mut rest, mut in_text) = (bytes, false);
+    while let Some(&byte) = rest.first() {
+        let mut taken = 1;
+        match byte {
+            b'\\' if in_text => taken = rest.len().min(2),
             b'"' => in_text = !in_text,
             _ if in_text => {}
             _ => {
-                if let Some(word) = WORDS.into_iter().find(|word| bytes[index..].starts_with(word)) {
-                    bytes.splice(index..index + word.len(), *b"null");
+                if let Some(word) = WORDS.into_iter().find(|word| rest.starts_with(word)) {
+                    replaced.extend_from_slice(b"null");
+                    rest = &rest[word.len()..];
+                    continue;
                 }
             }
         }
-        index += 1;
+        replaced.extend_from_slice(&rest[..taken]);
+        rest = &rest[taken..];
     }
-    bytes
+    replaced
 }
 
 /// A number; `None` for `null`.
@@ -277,7 +292,7 @@ mod tests {
 
     #[test]
     fn bare_numbers_become_null_and_texts_stay() {
-        let text = |text: &str| String::from_utf8(without_bare_numbers(text.into())).unwrap();
+        let text = |text: &str| String::from_utf8(without_bare_numbers(text.as_bytes())).unwrap();
         assert_eq!(text(r#"{"a": NaN, "b": [-Infinity,Infinity]}"#), r#"{"a": null, "b": [null,null]}"#);
         assert_eq!(text(r#"{"NaN": "Infinity \" NaN"}"#), r#"{"NaN": "Infinity \" NaN"}"#);
         assert_eq!(text(r#"{"a": "\\", "b": NaN"#), r#"{"a": "\\", "b": null"#);

@@ -1,6 +1,10 @@
 //! Result files: what `bkpack eval --json` and `bkpack sweep` write, and the plainer files of other programs.
 
-use std::{fs::File, io::Read, path::Path};
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+};
 
 use serde_json::Value;
 
@@ -13,11 +17,16 @@ const MAX_FILES: usize = 10_000;
 /// A model at one amount of compute.
 #[derive(Debug)]
 pub(super) struct Configuration {
+    pub path: PathBuf,
     /// `None` where the model computes NaN or infinity.
     pub ppl: Option<f64>,
     pub flops_per_token: f64,
     pub marks: Vec<&'static str>,
+    pub protocol: Option<Protocol>,
 }
+
+/// What must be equal for figures of two results to compare; null where the result does not say.
+pub(super) type Protocol = [(&'static str, Value); 4];
 
 /// Reads one result; the error is a sentence.
 pub(super) fn read_result(path: &Path) -> Result<Figures, String> {
@@ -53,7 +62,8 @@ pub(super) fn read_configurations(folder: &Path, model: &str) -> Result<Vec<Conf
             .filter(|flops| *flops > 0.0)
             .ok_or_else(|| format!("{} holds no number \"flops_per_token\"", path.display()))?;
         let ppl = number(&figures, Metric::Ppl);
-        configurations.push(Configuration { ppl, flops_per_token, marks: marks(&figures) });
+        let (marks, protocol) = (marks(&figures), protocol(&figures));
+        configurations.push(Configuration { path, ppl, flops_per_token, marks, protocol });
     }
     if configurations.is_empty() {
         return Err(format!("{} holds no configuration of model {model:?}", folder.display()));
@@ -66,6 +76,14 @@ pub(super) fn marks(figures: &Figures) -> Vec<&'static str> {
     let marks = [("simulated", "SIMULATED"), ("looks_ahead", "LOOKS AHEAD")];
     let given = |key| figures.get(key).is_some_and(|value| *value != Value::Bool(false) && !value.is_null());
     marks.into_iter().filter(|(key, _)| given(*key)).map(|(_, mark)| mark).collect()
+}
+
+/// On what a result was measured, where it says so.
+pub(super) fn protocol(figures: &Figures) -> Option<Protocol> {
+    let protocol = figures.get("protocol")?.as_object()?;
+    let field = |name: &str| protocol.get(name).cloned().unwrap_or_default();
+    let text = protocol.get("text").and_then(|text| text.get("blake3")).cloned().unwrap_or_default();
+    Some([("text", text), ("ctx", field("ctx")), ("skip", field("skip")), ("scored", field("scored"))])
 }
 
 /// The bytes of a file that is expected to be small; the error is a sentence.
