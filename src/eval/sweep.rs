@@ -327,6 +327,9 @@ impl Sweep {
     ) -> Result<Measured> {
         let (evaluation, failure) = match evaluated {
             Ok(evaluation) => (Some(evaluation), None),
+            Err(Error::Output { path, why }) if path == subject.checkpoint.path() => {
+                (None, Some(format!("the baseline is to blame, not the packed model: {why}")))
+            }
             // The sentence names a packed file that may be gone; the reason is what counts.
             Err(Error::Output { why, .. }) => (None, Some(why)),
             Err(error) => return Err(error),
