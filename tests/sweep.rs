@@ -161,6 +161,16 @@ fn packed_files_are_kept_if_asked_for() {
     assert_eq!(names(&setup.results()), ["mamba_int8.bkpack", "mamba_quant_int8.json"].map(String::from).into());
     let mut verify = bkpack();
     succeeded(&verify.arg("verify").arg(setup.results().join("mamba_int8.bkpack")).output().unwrap());
+
+    // Stopped between the packed file and its result, it goes on; another file of that name stays.
+    let arguments = [model.to_str().unwrap(), "--bits", "int8", "--keep-packed"];
+    std::fs::remove_file(setup.results().join("mamba_quant_int8.json")).unwrap();
+    refused(&setup.sweep(&[&arguments[..], &["--group-size", "32"]].concat()), &["mamba_int8.bkpack"]);
+    succeeded(&setup.sweep(&arguments));
+    assert!(setup.results().join("mamba_quant_int8.json").exists());
+    std::fs::remove_file(setup.results().join("mamba_quant_int8.json")).unwrap();
+    std::fs::write(setup.results().join("mamba_int8.bkpack"), "other").unwrap();
+    refused(&setup.sweep(&arguments), &["mamba_int8.bkpack"]);
 }
 
 #[test]

@@ -363,6 +363,9 @@ fn compute_of(
         table.show(result["config_id"].as_str().unwrap_or_default(), &COMPUTE_COLUMNS, compute_row(&result))?;
         results.push(result);
     }
+    if sweep.force {
+        sweep.remove_beyond(subject, results.len())?;
+    }
     Ok(results)
 }
 

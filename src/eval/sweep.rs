@@ -301,9 +301,11 @@ impl Sweep {
             }
         };
         let path = folder.join(format!("{}_{}.bkpack", subject.name, precision.name()));
-        format::check_output(&path, self.force)?;
+        // A sweep that was stopped before its result leaves the packed file.
+        let replace = self.force || (self.keep_packed && packed_before(&path, subject, &options));
+        format::check_output(&path, replace)?;
         let packing = Packing::plan(&subject.checkpoint, &options, &path, self.cpu, observer)?;
-        packing.write(self.cpu, self.force, observer)?;
+        packing.write(self.cpu, replace, observer)?;
         let mut hasher = blake3::Hasher::new();
         std::io::copy(&mut File::open(&path).map_err(Error::io(&path))?, &mut hasher).map_err(Error::io(&path))?;
         Ok(Packed {
@@ -326,6 +328,9 @@ impl Sweep {
     ) -> Result<Measured> {
         let (evaluation, failure) = match evaluated {
             Ok(evaluation) => (Some(evaluation), None),
+            Err(Error::Output { path, why }) if path == subject.checkpoint.path() => {
+                (None, Some(format!("the baseline is to blame, not the packed model: {why}")))
+            }
             // The sentence names a packed file that may be gone; the reason is what counts.
             Err(Error::Output { why, .. }) => (None, Some(why)),
             Err(error) => return Err(error),
@@ -404,6 +409,26 @@ impl Sweep {
             }
         }
     }
+}
+
+/// Whether a file is what a sweep packs of these files of weights with these options.
+fn packed_before(path: &Path, subject: &Subject, options: &PackOptions) -> bool {
+    let Ok(file) = PackedFile::open(path) else { return false };
+    let manifest = file.manifest();
+    let mut policy = options.policy.record();
+    policy["rounding"] = match options.rounding {
+        Rounding::Nearest => json!("rtn"),
+        Rounding::Search => json!("search"),
+    };
+    let same_policy =
+        policy.as_object().is_some_and(|policy| policy.iter().all(|(key, value)| manifest.policy[key] == *value));
+    let weights = subject.checkpoint.weight_files();
+    same_policy
+        && manifest.source.files.len() == weights.len()
+        && manifest.source.files.iter().zip(weights).all(|(packed, file)| {
+            packed.name == file.name()
+                && packed.blake3 == blake3::Hasher::new().update_rayon(file.bytes()).finalize().to_hex().as_str()
+        })
 }
 
 /// Writes a result in one step.

@@ -175,6 +175,23 @@ impl Sweep {
         self.found(&path, &self.compute_key(subject, precision, configuration))
     }
 
+    /// Removes results of an earlier sweep with more configurations than `count`: they belong to none of these.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn remove_beyond(&self, subject: &Subject, count: usize) -> Result<()> {
+        let prefix = format!("{}_config_", subject.name);
+        for entry in std::fs::read_dir(&self.folder).map_err(Error::io(&self.folder))? {
+            let path = entry.map_err(Error::io(&self.folder))?.path();
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let index = name.strip_prefix(&prefix).and_then(|rest| rest.strip_suffix(".json"));
+            if index.and_then(|index| index.parse().ok()).is_some_and(|index: usize| index >= count) {
+                std::fs::remove_file(&path).map_err(Error::io(&path))?;
+            }
+        }
+        Ok(())
+    }
+
     /// The ranking of the layers that is there already.
     ///
     /// # Errors
