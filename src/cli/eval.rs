@@ -26,8 +26,8 @@ Examples:
       What packing cost: perplexity of both, KL divergence, agreement
   bkpack eval model.bkpack --baseline ./model --text test.txt --by-component
       And what each component costs, in bytes and KL divergence
-  bkpack eval model.bkpack --text test.txt --ctx 512 --skip 256
-      The protocol of llama.cpp: the second half of each window is scored
+  bkpack eval model.bkpack --text test.txt --ctx 512 --skip 257
+      The protocol of llama.cpp: 255 tokens of each window are scored
   bkpack eval model.bkpack --tokens ids.json --activations int8 --json
       Token ids of your own, 8-bit activations, figures as JSON";
 
