@@ -365,6 +365,9 @@ pub enum Error {
     /// A measurement of quality on random weights.
     #[error("{}: its weights are random (written by bkpack synth): perplexity would mean nothing", path.display())]
     Synthetic { path: PathBuf },
+    /// The layout of another runtime cannot hold the model.
+    #[error("{}: cannot be exported to {target}: {why}", path.display(), why = long(why))]
+    Export { path: PathBuf, target: &'static str, why: String },
     /// The files of a sweep hold nothing that can be used.
     #[error("{}: {why}", path.display(), why = long(why))]
     Results { path: PathBuf, why: String },

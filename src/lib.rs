@@ -19,6 +19,7 @@ pub mod checkpoint;
 pub mod encoding;
 pub mod error;
 pub mod eval;
+pub mod export;
 pub mod format;
 mod json;
 mod mmap;
