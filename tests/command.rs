@@ -2,6 +2,8 @@
 //! a kill and a full disk.
 
 mod common;
+#[path = "common/command.rs"]
+mod output;
 
 use std::{
     collections::BTreeSet,
@@ -13,6 +15,7 @@ use std::{
 
 use assert_cmd::cargo::cargo_bin;
 use common::{Random, Stored, fixture, safetensors};
+use output::{refused, succeeded};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -29,23 +32,6 @@ fn text() -> PathBuf {
 /// Runs to the end.
 fn run(command: &mut Command) -> Output {
     command.output().unwrap()
-}
-
-#[track_caller]
-fn succeeded(output: &Output) -> String {
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
-
-/// Asserts an exit status of 2 and one sentence on standard error, with these words.
-#[track_caller]
-fn refused(output: &Output, words: &[&str]) {
-    let message = String::from_utf8(output.stderr.clone()).unwrap();
-    assert_eq!(output.status.code(), Some(2), "{message}");
-    assert!(message.starts_with("error: ") && message.trim_end().lines().count() == 1, "{message}");
-    for word in words {
-        assert!(message.contains(word), "{word:?} is not in: {message}");
-    }
 }
 
 fn json(text: &str) -> serde_json::Map<String, Value> {

@@ -1,5 +1,8 @@
 //! `bkpack sweep`: what it writes, what it leaves alone when run again, and what it refuses.
 
+#[path = "common/command.rs"]
+mod output;
+
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
@@ -8,6 +11,7 @@ use std::{
 };
 
 use assert_cmd::cargo::cargo_bin;
+use output::{refused, succeeded};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -17,20 +21,6 @@ fn fixture(name: &str) -> PathBuf {
 
 fn bkpack() -> Command {
     Command::new(cargo_bin("bkpack"))
-}
-
-#[track_caller]
-fn succeeded(output: &Output) -> String {
-    assert_eq!(output.status.code(), Some(0), "{output:?}");
-    String::from_utf8(output.stdout.clone()).unwrap()
-}
-
-#[track_caller]
-fn refused(output: &Output, words: &[&str]) {
-    let message = String::from_utf8(output.stderr.clone()).unwrap();
-    assert_eq!(output.status.code(), Some(2), "{message}");
-    assert!(message.starts_with("error: ") && message.trim_end().lines().count() == 1, "{message}");
-    words.iter().for_each(|word| assert!(message.contains(word), "{word:?} is not in: {message}"));
 }
 
 fn names(folder: &Path) -> BTreeSet<String> {

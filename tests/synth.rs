@@ -1,6 +1,9 @@
 //! Synthetic checkpoints: their shapes are the real ones, their bytes are reproducible and marked, and no failure
 //! leaves anything behind.
 
+#[path = "common/command.rs"]
+mod output;
+
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -20,6 +23,7 @@ use bkpack::{
     tensor::TensorSource,
 };
 use bkpack_kernels::{Cpu, FloatType};
+use output::{refused, succeeded};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -56,15 +60,6 @@ fn synth(output: &Path, arguments: &[&str]) -> Command {
 
 fn run(command: &mut Command) -> Output {
     command.output().unwrap()
-}
-
-/// Asserts an exit status of 2 and one sentence with these words.
-#[track_caller]
-fn refused(output: &Output, words: &[&str]) {
-    let message = String::from_utf8(output.stderr.clone()).unwrap();
-    assert_eq!(output.status.code(), Some(2), "{message}");
-    assert!(message.starts_with("error: ") && message.trim_end().lines().count() == 1, "{message}");
-    words.iter().for_each(|word| assert!(message.contains(word), "{word:?} is not in: {message}"));
 }
 
 #[test]
@@ -225,8 +220,7 @@ fn quality_of_random_weights_is_refused_and_nothing_else() {
         &["verify", &packed, "--min-ratio", "6"],
         &["logits", &packed, "--tokens", &tokens, "-o", &logits],
     ] {
-        let outcome = bkpack(arguments);
-        assert_eq!(outcome.status.code(), Some(0), "{arguments:?}: {outcome:?}");
+        succeeded(&bkpack(arguments));
     }
     // The mark travels with the packed file, and so does the refusal.
     assert!(is_synthetic(PackedFile::open(packed.as_ref()).unwrap().config().unwrap()));
@@ -252,7 +246,7 @@ fn nothing_real_is_replaced() {
     let folder = TempDir::new().unwrap();
     let output = folder.path().join("model");
     let write = |arguments: &[&str]| run(&mut synth(&output, &[&["-q", "--layers", "1"], arguments].concat()));
-    let succeeds = |arguments: &[&str]| assert_eq!(write(arguments).status.code(), Some(0));
+    let succeeds = |arguments: &[&str]| drop(succeeded(&write(arguments)));
 
     // An empty folder is filled; one with files asks for --force, and keeps what is not the model's.
     std::fs::create_dir(&output).unwrap();
