@@ -66,6 +66,22 @@ pub struct PackOptions {
     pub shard_bytes: Option<u64>,
 }
 
+impl PackOptions {
+    /// What `bkpack convert` does unless told otherwise: scales searched for least error, one file, no weight that is not
+    /// finite.
+    pub fn new(policy: Policy) -> Self {
+        Self {
+            policy,
+            rounding: Rounding::Search,
+            feedback: false,
+            calibration: None,
+            ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
+            allow_nonfinite: false,
+            shard_bytes: None,
+        }
+    }
+}
+
 /// The text that a policy or calibrated rounding goes by, for the manifest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Calibration {
@@ -76,6 +92,23 @@ pub struct Calibration {
 }
 
 /// A conversion whose every size is known.
+///
+/// ```
+/// use bkpack::{checkpoint, format::PackedFile, pack::{PackOptions, Packing}, policy::Policy, progress::Silent};
+/// use bkpack_kernels::Cpu;
+///
+/// # let folder = tempfile::tempdir().unwrap();
+/// # let output = folder.path().join("model.bkpack");
+/// let checkpoint = checkpoint::open("fixtures/llama".as_ref())?;
+/// let options = PackOptions::new(Policy::uniform("int4:g64".parse()?, &["embed".into()], &[])?);
+/// let packing = Packing::plan(&checkpoint, &options, &output, Cpu::detect(), &Silent)?;
+/// let planned = packing.file_bytes(); // exact, and nothing is written yet
+/// let written = packing.write(Cpu::detect(), false, &Silent)?;
+/// assert_eq!(written, [output.clone()]);
+/// assert_eq!(output.metadata().unwrap().len(), planned);
+/// PackedFile::open(&output)?.check_contents(&Silent)?;
+/// # Ok::<_, bkpack::Error>(())
+/// ```
 pub struct Packing<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a PackOptions,

@@ -150,6 +150,12 @@ fn dequantization_is_exact() {
                 cpu.dequantize(&w, first, &mut out);
                 assert_eq!(bits(&out), bits(&expected[first * cols..][..out.len()]), "{context} on {}", cpu.isa());
 
+                if rows > 0 {
+                    let mut row = vec![f32::NAN; cols];
+                    cpu.dequantize_row(&w, first, &mut row);
+                    assert_eq!(bits(&row), bits(&expected[first * cols..][..cols]), "{context} on {}", cpu.isa());
+                }
+
                 let mut gathered = vec![f32::NAN; indices.len() * cols];
                 cpu.gather_rows(&w, &indices, &mut gathered);
                 for (i, &index) in indices.iter().enumerate() {
@@ -192,6 +198,11 @@ fn check_matmul(random: &mut Random, encoding: Encoding, rows: usize, cols: usiz
             assert!(error <= bound, "{context} on {}: [{token}, {row}] {found} for {expected}", cpu.isa());
         }
         let out = bits(&out);
+        if tokens == 1 {
+            let mut alone = vec![f32::NAN; rows];
+            cpu.matvec(&x, &w, &mut alone);
+            assert_eq!(bits(&alone), out, "{context} on {}", cpu.isa());
+        }
         assert_eq!(&out, first.get_or_insert_with(|| out.clone()), "{context} on {}", cpu.isa());
     }
 }

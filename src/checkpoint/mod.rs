@@ -115,6 +115,17 @@ struct Location {
 
 /// Opens a checkpoint as it is; see [`open_with`].
 ///
+/// ```
+/// use bkpack::{checkpoint, tensor::TensorSource};
+///
+/// let checkpoint = checkpoint::open("fixtures/llama".as_ref())?;
+/// assert_eq!(checkpoint.kind().name(), "huggingface");
+/// assert_eq!(checkpoint.names().len(), 56);
+/// assert_eq!(checkpoint.shape("model.embed_tokens.weight"), Some(&[4096, 256][..]));
+/// assert_eq!(checkpoint.parameters(), 5_475_584);
+/// # Ok::<_, bkpack::Error>(())
+/// ```
+///
 /// # Errors
 /// As [`open_with`].
 pub fn open(path: &Path) -> Result<Checkpoint> {

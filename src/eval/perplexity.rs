@@ -136,6 +136,25 @@ pub struct Options {
 
 /// Measures a model's perplexity on `tokens`, and its distance to `baseline`, which runs side by side.
 ///
+/// ```
+/// use bkpack::{
+///     checkpoint,
+///     eval::{perplexity::{Options, evaluate}, text::{Tokenizer, read_text}},
+///     ops::cpu::Activations,
+///     progress::Silent,
+/// };
+/// use bkpack_kernels::Cpu;
+///
+/// let model = checkpoint::open("fixtures/llama".as_ref())?;
+/// let mut tokens = Tokenizer::load(&model)?.encode(&read_text("fixtures/wikitext2.test.txt".as_ref())?)?;
+/// tokens.truncate(512);
+/// let options = Options { ctx: Some(256), skip: 1, activations: Activations::Exact, allow_lookahead: false };
+/// let measured = evaluate(Cpu::detect(), &model, None, &tokens, &options, &Silent)?;
+/// assert_eq!((measured.windows, measured.scored), (2, 510));
+/// assert!(measured.ppl > 1.0 && measured.ppl < 100.0);
+/// # Ok::<_, bkpack::Error>(())
+/// ```
+///
 /// # Errors
 /// As [`Model::load`] and [`Protocol::new`]; [`Error::Synthetic`] for random weights; [`Error::Tokens`] for ids outside
 /// of the vocabulary or too few for one window; [`Error::Incomparable`] for a baseline of another vocabulary;

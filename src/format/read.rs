@@ -28,6 +28,26 @@ use crate::{
 };
 
 /// A packed model, mapped. Weights are handed out without copying.
+///
+/// ```
+/// use bkpack::{format::PackedFile, tensor::TensorSource};
+/// use bkpack_kernels::Cpu;
+///
+/// let packed = PackedFile::open("spec/vectors/valid/int4-symmetric.bkpack".as_ref())?;
+/// let entry = packed.entry("w.33_by_32").unwrap(); // 33 columns, a scale for each 32
+/// assert_eq!((entry.shape.as_slice(), entry.encoding.to_string()), (&[3, 33][..], "INT4 g32 f32 scales".to_owned()));
+///
+/// let [codes, scales] = entry.parts.as_slice() else { panic!("no zero points where it is symmetric") };
+/// assert_eq!(codes.name, "w.33_by_32_packed");
+/// assert_eq!(packed.part_bytes(codes).len(), 3 * 5 * 4); // each row fills whole 32-bit words
+/// assert_eq!(packed.part_bytes(scales).len(), 3 * 2 * 4);
+///
+/// let tensor = packed.tensor("w.33_by_32")?; // borrowed from the memory map
+/// let mut row = [0.0; 33];
+/// Cpu::detect().dequantize(&tensor.matrix(), 1, &mut row);
+/// # assert!(row.iter().any(|value| *value != 0.0));
+/// # Ok::<_, bkpack::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct PackedFile {
     path: PathBuf,
@@ -304,8 +324,11 @@ impl PackedFile {
         self.files.iter().map(|(name, part)| (name.as_str(), part))
     }
 
-    /// A part's bytes.
-    pub(super) fn part_bytes(&self, part: &PackedPart) -> &[u8] {
+    /// The bytes of a part of this file, in its memory map, aligned to the part's element size.
+    ///
+    /// # Panics
+    /// It may, if the part is another file's.
+    pub fn part_bytes(&self, part: &PackedPart) -> &[u8] {
         &self.shards[part.shard].map[part.range.clone()]
     }
 

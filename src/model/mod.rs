@@ -131,7 +131,24 @@ pub fn max_positions(source: &dyn TensorSource) -> Result<usize> {
     })
 }
 
-/// A model that can be run, its weights borrowed from its source.
+/// A model that can be run, its weights borrowed from its source: a packed file or a checkpoint.
+///
+/// ```
+/// use bkpack::{checkpoint, model::Model, ops::{Ops, cpu::{Activations, CpuOps}}};
+/// use bkpack_kernels::Cpu;
+///
+/// let source = checkpoint::open("fixtures/llama".as_ref())?;
+/// let ops = CpuOps::new(Cpu::detect(), Activations::Exact);
+/// let model = Model::load(&source, &ops)?;
+///
+/// let mut state = model.state(16)?; // room for 16 positions
+/// let hidden = model.forward(&[17, 250, 1023], &mut state)?; // [3, hidden_size]
+/// let mut logits = Vec::new();
+/// ops.read(&model.logits(&hidden, 2, 1)?, &mut logits)?; // those after the last token
+/// assert_eq!((logits.len(), state.positions()), (model.vocab_size(), 3));
+/// # assert!(logits.iter().all(|logit| logit.is_finite()));
+/// # Ok::<_, bkpack::Error>(())
+/// ```
 pub struct Model<'a, O: Ops> {
     path: &'a Path,
     network: Network<'a, O>,

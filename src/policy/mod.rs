@@ -82,6 +82,26 @@ impl Decision {
 }
 
 /// How encodings are chosen, and the exceptions to it.
+///
+/// ```
+/// use bkpack::policy::{Policy, TensorInfo};
+///
+/// let policy = Policy::uniform("int4:g64".parse()?, &["lm_head".into()], &["down_proj=int6:asym".into()])?;
+/// let tensor = |name: &str, shape: &[usize]| {
+///     let (component, rule) = policy.components.classify(Some("LlamaForCausalLM"), name, shape);
+///     TensorInfo { name: name.into(), shape: shape.to_vec(), component: component.into(), rule }
+/// };
+/// let decisions = policy.resolve(&[
+///     tensor("model.layers.0.mlp.up_proj.weight", &[704, 256]),
+///     tensor("model.layers.0.mlp.down_proj.weight", &[256, 704]),
+///     tensor("model.norm.weight", &[256]),
+///     tensor("lm_head.weight", &[4096, 256]),
+/// ])?;
+/// let requests: Vec<String> =
+///     decisions.iter().map(|decision| decision.alternatives[0].request.to_string()).collect();
+/// assert_eq!(requests, ["int4:g64", "int6:g128:asym", "keep", "keep"]);
+/// # Ok::<_, bkpack::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Policy {
     pub components: ComponentRules,

@@ -226,6 +226,15 @@ impl Cpu {
         self.decode_rows(w, out, |i| first_row + i);
     }
 
+    /// Dequantizes one row, `[cols]`, on the calling thread alone.
+    ///
+    /// # Panics
+    /// If there is no such row, or `out` has another length.
+    pub fn dequantize_row(self, w: &Matrix, row: usize, out: &mut [f32]) {
+        assert!(row < w.rows() && out.len() == w.cols(), "the output is not a row of the matrix");
+        self.dispatch(DecodeRow { w, row, out });
+    }
+
     /// Dequantizes the rows that `rows` names, as an embedding does. `out` is [rows.len(), cols].
     ///
     /// # Panics

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use super::Kernel;
 use super::dequantize::{BLOCK, PackedRow, Row, Scratch, decode, load_floats, row, unpack_codes, zero_point};
 use super::matmul::Output;
 use super::simd::{LANES, Simd};
+use super::{Cpu, Kernel};
 use crate::matrix::{Grid, Matrix};
 
 /// The most tokens that this kernel takes.
@@ -14,6 +14,25 @@ pub(super) const MAX_TOKENS: usize = 7;
 /// Columns of activations in a row, padded with zeros for whole chunks of codes.
 pub(super) fn padded_columns(cols: usize) -> usize {
     cols.next_multiple_of(64)
+}
+
+impl Cpu {
+    /// `out = w * x` on the calling thread alone: bit for bit what [`matmul`](Self::matmul) gives for one token. `x` is
+    /// [cols], `out` is [rows].
+    ///
+    /// # Panics
+    /// If `x` or `out` has another length.
+    pub fn matvec(self, x: &[f32], w: &Matrix, out: &mut [f32]) {
+        let (rows, cols) = (w.rows(), w.cols());
+        assert_eq!((x.len(), out.len()), (cols, rows), "the vectors do not fit the matrix");
+        if cols == 0 {
+            out.fill(0.0);
+            return;
+        }
+        let mut activations = vec![0.0; padded_columns(cols)];
+        activations[..cols].copy_from_slice(x);
+        self.dispatch(Gemv { x: &activations, w, rows: 0..rows, out: &Output::new(out, 1, rows) });
+    }
 }
 
 /// Dot products of some rows with all tokens.
