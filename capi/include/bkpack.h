@@ -4,7 +4,9 @@
  * Calls return a bkpack_status. BKPACK_STATUS_OK is 0; after any other, bkpack_last_error() says in one sentence what was
  * wrong, outputs are as they were, and the model can go on being used.
  *
- * Threads: any number of threads may use one model at once; only bkpack_close() must come after all of them.
+ * Threads: any number of threads may use one model at once; only bkpack_close() must come after all of them. Threads that
+ * the library starts stay until the process ends, so it must not be unloaded (dlclose), and a process that forks without
+ * exec can multiply on the calling thread alone.
  *
  * Pointers: an argument that is NULL, too short or misaligned is refused with BKPACK_STATUS_ARGUMENT. One that is neither
  * NULL nor valid cannot be told apart from a valid one: as everywhere in C, the behaviour is undefined. Strings are UTF-8

@@ -18,7 +18,7 @@ pub(super) fn padded_columns(cols: usize) -> usize {
 
 impl Cpu {
     /// `out = w * x` on the calling thread alone: bit for bit what [`matmul`](Self::matmul) gives for one token. `x` is
-    /// [cols], `out` is [rows].
+    /// `[cols]`, `out` is `[rows]`.
     ///
     /// # Panics
     /// If `x` or `out` has another length.
