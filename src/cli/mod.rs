@@ -7,6 +7,7 @@ mod convert;
 mod diff;
 mod eval;
 mod explain;
+mod export;
 mod figure;
 mod generate;
 mod importance;
@@ -61,6 +62,8 @@ enum Command {
     Inspect(inspect::InspectArgs),
     Explain(explain::ExplainArgs),
     Diff(diff::DiffArgs),
+    Export(export::ExportArgs),
+    CheckExport(export::CheckExportArgs),
     Calibrate(calibrate::CalibrateArgs),
     Importance(importance::ImportanceArgs),
     Sensitivity(sensitivity::SensitivityArgs),
@@ -117,6 +120,8 @@ pub fn run() -> ExitCode {
         Command::Inspect(args) => inspect::run(args).map(|()| ExitCode::SUCCESS),
         Command::Explain(args) => explain::run(args).map(|()| ExitCode::SUCCESS),
         Command::Diff(args) => diff::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Export(args) => export::run(args).map(|()| ExitCode::SUCCESS),
+        Command::CheckExport(args) => export::check(args),
         Command::Calibrate(args) => calibrate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Importance(args) => importance::run(args).map(|()| ExitCode::SUCCESS),
         Command::Sensitivity(args) => sensitivity::run(args).map(|()| ExitCode::SUCCESS),

@@ -1,8 +1,62 @@
 //! Packed models in the layouts of other runtimes: what would become of each tensor, and the writing of it.
+//!
+//! [`plan`] says what an export would be; [`export`] writes it, if nothing makes it impossible.
 
+use std::path::Path;
+
+use bkpack_kernels::FloatType;
 use serde::Serialize;
 
-use crate::encoding::Encoding;
+use crate::{
+    encoding::Encoding,
+    error::{Error, Result},
+    format::PackedFile,
+    progress::Observer,
+};
+
+/// A layout that a packed model can be written in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Target {
+    /// One file for llama.cpp.
+    Gguf,
+    /// A folder for vLLM and transformers: `pack-quantized` of compressed-tensors.
+    CompressedTensors,
+    /// A folder for MLX (mlx_lm).
+    Mlx,
+    /// A folder for GPTQModel and what loads its checkpoints, version 2 of the layout.
+    Gptq,
+    /// A Hugging Face folder of dequantized weights.
+    Safetensors,
+    /// One file of NumPy arrays.
+    Npz,
+}
+
+impl Target {
+    /// The name as the command line has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Target::Gguf => "gguf",
+            Target::CompressedTensors => "compressed-tensors",
+            Target::Mlx => "mlx",
+            Target::Gptq => "gptq",
+            Target::Safetensors => "safetensors",
+            Target::Npz => "npz",
+        }
+    }
+}
+
+/// What to make of a packed model.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Type of what is plain in the export, and of the scales where the layout leaves their type open. By default F32 for
+    /// dequantized weights ([`Target::Safetensors`], [`Target::Npz`]) and F16 beside quantized ones.
+    pub dtype: Option<FloatType>,
+    /// Round what the layout cannot hold as it is to the nearest of its own types, where it has any (GGUF's K-quants).
+    pub requantize: bool,
+    /// Weights in place of codes and scales ([`Target::Npz`]).
+    pub dequantize: bool,
+}
 
 /// What becomes of one tensor of a packed file in another runtime's layout.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -52,4 +106,70 @@ pub struct Plan {
     pub warnings: Vec<Refusal>,
     /// What else the user should know, a sentence each.
     pub notices: Vec<String>,
+}
+
+impl Plan {
+    /// Stops an export that is not possible.
+    ///
+    /// # Errors
+    /// [`Error::Export`] with the first reason and the number of others.
+    pub fn check(&self, packed: &Path, target: Target) -> Result<()> {
+        let Some(first) = self.refusals.first() else { return Ok(()) };
+        let more = match self.refusals.len() - 1 {
+            0 => String::new(),
+            1 => " (and 1 more reason; see check-export)".into(),
+            more => format!(" (and {more} more reasons; see check-export)"),
+        };
+        let why = format!("{}{more}", first.why);
+        Err(Error::Export { path: packed.to_owned(), target: target.name(), why })
+    }
+}
+
+/// Says what an export would be: every tensor, every byte, every runtime that would refuse it. Nothing is written.
+///
+/// # Errors
+/// A packed file that cannot be read; an option that the target has no use for.
+pub fn plan(packed: &PackedFile, target: Target, options: &Options) -> Result<Plan> {
+    check_options(target, options)?;
+    match target {
+        Target::Gguf => Err(no_gguf(packed)),
+        _ => Err(no_gguf(packed)),
+    }
+}
+
+/// Writes a packed model in another layout: all of it appears under its name, or nothing. Returns what was planned.
+///
+/// # Errors
+/// [`Error::Export`] if the target cannot hold the model, before anything is written; [`Error::Exists`] unless `force`;
+/// [`Error::BadOutput`], [`Error::Io`], [`Error::Cancelled`].
+pub fn export(
+    packed: &PackedFile,
+    target: Target,
+    options: &Options,
+    _output: &Path,
+    _force: bool,
+    _observer: &dyn Observer,
+) -> Result<Plan> {
+    check_options(target, options)?;
+    match target {
+        Target::Gguf => Err(no_gguf(packed)),
+        _ => Err(no_gguf(packed)),
+    }
+}
+
+fn no_gguf(packed: &PackedFile) -> Error {
+    use crate::tensor::TensorSource;
+    let why = "this version writes no GGUF files".into();
+    Error::Export { path: packed.path().to_owned(), target: Target::Gguf.name(), why }
+}
+
+/// An option without effect is a mistake.
+fn check_options(target: Target, options: &Options) -> Result<()> {
+    let refuse =
+        |option, only: &str| Err(Error::Option { option, why: format!("is for {only}, not for {}", target.name()) });
+    match options {
+        Options { requantize: true, .. } if target != Target::Gguf => refuse("--requantize", "gguf"),
+        Options { dequantize: true, .. } if target != Target::Npz => refuse("--dequantize", "npz"),
+        _ => Ok(()),
+    }
 }

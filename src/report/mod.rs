@@ -3,6 +3,7 @@
 pub mod convert;
 pub mod efficiency;
 pub mod efficiency_figure;
+pub mod export;
 pub mod figure;
 pub mod importance;
 pub mod requirement;
