@@ -58,6 +58,24 @@ impl FloatName {
             FloatName::BF16 => "BF16",
         }
     }
+
+    /// The type of a safetensors file.
+    pub(crate) const fn safetensors(self) -> safetensors::Dtype {
+        match self {
+            FloatName::F32 => safetensors::Dtype::F32,
+            FloatName::F16 => safetensors::Dtype::F16,
+            FloatName::BF16 => safetensors::Dtype::BF16,
+        }
+    }
+
+    /// The name as config.json writes it (`torch_dtype`).
+    pub const fn torch(self) -> &'static str {
+        match self {
+            FloatName::F32 => "float32",
+            FloatName::F16 => "float16",
+            FloatName::BF16 => "bfloat16",
+        }
+    }
 }
 
 impl Encoding {

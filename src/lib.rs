@@ -37,6 +37,7 @@ pub mod encoding;
 pub mod error;
 pub mod eval;
 pub mod export;
+mod folder;
 pub mod format;
 mod json;
 mod mmap;

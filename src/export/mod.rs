@@ -2,16 +2,30 @@
 //!
 //! [`plan`] says what an export would be; [`export`] writes it, if nothing makes it impossible.
 
+mod compressed_tensors;
+mod folder;
+mod fused;
+mod gptq;
+mod integers;
+mod mlx;
+mod modules;
+mod npz;
+mod plain;
+mod safetensors;
+mod schemes;
+
 use std::path::Path;
 
 use bkpack_kernels::FloatType;
 use serde::Serialize;
 
+use self::folder::FolderExport;
 use crate::{
     encoding::Encoding,
     error::{Error, Result},
     format::PackedFile,
     progress::Observer,
+    tensor::TensorSource,
 };
 
 /// A layout that a packed model can be written in.
@@ -133,7 +147,8 @@ pub fn plan(packed: &PackedFile, target: Target, options: &Options) -> Result<Pl
     check_options(target, options)?;
     match target {
         Target::Gguf => Err(no_gguf(packed)),
-        _ => Err(no_gguf(packed)),
+        Target::Npz => Ok(npz::NpzExport::new(packed, options)?.plan),
+        _ => Ok(prepare_folder(packed, target, options)?.plan),
     }
 }
 
@@ -146,19 +161,37 @@ pub fn export(
     packed: &PackedFile,
     target: Target,
     options: &Options,
-    _output: &Path,
-    _force: bool,
-    _observer: &dyn Observer,
+    output: &Path,
+    force: bool,
+    observer: &dyn Observer,
 ) -> Result<Plan> {
     check_options(target, options)?;
     match target {
         Target::Gguf => Err(no_gguf(packed)),
-        _ => Err(no_gguf(packed)),
+        Target::Npz => {
+            let export = npz::NpzExport::new(packed, options)?;
+            export.write(output, force, observer)?;
+            Ok(export.plan)
+        }
+        _ => {
+            let export = prepare_folder(packed, target, options)?;
+            export.write(output, force, observer)?;
+            Ok(export.plan)
+        }
+    }
+}
+
+fn prepare_folder<'a>(packed: &'a PackedFile, target: Target, options: &Options) -> Result<FolderExport<'a>> {
+    match target {
+        Target::CompressedTensors => compressed_tensors::prepare(packed, options),
+        Target::Mlx => mlx::prepare(packed, options),
+        Target::Gptq => gptq::prepare(packed, options),
+        Target::Safetensors => safetensors::prepare(packed, options),
+        Target::Gguf | Target::Npz => unreachable!("one file, not a folder"),
     }
 }
 
 fn no_gguf(packed: &PackedFile) -> Error {
-    use crate::tensor::TensorSource;
     let why = "this version writes no GGUF files".into();
     Error::Export { path: packed.path().to_owned(), target: Target::Gguf.name(), why }
 }

@@ -1,29 +1,29 @@
 //! Checkpoints of the real shapes of known models with random weights, for work on size, memory and speed.
 
-mod folder;
 mod presets;
 mod tensors;
 mod values;
 
-use std::{fs::File, io::Write, path::Path};
+use std::{
+    fs::File,
+    io::{ErrorKind, Write},
+    path::Path,
+};
 
 use bkpack_kernels::FloatType;
 use rayon::prelude::*;
-use safetensors::{
-    Dtype,
-    tensor::{Metadata, TensorInfo},
-};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 pub use self::presets::Preset;
 use self::{
-    folder::PartialFolder,
     tensors::{LAYER_COUNTS, SynthTensor, tensors},
     values::{BLOCK, fill},
 };
 use crate::{
+    encoding::FloatName,
     error::{Error, Result},
-    model::config::SYNTHETIC_KEY,
+    folder::{CONFIG, INDEX, PartialFolder, Shard, Shards, StoredTensor, to_json, weight_files},
+    model::config::{SYNTHETIC_KEY, is_synthetic},
     progress::{Observer, Unit},
     quant::write_floats,
 };
@@ -51,17 +51,9 @@ pub struct Options {
 /// A synthetic checkpoint, planned to the byte.
 pub struct Synthesis {
     options: Options,
-    shards: Vec<Shard>,
-    config: Vec<u8>,
-    /// The index of a checkpoint of several shards.
-    index: Option<Vec<u8>>,
-}
-
-/// One file of weights.
-struct Shard {
-    name: String,
-    header: Vec<u8>,
     tensors: Vec<SynthTensor>,
+    shards: Shards,
+    config: Vec<u8>,
 }
 
 /// At most [`BLOCK`] values of a tensor.
@@ -78,31 +70,33 @@ impl Synthesis {
     /// [`Error::Option`] if the preset has fewer layers than asked for, or none are.
     pub fn plan(preset: &Preset, options: &Options) -> Result<Self> {
         let config = config(preset, options)?;
-        let shards = split(tensors(&config), options);
-        let index = (shards.len() > 1).then(|| render_index(&shards, options.dtype));
-        Ok(Self { options: *options, shards, config: to_json(&config), index })
+        let tensors = tensors(&config);
+        let dtype = FloatName::from(options.dtype).safetensors();
+        let stored =
+            |tensor: &SynthTensor| vec![StoredTensor { name: tensor.name.clone(), dtype, shape: tensor.shape.clone() }];
+        let shards =
+            Shards::plan(&tensors.iter().map(stored).collect::<Vec<_>>(), options.shard_bytes, &[("format", "pt")]);
+        Ok(Self { options: *options, tensors, shards, config: to_json(&config) })
     }
 
     /// The number of weights; a tied output head is none.
     pub fn parameters(&self) -> u64 {
-        self.tensors().map(|tensor| tensor.elements() as u64).sum()
+        self.tensors.iter().map(|tensor| tensor.elements() as u64).sum()
     }
 
     /// The number of tensors.
     pub fn tensor_count(&self) -> usize {
-        self.tensors().count()
+        self.tensors.len()
     }
 
     /// The number of files of weights.
     pub fn shard_count(&self) -> usize {
-        self.shards.len()
+        self.shards.files.len()
     }
 
     /// Bytes on disk of all files together.
     pub fn file_bytes(&self) -> u64 {
-        let headers: usize = self.shards.iter().map(|shard| shard.header.len()).sum();
-        let others = self.config.len() + self.index.as_ref().map_or(0, Vec::len);
-        self.data_bytes() + (headers + others) as u64
+        self.shards.file_bytes() + self.config.len() as u64
     }
 
     /// Writes the checkpoint: all of it appears under its name, or nothing.
@@ -113,28 +107,29 @@ impl Synthesis {
     /// [`Error::Exists`] if the folder holds files (unless `force`), [`Error::BadOutput`] if it holds a real model, is no
     /// folder or its disk has too little room; [`Error::Io`], [`Error::Cancelled`].
     pub fn write(&self, folder: &Path, force: bool, observer: &dyn Observer) -> Result<()> {
-        let partial = PartialFolder::create(folder, force, self.file_bytes())?;
+        let partial = PartialFolder::create(folder, force, self.file_bytes(), &replaceable)?;
         observer.begin("Writing", self.data_bytes(), Unit::Bytes);
-        for shard in &self.shards {
+        for shard in &self.shards.files {
             let mut file = partial.file(&shard.name)?;
             file.write_all(&shard.header).map_err(Error::io(folder.join(&shard.name)))?;
             self.write_tensors(shard, &mut file, &folder.join(&shard.name), observer)?;
         }
         observer.end();
         // The mark comes first, so that no random weights ever stand without it; the index, which opens them, last.
-        let mut names = vec!["config.json"];
-        write_whole(&partial, folder, "config.json", &self.config)?;
-        names.extend(self.shards.iter().map(|shard| shard.name.as_str()));
-        if let Some(index) = &self.index {
-            write_whole(&partial, folder, folder::INDEX, index)?;
-            names.push(folder::INDEX);
+        let mut names = vec![CONFIG];
+        partial.write(CONFIG, &self.config)?;
+        names.extend(self.shards.files.iter().map(|shard| shard.name.as_str()));
+        if let Some(index) = &self.shards.index {
+            partial.write(INDEX, index)?;
+            names.push(INDEX);
         }
-        partial.finish(&names)
+        partial.finish(&names, &[])
     }
 
     /// Draws blocks and writes those before them at the same time.
     fn write_tensors(&self, shard: &Shard, file: &mut File, path: &Path, observer: &dyn Observer) -> Result<()> {
-        let mut blocks = shard.tensors.iter().flat_map(blocks);
+        // All of one type, so the file holds them in this order.
+        let mut blocks = self.tensors[shard.groups.clone()].iter().flat_map(blocks);
         let (mut ready, mut drawn, mut unsynced) = (Vec::new(), Vec::new(), 0);
         loop {
             observer.check()?;
@@ -176,10 +171,6 @@ impl Synthesis {
         );
     }
 
-    fn tensors(&self) -> impl Iterator<Item = &SynthTensor> {
-        self.shards.iter().flat_map(|shard| &shard.tensors)
-    }
-
     fn data_bytes(&self) -> u64 {
         self.parameters() * self.options.dtype.bytes() as u64
     }
@@ -204,83 +195,23 @@ fn config(preset: &Preset, options: &Options) -> Result<Value> {
             }
         }
     }
-    config["torch_dtype"] = match options.dtype {
-        FloatType::F32 => "float32".into(),
-        FloatType::F16 => "float16".into(),
-        FloatType::BF16 => "bfloat16".into(),
-    };
+    config["torch_dtype"] = FloatName::from(options.dtype).torch().into();
     config[SYNTHETIC_KEY] = json!({ "preset": preset.name, "seed": options.seed });
     Ok(config)
 }
 
-/// Fills file after file, each up to `shard_bytes`.
-fn split(tensors: Vec<SynthTensor>, options: &Options) -> Vec<Shard> {
-    let mut groups: Vec<Vec<SynthTensor>> = vec![Vec::new()];
-    let mut filled = 0;
-    for tensor in tensors {
-        let bytes = (tensor.elements() * options.dtype.bytes()) as u64;
-        if filled > 0 && filled + bytes > options.shard_bytes {
-            groups.push(Vec::new());
-            filled = 0;
-        }
-        filled += bytes;
-        groups.last_mut().expect("there is a first").push(tensor);
+/// Whether a folder may be replaced: not one with weights or a config that are not marked as synthetic; what cannot be
+/// read is taken for real.
+fn replaceable(folder: &Path) -> Result<(), String> {
+    let real = "holds a model that is not synthetic";
+    match std::fs::read(folder.join(CONFIG)) {
+        Ok(bytes) if serde_json::from_slice(&bytes).is_ok_and(|config: Value| is_synthetic(&config)) => Ok(()),
+        Ok(_) => Err(real.into()),
+        Err(error) if error.kind() == ErrorKind::NotFound => match weight_files(folder) {
+            Ok(files) if files.is_empty() => Ok(()),
+            Ok(_) => Err(real.into()),
+            Err(error) => Err(format!("cannot be read ({error})")),
+        },
+        Err(error) => Err(format!("holds a config.json that cannot be read ({error})")),
     }
-    let count = groups.len();
-    let name = |index: usize| match count {
-        1 => folder::SINGLE.into(),
-        _ => format!("model-{:05}-of-{count:05}.safetensors", index + 1),
-    };
-    let shard = |(index, tensors): (usize, Vec<SynthTensor>)| Shard {
-        name: name(index),
-        header: render_header(&tensors, options.dtype),
-        tensors,
-    };
-    groups.into_iter().enumerate().map(shard).collect()
-}
-
-/// A safetensors header: its length, then JSON up to a multiple of 8 bytes.
-fn render_header(tensors: &[SynthTensor], dtype: FloatType) -> Vec<u8> {
-    let dtype_name = match dtype {
-        FloatType::F32 => Dtype::F32,
-        FloatType::F16 => Dtype::F16,
-        FloatType::BF16 => Dtype::BF16,
-    };
-    let mut end = 0;
-    let entries = tensors.iter().map(|tensor| {
-        let start = end;
-        end += tensor.elements() * dtype.bytes();
-        let info = TensorInfo { dtype: dtype_name, shape: tensor.shape.clone(), data_offsets: (start, end) };
-        (tensor.name.clone(), info)
-    });
-    let format = [("format".to_owned(), "pt".to_owned())];
-    let metadata = Metadata::new(Some(format.into()), entries.collect()).expect("offsets without holes");
-    let mut header = vec![0; 8];
-    serde_json::to_writer(&mut header, &metadata).expect("writing to memory");
-    header.resize(header.len().next_multiple_of(8), b' ');
-    let length = (header.len() - 8) as u64;
-    header[..8].copy_from_slice(&length.to_le_bytes());
-    header
-}
-
-fn render_index(shards: &[Shard], dtype: FloatType) -> Vec<u8> {
-    let (mut weight_map, mut total_size) = (Map::new(), 0);
-    for shard in shards {
-        for tensor in &shard.tensors {
-            total_size += tensor.elements() * dtype.bytes();
-            weight_map.insert(tensor.name.clone(), shard.name.as_str().into());
-        }
-    }
-    to_json(&json!({ "metadata": { "total_size": total_size }, "weight_map": weight_map }))
-}
-
-fn to_json(value: &Value) -> Vec<u8> {
-    let mut bytes = serde_json::to_vec_pretty(value).expect("a value is JSON");
-    bytes.push(b'\n');
-    bytes
-}
-
-fn write_whole(partial: &PartialFolder, folder: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    let mut file = partial.file(name)?;
-    file.write_all(bytes).and_then(|()| file.sync_data()).map_err(Error::io(folder.join(name)))
 }

@@ -1,22 +1,31 @@
-//! A folder that appears when all its files are written, or not at all.
+//! Folders in the layout of Hugging Face, as they are written: all files of one appear, or none.
 
-use std::{fs::File, io::ErrorKind, path::Path};
+mod shards;
+
+use std::{
+    fs::File,
+    io::{ErrorKind, Write},
+    path::{Path, PathBuf},
+};
 
 use serde_json::Value;
 use tempfile::TempDir;
 
+pub(crate) use self::shards::{Shard, Shards, StoredTensor};
 use crate::{
     error::{Error, Result},
     format::without_temporary_name,
-    model::config::is_synthetic,
 };
 
-pub(super) const SINGLE: &str = "model.safetensors";
-pub(super) const INDEX: &str = "model.safetensors.index.json";
-const CONFIG: &str = "config.json";
+pub(crate) const CONFIG: &str = "config.json";
+pub(crate) const SINGLE: &str = "model.safetensors";
+pub(crate) const INDEX: &str = "model.safetensors.index.json";
+
+/// Whether the model in a folder may be replaced; `Err` of a sentence says why not.
+pub(crate) type Replaceable<'a> = &'a dyn Fn(&Path) -> Result<(), String>;
 
 /// Files under temporary names. Dropped before [`PartialFolder::finish`], it removes them.
-pub(super) struct PartialFolder<'a> {
+pub(crate) struct PartialFolder<'a> {
     target: &'a Path,
     /// Whether the target stands already, so that files go into it one by one.
     exists: bool,
@@ -24,9 +33,13 @@ pub(super) struct PartialFolder<'a> {
 }
 
 impl<'a> PartialFolder<'a> {
-    /// Makes a temporary folder beside `target`, or in it if it exists.
-    pub(super) fn create(target: &'a Path, force: bool, needed: u64) -> Result<Self> {
-        let exists = check_target(target, force)?;
+    /// Makes a temporary folder beside `target`, or in it if it exists; `needed` bytes will be written.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] if the target holds files (unless `force`), [`Error::BadOutput`] if it is no folder, holds a model
+    /// that is not `replaceable`, or its disk has too little room; [`Error::Io`].
+    pub(crate) fn create(target: &'a Path, force: bool, needed: u64, replaceable: Replaceable) -> Result<Self> {
+        let exists = check_target(target, force, replaceable)?;
         let home = match target.parent() {
             _ if exists => target,
             Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -48,12 +61,24 @@ impl<'a> PartialFolder<'a> {
     }
 
     /// A new file in it.
-    pub(super) fn file(&self, name: &str) -> Result<File> {
+    pub(crate) fn file(&self, name: &str) -> Result<File> {
         File::create_new(self.temporary.path().join(name)).map_err(Error::io(self.target.join(name)))
     }
 
-    /// Gives the files `names`, which are all there are, their final place, in this order.
-    pub(super) fn finish(self, names: &[&str]) -> Result<()> {
+    /// A small file as a whole.
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let mut file = self.file(name)?;
+        file.write_all(bytes).and_then(|()| file.sync_data()).map_err(Error::io(self.target.join(name)))
+    }
+
+    /// The name that a file of it will have.
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.target.join(name)
+    }
+
+    /// Gives the files `names`, which are all there are, their final place, in this order. Of an older model in the folder
+    /// the weights go, and the files `others` that are not among `names`.
+    pub(crate) fn finish(self, names: &[&str], others: &[&str]) -> Result<()> {
         if !self.exists {
             std::fs::rename(self.temporary.path(), self.target).map_err(Error::io(self.target))?;
             // It has moved away: there is nothing to remove.
@@ -65,6 +90,13 @@ impl<'a> PartialFolder<'a> {
             let path = self.target.join(old);
             std::fs::remove_file(&path).map_err(Error::io(&path))?;
         }
+        for other in others.iter().filter(|other| !names.contains(other)) {
+            let path = self.target.join(other);
+            match std::fs::remove_file(&path) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io(&path)(error)),
+                _ => {}
+            }
+        }
         for name in names {
             let path = self.target.join(name);
             std::fs::rename(self.temporary.path().join(name), &path).map_err(Error::io(&path))?;
@@ -74,7 +106,7 @@ impl<'a> PartialFolder<'a> {
 }
 
 /// Whether the target exists; refuses one that must not be written to.
-fn check_target(target: &Path, force: bool) -> Result<bool> {
+fn check_target(target: &Path, force: bool, replaceable: Replaceable) -> Result<bool> {
     let refuse = |why: String| Err(Error::BadOutput { path: target.to_owned(), why });
     match std::fs::metadata(target) {
         Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -90,25 +122,16 @@ fn check_target(target: &Path, force: bool) -> Result<bool> {
             if !empty && !force {
                 return Err(Error::Exists { path: target.to_owned() });
             }
-            if holds_real_model(target)? {
-                return refuse("holds a model that is not synthetic, which --force does not replace".into());
+            if let Err(why) = replaceable(target) {
+                return refuse(format!("{why}, which --force does not replace"));
             }
             Ok(true)
         }
     }
 }
 
-/// Whether there are weights or a config that are not marked as synthetic; what cannot be read is taken for real.
-fn holds_real_model(folder: &Path) -> Result<bool> {
-    match std::fs::read(folder.join(CONFIG)) {
-        Ok(bytes) => Ok(!serde_json::from_slice::<Value>(&bytes).is_ok_and(|config| is_synthetic(&config))),
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(!weight_files(folder)?.is_empty()),
-        Err(error) => Err(Error::io(folder.join(CONFIG))(error)),
-    }
-}
-
 /// The names of a checkpoint's weights in a folder: one file, or an index, which comes first, and shards.
-fn weight_files(folder: &Path) -> Result<Vec<String>> {
+pub(crate) fn weight_files(folder: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
         let name = entry.map_err(Error::io(folder))?.file_name().to_string_lossy().into_owned();
@@ -119,6 +142,13 @@ fn weight_files(folder: &Path) -> Result<Vec<String>> {
     }
     names.sort_by_key(|name| name != INDEX);
     Ok(names)
+}
+
+/// A JSON file as people read it.
+pub(crate) fn to_json(value: &Value) -> Vec<u8> {
+    let mut bytes = serde_json::to_vec_pretty(value).expect("a value is JSON");
+    bytes.push(b'\n');
+    bytes
 }
 
 /// Refuses to begin what cannot end: a full disk would stop everyone's work on it.
@@ -141,7 +171,7 @@ mod tests {
         assert_eq!(error, "out: needs 1.001 GB, but only 1.000 GB are free on its disk");
         let folder = TempDir::new().unwrap();
         let target = folder.path().join("out");
-        let refused = PartialFolder::create(&target, false, u64::MAX);
+        let refused = PartialFolder::create(&target, false, u64::MAX, &|_| Ok(()));
         assert!(matches!(refused, Err(Error::BadOutput { .. })));
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 0);
     }
