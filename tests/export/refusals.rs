@@ -1,0 +1,178 @@
+//! What a layout cannot hold is told before anything is written; what one runtime would refuse is a warning.
+
+use std::path::Path;
+
+use bkpack::{
+    Error,
+    export::{self, Fidelity, Options, Plan, Target},
+    format::PackedFile,
+    progress::Silent,
+};
+use bkpack_kernels::FloatType;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::{
+    architecture,
+    common::{Stored, fixture, safetensors},
+    exported, files, packed, refused, run,
+};
+
+fn plan(packed: &PackedFile, target: Target) -> Plan {
+    export::plan(packed, target, &Options::default()).unwrap()
+}
+
+/// Asserts that an export is refused with these words, and that nothing is written.
+#[track_caller]
+fn impossible(packed: &PackedFile, folder: &TempDir, target: Target, options: &Options, words: &[&str]) {
+    let output = folder.path().join("refused");
+    let error = export::export(packed, target, options, &output, false, &Silent).unwrap_err();
+    assert!(matches!(error, Error::Export { .. }), "{error}");
+    let message = error.to_string();
+    words.iter().for_each(|word| assert!(message.contains(word), "{word:?} is not in: {message}"));
+    assert!(!output.exists());
+    let left: Vec<_> = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["model.bkpack"]);
+}
+
+#[test]
+fn an_architecture_that_no_runtime_has_goes_only_where_bkpack_reads_it() {
+    let (folder, packed) = packed(&architecture("resnet_bk"), &["--bits", "4", "--group-size", "32"]);
+    for target in [Target::CompressedTensors, Target::Mlx, Target::Gptq] {
+        impossible(&packed, &folder, target, &Options::default(), &["ResNetBKForCausalLM", target.name()]);
+    }
+    for target in [Target::Safetensors, Target::Npz] {
+        assert!(plan(&packed, target).refusals.is_empty());
+    }
+}
+
+#[test]
+fn a_model_without_config_or_without_quantized_layers_is_no_quantized_folder() {
+    let (folder, packed_fp16) = packed(&fixture(), &["--bits", "16"]);
+    impossible(
+        &packed_fp16,
+        &folder,
+        Target::CompressedTensors,
+        &Options::default(),
+        &["no linear layer is quantized"],
+    );
+    let weights = fixture().join("model.safetensors");
+    let (folder, bare) = packed(&weights, &["--bits", "4"]);
+    for target in [Target::CompressedTensors, Target::Mlx, Target::Gptq] {
+        impossible(&bare, &folder, target, &Options::default(), &["no config.json", "--config"]);
+    }
+    let bare = plan(&bare, Target::Safetensors);
+    assert!(bare.refusals.is_empty() && bare.notices.iter().any(|notice| notice.contains("weights alone")));
+}
+
+#[test]
+fn a_value_beyond_f16_is_refused_by_its_name() {
+    let scratch = TempDir::new().unwrap();
+    let path = scratch.path().join("model.safetensors");
+    let values = [1.0, 70_000.0, -3.5, 1e-9];
+    std::fs::write(&path, safetensors(&[Stored::of("norm.weight", "F32", &[4], &values)])).unwrap();
+    let (folder, packed) = packed(&path, &["--bits", "4"]);
+    let half = Options { dtype: Some(FloatType::F16), ..Options::default() };
+    impossible(&packed, &folder, Target::Safetensors, &half, &["norm.weight", "70000", "F16", "--dtype"]);
+    let wide = export::plan(&packed, Target::Safetensors, &Options::default()).unwrap();
+    assert_eq!(wide.tensors[0].fidelity, Fidelity::Lossless);
+    let brain = Options { dtype: Some(FloatType::BF16), ..Options::default() };
+    let brain = export::plan(&packed, Target::Safetensors, &brain).unwrap();
+    assert_eq!(brain.tensors[0].fidelity, Fidelity::Rounded { why: "converted to BF16".into() });
+}
+
+#[test]
+fn layers_that_vllm_fuses_must_be_alike() {
+    let (_folder, mixed) = packed(&fixture(), &["--bits", "4", "--tensor", r"layers\.1\..*v_proj=int8"]);
+    for target in [Target::CompressedTensors, Target::Gptq] {
+        let found = plan(&mixed, target);
+        assert!(found.refusals.is_empty());
+        let warning = found.warnings.iter().find(|warning| warning.why.contains("quantized alike")).unwrap();
+        assert_eq!(warning.runtime, "vLLM");
+        for word in ["layers.1.self_attn.v_proj is 8-bit g128", "is 4-bit g128", "1 of 12"] {
+            assert!(warning.why.contains(word), "{}", warning.why);
+        }
+    }
+    // In an asymmetric or a plain part the difference counts as well.
+    for options in ["up_proj=int4:asym", "k_proj=fp16"] {
+        let (_folder, mixed) = packed(&fixture(), &["--bits", "4", "--tensor", options]);
+        let found = plan(&mixed, Target::CompressedTensors);
+        assert!(found.warnings.iter().any(|warning| warning.why.contains("quantized alike")), "{options}");
+    }
+    let (_folder, alike) =
+        packed(&fixture(), &["--bits", "4", "--tensor", "[qkv]_proj=int3", "--tensor", "o_proj=int8"]);
+    let found = plan(&alike, Target::CompressedTensors);
+    assert!(!found.warnings.iter().any(|warning| warning.why.contains("quantized alike")), "{:?}", found.warnings);
+}
+
+#[test]
+fn experts_are_told_apart_by_what_reads_them() {
+    let group = ["--bits", "4", "--group-size", "32"];
+    let (folder, stacked) = packed(&architecture("mixtral_stacked"), &group);
+    impossible(&stacked, &folder, Target::Mlx, &Options::default(), &["mlp.experts", "one by one"]);
+    let (folder, different) = packed(
+        &architecture("mixtral"),
+        &["--bits", "4", "--group-size", "32", "--tensor", r"experts\.2\.w1=int8:g32"],
+    );
+    impossible(&different, &folder, Target::Mlx, &Options::default(), &["experts.2.w1", "different ways"]);
+    let warnings = plan(&different, Target::CompressedTensors).warnings;
+    assert!(warnings.iter().any(|warning| warning.why.contains("experts of a block")), "{warnings:?}");
+
+    let (folder, alike) =
+        packed(&architecture("mixtral"), &["--bits", "4", "--group-size", "32", "--tensor", r"\.w2\.=int8:row"]);
+    let (output, _) = exported(&alike, &folder, Target::Mlx, &Options::default());
+    let config: Value = serde_json::from_slice(&files(&output)["config.json"]).unwrap();
+    // 48 columns are no multiple of 32: those experts stay plain, and the rest has one scheme.
+    assert_eq!(config["quantization"], serde_json::json!({ "group_size": 32, "bits": 4, "mode": "affine" }));
+    // A router is no linear layer to transformers.
+    let (output, _) = exported(&alike, &folder, Target::CompressedTensors, &Options::default());
+    let config: Value = serde_json::from_slice(&files(&output)["config.json"]).unwrap();
+    let ignored = config["quantization_config"]["ignore"].as_array().unwrap();
+    assert!(ignored.contains(&"model.layers.0.block_sparse_moe.gate".into()), "{ignored:?}");
+}
+
+#[test]
+fn layers_that_do_not_fit_stay_plain() {
+    // Mamba's x_proj has 36 rows and dt_proj 4 columns.
+    let (folder, mamba) = packed(&architecture("mamba"), &["--bits", "4", "--group-size", "32"]);
+    let (output, plan) = exported(&mamba, &folder, Target::Gptq, &Options::default());
+    let of = |name: &str| {
+        let wanted = format!("backbone.layers.0.mixer.{name}.weight");
+        plan.tensors.iter().find(|tensor| tensor.name == wanted).unwrap().target.clone()
+    };
+    assert_eq!(
+        (of("in_proj").as_str(), of("x_proj").as_str(), of("dt_proj").as_str()),
+        ("gptq_v2 4-bit per row", "F16", "F16")
+    );
+    let config: Value = serde_json::from_slice(&files(&output)["quantize_config.json"]).unwrap();
+    assert_eq!(config["dynamic"][r"-:^backbone\.layers\.0\.mixer\.x_proj$"], serde_json::json!({}));
+    assert!(plan.warnings.iter().any(|warning| warning.runtime == "GPTQModel" && warning.why.contains("Mamba")));
+}
+
+#[test]
+fn options_without_effect_are_refused() {
+    let (folder, packed) = packed(&fixture(), &["--bits", "4"]);
+    let output = folder.path().join("out");
+    let path = folder.path().join("model.bkpack");
+    let export =
+        |arguments: &[&str]| run(&[&["export", "-o"], &[output.to_str().unwrap()], arguments].concat(), &[&path]);
+    refused(&export(&["--to", "mlx", "--dequantize"]), &["--dequantize", "npz"]);
+    refused(&export(&["--to", "npz", "--requantize"]), &["--requantize", "gguf"]);
+    refused(&export(&["--to", "npz", "--dtype", "bf16"]), &["--dtype", "BF16"]);
+    refused(&export(&["--to", "onnx"][..1]), &[]);
+    assert!(!output.exists());
+    drop(packed);
+}
+
+#[test]
+fn an_archive_is_to_be_unpacked_first() {
+    let (folder, _) = packed(&fixture(), &["--bits", "4"]);
+    let (model, archive) = (folder.path().join("model.bkpack"), folder.path().join("model.archive"));
+    assert!(run(&["archive", "-q"], &[&model, Path::new("-o"), &archive]).status.success());
+    let output = folder.path().join("out");
+    refused(
+        &run(&["export", "--to", "safetensors"], &[&archive, Path::new("-o"), &output]),
+        &["archive", "bkpack unpack"],
+    );
+    assert!(!output.exists());
+}
