@@ -66,21 +66,24 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<F
     let target = Target::CompressedTensors;
     let dtype = options.dtype.unwrap_or(FloatType::F16);
     let modules = Modules::of(packed);
-    let (mut jobs, mut schemes, mut ignore) = (Vec::new(), Schemes::default(), Vec::new());
+    let (mut jobs, mut layers, mut ignore) = (Vec::new(), Vec::new(), Vec::new());
     for tensor in exported_tensors(packed) {
-        let mut conversion = Conversion::Plain(dtype);
         match modules.role(tensor) {
             Role::Linear(module) => match Integers::holding(&packed.tensor(&tensor.name)?.matrix(), &WIDTHS) {
-                Some(integers) => {
-                    conversion = Conversion::CompressedTensors(integers, dtype);
-                    schemes.add(module, integers, tensor);
-                }
+                Some(integers) => layers.push((jobs.len(), module, integers)),
                 None => ignore.push(module.to_owned()),
             },
             Role::Router(module) => ignore.push(module.to_owned()),
             Role::Embedding(_) | Role::Other => {}
         }
-        jobs.push(Job { tensor, conversion });
+        jobs.push(Job { tensor, conversion: Conversion::Plain(dtype) });
+    }
+    // Some ways to load a folder in transformers and vLLM know but one scheme for all layers.
+    Integers::unify(&mut layers.iter_mut().map(|(_, _, integers)| integers).collect::<Vec<_>>());
+    let mut schemes = Schemes::default();
+    for (job, module, integers) in layers {
+        schemes.add(module, integers, jobs[job].tensor);
+        jobs[job].conversion = Conversion::CompressedTensors(integers, dtype);
     }
     // A tied head is a linear layer without a tensor of its own.
     if packed.entry("lm_head.weight").is_none() {
@@ -143,6 +146,14 @@ fn warnings(
             "transformers",
             format!("architecture {name} is not known here: which of its layers are linear is told by their names"),
         );
+    }
+    if let Some(scheme) = schemes.iter().find(|scheme| !scheme.integers.symmetric) {
+        let how = match schemes.sorted().len() {
+            1 => "only with quantization_config=CompressedTensorsConfig(dequantize=True)",
+            _ => "not at all beside layers of another scheme; pack without --asymmetric for it",
+        };
+        let why = format!("{} is asymmetric, which version 5 with compressed-tensors 0.20 loads {how}", scheme.module);
+        warn("transformers", why);
     }
     if let Some(why) = fused::mismatch(schemes, ignore) {
         warn("vLLM", why);

@@ -57,6 +57,20 @@ impl Integers {
         Some(Self { group, whole_row: false, ..self })
     }
 
+    /// Gives layers that differ in their groups alone one group size, if there is one of at least 32 that divides all.
+    pub fn unify(layers: &mut [&mut Self]) {
+        let scheme = |layer: &Self| (layer.bits, layer.symmetric);
+        let alike = layers.windows(2).all(|pair| scheme(pair[0]) == scheme(pair[1]));
+        if !alike || layers.iter().all(|layer| layer.whole_row) {
+            return;
+        }
+        let group = layers.iter().fold(0, |group, layer| greatest_common_divisor(layer.group, group));
+        if group >= 32 {
+            let group = if group.is_multiple_of(128) { 128 } else { group };
+            layers.iter_mut().for_each(|layer| **layer = Self { group, whole_row: false, ..**layer });
+        }
+    }
+
     /// Groups of a row.
     pub fn groups(&self, cols: usize) -> usize {
         cols / self.group

@@ -18,7 +18,7 @@ import tempfile
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 # How a checkpoint is packed, and the layouts that the result is loaded from.
 PACKINGS = {
@@ -26,7 +26,7 @@ PACKINGS = {
     "INT4 asymmetric": ["--bits", "4", "--asymmetric"],
     "INT8": ["--bits", "8"],
     "INT8 asymmetric, a group a row": ["--bits", "8", "--asymmetric", "--group-size", "row"],
-    "INT3, ternary, INT5 asymmetric": ["--bits", "3", "--tensor", "o_proj=ternary:g32", "--tensor", "v_proj=int5:g32:asym"],
+    "INT3, ternary, INT6": ["--bits", "3", "--tensor", "o_proj=ternary:g32", "--tensor", "v_proj=int6:g32", "--keep", "1.*up_proj"],
 }
 LIMITS = {"fp32": 1e-5, "fp16": 5e-3}
 TOKENS = [1, 17, 300, 42, 5, 77, 2048, 9, 64, 1000, 3, 256]
@@ -37,7 +37,13 @@ def run(*command):
 
 
 def transformers_logits(folder, tokens):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    quantization = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    groups = quantization.get("config_groups", {}).values()
+    options = {}
+    if not all(group["weights"]["symmetric"] for group in groups):
+        # Otherwise compressed-tensors 0.20 makes room for zero points that are not packed.
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0].float()
 
