@@ -2,9 +2,10 @@
 
 #[path = "export/command.rs"]
 mod command;
-mod common;
 #[path = "export/folders.rs"]
 mod folders;
+#[path = "common/command.rs"]
+mod output;
 #[path = "export/refusals.rs"]
 mod refusals;
 #[path = "export/round_trip.rs"]
@@ -22,11 +23,17 @@ use bkpack::{
     format::PackedFile,
     progress::Silent,
 };
+use output::succeeded;
 use tempfile::TempDir;
+
+/// The folder of the real checkpoint.
+fn fixture() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/llama")
+}
 
 /// A checkpoint of `fixtures/architectures`.
 fn architecture(name: &str) -> PathBuf {
-    common::fixture().join("../architectures").join(name)
+    fixture().join("../architectures").join(name)
 }
 
 fn run(arguments: &[&str], paths: &[&Path]) -> Output {
@@ -40,8 +47,7 @@ fn packed(checkpoint: &Path, options: &[&str]) -> (TempDir, PackedFile) {
     let output = folder.path().join("model.bkpack");
     let mut arguments = vec!["convert", "-q"];
     arguments.extend(options);
-    let done = run(&arguments, &[checkpoint, Path::new("-o"), &output]);
-    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    succeeded(&run(&arguments, &[checkpoint, Path::new("-o"), &output]));
     let packed = PackedFile::open(&output).unwrap();
     (folder, packed)
 }
@@ -61,13 +67,4 @@ fn files(path: &Path) -> BTreeMap<String, Vec<u8>> {
     }
     let entries = std::fs::read_dir(path).unwrap().map(|entry| entry.unwrap());
     entries.map(|entry| (entry.file_name().into_string().unwrap(), std::fs::read(entry.path()).unwrap())).collect()
-}
-
-/// Asserts an exit status of 2 and one sentence with these words.
-#[track_caller]
-fn refused(output: &Output, words: &[&str]) {
-    let message = String::from_utf8(output.stderr.clone()).unwrap();
-    assert_eq!(output.status.code(), Some(2), "{message}");
-    assert!(message.starts_with("error: ") && message.trim_end().lines().count() == 1, "{message}");
-    words.iter().for_each(|word| assert!(message.contains(word), "{word:?} is not in: {message}"));
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{architecture, common::fixture, packed, run};
+use super::{architecture, fixture, packed, run};
 
 #[test]
 fn check_export_says_what_would_be_and_its_status_decides() {

@@ -8,7 +8,7 @@ use bkpack::{
     progress::{Observer, Silent, Unit},
 };
 
-use super::{common::fixture, exported, files, packed};
+use super::{exported, files, fixture, packed};
 
 /// Stops the work when it is asked for the `left`th time.
 struct Stop {

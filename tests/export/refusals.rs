@@ -9,14 +9,11 @@ use bkpack::{
     progress::Silent,
 };
 use bkpack_kernels::FloatType;
+use safetensors::tensor::TensorView;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{
-    architecture,
-    common::{Stored, fixture, safetensors},
-    exported, files, packed, refused, run,
-};
+use super::{architecture, exported, files, fixture, output::refused, packed, run};
 
 fn plan(packed: &PackedFile, target: Target) -> Plan {
     export::plan(packed, target, &Options::default()).unwrap()
@@ -69,8 +66,9 @@ fn a_model_without_config_or_without_quantized_layers_is_no_quantized_folder() {
 fn a_value_beyond_f16_is_refused_by_its_name() {
     let scratch = TempDir::new().unwrap();
     let path = scratch.path().join("model.safetensors");
-    let values = [1.0, 70_000.0, -3.5, 1e-9];
-    std::fs::write(&path, safetensors(&[Stored::of("norm.weight", "F32", &[4], &values)])).unwrap();
+    let values: Vec<u8> = [1f32, 70_000.0, -3.5, 1e-9].iter().flat_map(|value| value.to_le_bytes()).collect();
+    let tensor = TensorView::new(safetensors::Dtype::F32, vec![4], &values).unwrap();
+    std::fs::write(&path, safetensors::serialize([("norm.weight", tensor)], None).unwrap()).unwrap();
     let (folder, packed) = packed(&path, &["--bits", "4"]);
     let half = Options { dtype: Some(FloatType::F16), ..Options::default() };
     impossible(&packed, &folder, Target::Safetensors, &half, &["norm.weight", "70000", "F16", "--dtype"]);

@@ -16,7 +16,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::{architecture, common::fixture, exported, files, packed};
+use super::{architecture, exported, files, fixture, packed};
 
 const PACKINGS: [&[&str]; 5] = [
     &["--bits", "4"],
