@@ -67,8 +67,11 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<F
     let dtype = options.dtype.unwrap_or(FloatType::F16);
     let modules = Modules::of(packed);
     let (mut jobs, mut layers, mut ignore) = (Vec::new(), Vec::new(), Vec::new());
+    let mamba = packed.config().and_then(Architecture::from_config) == Some(Architecture::Mamba);
     for tensor in exported_tensors(packed) {
         match modules.role(tensor) {
+            // transformers multiplies with this matrix itself, past the layer that would unpack it.
+            Role::Linear(module) if mamba && module.ends_with(".dt_proj") => ignore.push(module.to_owned()),
             Role::Linear(module) => match Integers::holding(&packed.tensor(&tensor.name)?.matrix(), &WIDTHS) {
                 Some(integers) => layers.push((jobs.len(), module, integers)),
                 None => ignore.push(module.to_owned()),
@@ -147,10 +150,28 @@ fn warnings(
             format!("architecture {name} is not known here: which of its layers are linear is told by their names"),
         );
     }
+    let several = schemes.sorted().len() > 1;
+    match architecture {
+        Some(Architecture::Mamba) => {
+            let only =
+                "loads Mamba in this layout only with quantization_config=CompressedTensorsConfig(dequantize=True)";
+            warn(
+                "transformers",
+                format!("{only}{}", if several { ", and only where all layers have one scheme" } else { "" }),
+            );
+        }
+        Some(Architecture::Mixtral) if several => {
+            warn(
+                "transformers",
+                "takes one scheme for all experts; give them one encoding whose groups divide their columns".into(),
+            );
+        }
+        _ => {}
+    }
     if let Some(scheme) = schemes.iter().find(|scheme| !scheme.integers.symmetric) {
-        let how = match schemes.sorted().len() {
-            1 => "only with quantization_config=CompressedTensorsConfig(dequantize=True)",
-            _ => "not at all beside layers of another scheme; pack without --asymmetric for it",
+        let how = match several {
+            false => "only with quantization_config=CompressedTensorsConfig(dequantize=True)",
+            true => "not at all beside layers of another scheme; pack without --asymmetric for it",
         };
         let why = format!("{} is asymmetric, which version 5 with compressed-tensors 0.20 loads {how}", scheme.module);
         warn("transformers", why);

@@ -1,9 +1,9 @@
-"""Reads exported folders and files by each layout's documented rule, restated in numpy, and compares with the packed file.
+"""Reads exports by each layout's documented rule, restated in numpy, and compares with the packed file.
 
     python tests/export/check.py target/release/bkpack fixtures/llama
 
-Needs numpy and safetensors. The packed values come from spec/reader.py, which knows nothing of the exporters. Codes must
-be the same words that the projects' own packers write, and values the same, bit for bit.
+Needs numpy and safetensors. The packed values come from spec/reader.py, which knows nothing of the exporters. Words must
+be those that the projects' own packers write, and values the same, bit for bit.
 """
 
 import json
@@ -27,13 +27,23 @@ PACKINGS = {
     "INT6": ["--bits", "6", "--group-size", "64"],
     "ternary": ["--bits", "1.58"],
     "binary": ["--bits", "1", "--group-size", "32"],
-    "mixed": ["--bits", "3", "--tensor", "o_proj=ternary:g32", "--tensor", "v_proj=int5:g32:asym",
-              "--tensor", "down_proj=int7:row", "--tensor", r"layers\.1\..*k_proj=fp16"],
+    "mixed": [
+        "--bits",
+        "3",
+        "--tensor",
+        "o_proj=ternary:g32",
+        "--tensor",
+        "v_proj=int5:g32:asym",
+        "--tensor",
+        "down_proj=int7:row",
+        "--tensor",
+        r"layers\.1\..*k_proj=fp16",
+    ],
 }
 
 
 def unpack(words, bits, count):
-    """Dense streams, [rows, words] to [rows, count]: code i takes bits i*b to i*b + b - 1, the lowest of a word first."""
+    """Dense streams, [rows, words] to [rows, count]: code i takes bits i*b to i*b + b - 1, lowest bits first."""
     stream = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little")
     stream = stream[:, : count * bits].reshape(len(words), count, bits)
     return (stream.astype(np.int32) << np.arange(bits)).sum(axis=2)
@@ -47,8 +57,8 @@ def pack(codes, bits):
 
 
 def gptq_pack_rows(codes, bits):
-    """Codes [in, out] to words [in * bits / 32, out] as AutoGPTQ and GPTQModel write them: 2, 4 and 8 bits fill a word, 32
-    codes of 3 bits three words, with the 11th and the 22nd across two."""
+    """Codes [in, out] to words [in * bits / 32, out] as AutoGPTQ and GPTQModel write them: 2, 4 and 8 bits fill a word,
+    32 codes of 3 bits three words, with the 11th and the 22nd across two."""
     codes = codes.astype(np.uint32)
     words = np.zeros((len(codes) * bits // 32, codes.shape[1]), np.uint32)
     if bits != 3:
@@ -85,7 +95,9 @@ def compressed_tensors(folder):
     for name in [name for name in tensors if name.endswith("_packed")]:
         weight = name.removesuffix("_packed")
         module = weight.removesuffix(".weight")
-        named = [group for group in groups if module in group["targets"]] or [g for g in groups if g["targets"] == ["Linear"]]
+        named = [group for group in groups if module in group["targets"]] or [
+            g for g in groups if g["targets"] == ["Linear"]
+        ]
         assert len(named) == 1 and module not in config["ignore"], module
         scheme = named[0]["weights"]
         bits, (rows, columns) = scheme["num_bits"], tensors.pop(f"{weight}_shape")
@@ -138,7 +150,9 @@ def gptq(folder):
         assert not any(pattern[0] == "-" and re.match(pattern[2:], module) for pattern in config["dynamic"])
         scheme = rules[0] if rules else config
         bits = scheme["bits"]
-        words, points, scales, group = (tensors.pop(f"{module}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx"))
+        words, points, scales, group = (
+            tensors.pop(f"{module}.{part}") for part in ("qweight", "qzeros", "scales", "g_idx")
+        )
         inputs, outputs = len(group), words.shape[1]
         size = inputs if scheme["group_size"] == -1 else scheme["group_size"]
         assert (group == np.arange(inputs) // size).all() and scales.dtype == np.float16
@@ -175,9 +189,12 @@ def npz(file):
 LAYOUTS = {"compressed-tensors": compressed_tensors, "mlx": mlx, "gptq": gptq, "safetensors": safetensors, "npz": npz}
 
 
+def run(*command):
+    return subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
 def main():
     bkpack, checkpoint = sys.argv[1:3]
-    run = lambda *command: subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
     with tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
         for index, (packing, options) in enumerate(PACKINGS.items()):
@@ -188,7 +205,9 @@ def main():
             for layout, read in LAYOUTS.items():
                 output = scratch / f"{index}-{layout}"
                 # What is plain beside GPTQ's F16 scales may be of any type.
-                plan = json.loads(run(bkpack, "export", packed, "--to", layout, "--dtype", "fp32", "-o", output, "--json"))
+                plan = json.loads(
+                    run(bkpack, "export", packed, "--to", layout, "--dtype", "fp32", "-o", output, "--json")
+                )
                 values = read(output)
                 assert values.keys() == expected.keys(), values.keys() ^ expected.keys()
                 for tensor in plan["tensors"]:
@@ -196,8 +215,9 @@ def main():
                 for name, wanted in expected.items():
                     found = values[name]
                     assert found.shape == wanted.shape and found.dtype == np.float32, name
-                    # Zeros of either sign are equal: a sum has lost the sign.
-                    assert (found == wanted).all() if layout == "mlx" else (found.view(np.int32) == wanted.view(np.int32)).all(), name
+                    # Of zeros, the sums of MLX lose the sign.
+                    bits = np.float32 if layout == "mlx" else np.int32
+                    assert (found.view(bits) == wanted.view(bits)).all(), name
                 files = [output] if output.is_file() else list(output.iterdir())
                 assert sum(file.stat().st_size for file in files) == plan["file_bytes"]
                 print(f"{packing}: {layout}: {len(expected)} tensors, every value the same")

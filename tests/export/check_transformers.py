@@ -5,8 +5,8 @@ Opt-in: needs torch, transformers, compressed-tensors (and, for MLX, mlx and mlx
     python tests/export/check_transformers.py target/release/bkpack fixtures/llama
 
 Logits are compared with those of the packed file, as a part of the largest. Exports in FP32 hold the very values of the
-packed file, so what remains is the order of additions. Those in FP16 also round the embedding; transformers multiplies codes
-and scales in FP16, and MLX computes all of the model in it.
+packed file, so what remains is the order of additions. Those in FP16 also round the embedding; transformers multiplies
+codes and scales in FP16, and MLX computes all of the model in it.
 """
 
 import importlib.util
@@ -26,7 +26,16 @@ PACKINGS = {
     "INT4 asymmetric": ["--bits", "4", "--asymmetric"],
     "INT8": ["--bits", "8"],
     "INT8 asymmetric, a group a row": ["--bits", "8", "--asymmetric", "--group-size", "row"],
-    "INT3, ternary, INT6": ["--bits", "3", "--tensor", "o_proj=ternary:g32", "--tensor", "v_proj=int6:g32", "--keep", "1.*up_proj"],
+    "INT3, ternary, INT6": [
+        "--bits",
+        "3",
+        "--tensor",
+        "o_proj=ternary:g32",
+        "--tensor",
+        "v_proj=int6:g32",
+        "--keep",
+        "1.*up_proj",
+    ],
 }
 LIMITS = {"fp32": 1e-5, "fp16": 5e-3}
 MLX_LIMITS = {"fp32": 1e-5, "fp16": 2e-2}

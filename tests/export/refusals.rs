@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use super::{architecture, exported, files, fixture, output::refused, packed, run};
 
-fn plan(packed: &PackedFile, target: Target) -> Plan {
+fn plan_of(packed: &PackedFile, target: Target) -> Plan {
     export::plan(packed, target, &Options::default()).unwrap()
 }
 
@@ -39,7 +39,7 @@ fn an_architecture_that_no_runtime_has_goes_only_where_bkpack_reads_it() {
         impossible(&packed, &folder, target, &Options::default(), &["ResNetBKForCausalLM", target.name()]);
     }
     for target in [Target::Safetensors, Target::Npz] {
-        assert!(plan(&packed, target).refusals.is_empty());
+        assert!(plan_of(&packed, target).refusals.is_empty());
     }
 }
 
@@ -58,7 +58,7 @@ fn a_model_without_config_or_without_quantized_layers_is_no_quantized_folder() {
     for target in [Target::CompressedTensors, Target::Mlx, Target::Gptq] {
         impossible(&bare, &folder, target, &Options::default(), &["no config.json", "--config"]);
     }
-    let bare = plan(&bare, Target::Safetensors);
+    let bare = plan_of(&bare, Target::Safetensors);
     assert!(bare.refusals.is_empty() && bare.notices.iter().any(|notice| notice.contains("weights alone")));
 }
 
@@ -83,7 +83,7 @@ fn a_value_beyond_f16_is_refused_by_its_name() {
 fn layers_that_vllm_fuses_must_be_alike() {
     let (_folder, mixed) = packed(&fixture(), &["--bits", "4", "--tensor", r"layers\.1\..*v_proj=int8"]);
     for target in [Target::CompressedTensors, Target::Gptq] {
-        let found = plan(&mixed, target);
+        let found = plan_of(&mixed, target);
         assert!(found.refusals.is_empty());
         let warning = found.warnings.iter().find(|warning| warning.why.contains("quantized alike")).unwrap();
         assert_eq!(warning.runtime, "vLLM");
@@ -94,12 +94,12 @@ fn layers_that_vllm_fuses_must_be_alike() {
     // In an asymmetric or a plain part the difference counts as well.
     for options in ["up_proj=int4:asym", "k_proj=fp16"] {
         let (_folder, mixed) = packed(&fixture(), &["--bits", "4", "--tensor", options]);
-        let found = plan(&mixed, Target::CompressedTensors);
+        let found = plan_of(&mixed, Target::CompressedTensors);
         assert!(found.warnings.iter().any(|warning| warning.why.contains("quantized alike")), "{options}");
     }
     let (_folder, alike) =
         packed(&fixture(), &["--bits", "4", "--tensor", "[qkv]_proj=int3", "--tensor", "o_proj=int8"]);
-    let found = plan(&alike, Target::CompressedTensors);
+    let found = plan_of(&alike, Target::CompressedTensors);
     assert!(!found.warnings.iter().any(|warning| warning.why.contains("quantized alike")), "{:?}", found.warnings);
 }
 
@@ -113,7 +113,7 @@ fn experts_are_told_apart_by_what_reads_them() {
         &["--bits", "4", "--group-size", "32", "--tensor", r"experts\.2\.w1=int8:g32"],
     );
     impossible(&different, &folder, Target::Mlx, &Options::default(), &["experts.2.w1", "different ways"]);
-    let warnings = plan(&different, Target::CompressedTensors).warnings;
+    let warnings = plan_of(&different, Target::CompressedTensors).warnings;
     assert!(warnings.iter().any(|warning| warning.why.contains("experts of a block")), "{warnings:?}");
 
     let (folder, alike) =
@@ -145,6 +145,14 @@ fn layers_that_do_not_fit_stay_plain() {
     let config: Value = serde_json::from_slice(&files(&output)["quantize_config.json"]).unwrap();
     assert_eq!(config["dynamic"][r"-:^backbone\.layers\.0\.mixer\.x_proj$"], serde_json::json!({}));
     assert!(plan.warnings.iter().any(|warning| warning.runtime == "GPTQModel" && warning.why.contains("Mamba")));
+
+    // transformers multiplies with dt_proj past the layer that would unpack it.
+    let (_folder, rows) = packed(&architecture("mamba"), &["--bits", "8", "--group-size", "row"]);
+    let plan = plan_of(&rows, Target::CompressedTensors);
+    let dt = plan.tensors.iter().find(|tensor| tensor.name.ends_with("0.mixer.dt_proj.weight")).unwrap();
+    assert_eq!((dt.names.len(), dt.target.as_str()), (1, "F16"));
+    let warning = plan.warnings.iter().find(|warning| warning.runtime == "transformers").unwrap();
+    assert!(warning.why.ends_with("(dequantize=True)"), "{}", warning.why);
 }
 
 #[test]
