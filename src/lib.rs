@@ -1,7 +1,8 @@
 //! bkpack: packs a full-precision language-model checkpoint into one verified file, runs it, and measures the cost.
 //!
 //! Start at [`checkpoint::open`] and [`pack::Packing`] to pack, at [`format::PackedFile`] to read, at
-//! [`model::Model`] to run, at [`eval::perplexity::evaluate`] to measure. The library never prints and never exits.
+//! [`model::Model`] to run, at [`eval::perplexity::evaluate`] to measure, at [`export::export`] to hand a packed model to
+//! another runtime. The library never prints and never exits.
 //!
 //! ```
 //! use bkpack::{checkpoint, format::PackedFile, pack::{PackOptions, Packing}, policy::Policy, progress::Silent};

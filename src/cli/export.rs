@@ -48,8 +48,8 @@ struct Request {
     #[arg(long, value_enum, value_name = "LAYOUT")]
     to: Layout,
 
-    /// Type of plain values, and of the scales of compressed-tensors and mlx [default: fp32 for safetensors and --dequantize;
-    /// for npz as packed, with BF16 as fp32; else fp16]
+    /// Type of plain values, and of the scales of compressed-tensors and mlx [default: fp32 for safetensors and
+    /// --dequantize; for npz as packed, with BF16 as fp32; else fp16]
     #[arg(long, value_enum)]
     dtype: Option<Dtype>,
 

@@ -120,7 +120,10 @@ fn quantization_config(schemes: &Schemes, ignore: &[String]) -> Value {
                 "num_bits": integers.bits, "type": "int", "symmetric": integers.symmetric, "strategy": strategy,
                 "group_size": group_size, "dynamic": false, "actorder": null,
             });
-            (format!("group_{index}"), json!({ "targets": targets, "weights": weights, "input_activations": null, "output_activations": null }))
+            let group = json!({
+                "targets": targets, "weights": weights, "input_activations": null, "output_activations": null,
+            });
+            (format!("group_{index}"), group)
         })
         .collect();
     json!({
@@ -204,7 +207,8 @@ fn warnings(
         warn(
             "vLLM",
             format!(
-                "its Marlin kernels take outputs in multiples of 64 and inputs in multiples of 128, and {} is [{}, {}] ({} of {} layers); other kernels may take it",
+                "its Marlin kernels take outputs in multiples of 64 and inputs in multiples of 128, and {} is [{}, {}] \
+                 ({} of {} layers); other kernels may take it",
                 first.module,
                 first.rows,
                 first.cols,

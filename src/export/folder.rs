@@ -239,8 +239,8 @@ impl<'a> FolderExport<'a> {
     }
 }
 
-/// The tensors of a packed model that an export holds: all but the scales of quantized activations, and of a complex tensor
-/// only its real half, for both.
+/// The tensors of a packed model that an export holds: all but the scales of quantized activations, and of a complex
+/// tensor only its real half, for both.
 pub(super) fn exported_tensors(packed: &PackedFile) -> impl Iterator<Item = &PackedTensor> {
     let left_out = |tensor: &&PackedTensor| {
         tensor.complex == Some(ComplexPart::Imaginary) || is_activation_scale(packed, &tensor.name)

@@ -40,7 +40,8 @@ pub(super) fn mismatch(schemes: &Schemes, plain: &[String]) -> Option<String> {
         None => format!("{module} is not quantized"),
     };
     Some(format!(
-        "makes one layer of q, k and v, of gate and up, and of all experts of a block, which must be quantized alike: {}, {} ({} of \
+        "makes one layer of q, k and v, of gate and up, and of all experts of a block, which must be quantized alike: \
+         {}, {} ({} of \
          {} such layers); give them one encoding",
         describe(a),
         describe(*b),

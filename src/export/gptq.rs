@@ -154,7 +154,7 @@ fn warnings(packed: &PackedFile, modules: &Modules, schemes: &Schemes, plain: &[
         warn(
             "vLLM",
             format!(
-                "{} is asymmetric, which its Marlin kernels do not take for GPTQ; export to compressed-tensors for them",
+                "{} is asymmetric, which its Marlin kernels do not take for GPTQ; they do in compressed-tensors",
                 scheme.module
             ),
         );

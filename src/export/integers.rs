@@ -1,4 +1,4 @@
-//! Packed matrices on the integer grids of other layouts: wider codes and smaller groups where need be, the same values.
+//! Packed matrices on the integer grids of other layouts: wider codes, smaller groups where need be, the same values.
 
 use std::{borrow::Cow, fmt};
 
@@ -30,8 +30,8 @@ impl fmt::Display for Integers {
 }
 
 impl Integers {
-    /// The narrowest of `widths` that holds the codes of a quantized matrix; `None` for plain values and codes that are too
-    /// wide.
+    /// The narrowest of `widths` that holds the codes of a quantized matrix; `None` for plain values and codes that are
+    /// too wide.
     ///
     /// Groups that do not divide the columns, and those of more than 128, are split into equal ones that share a scale.
     pub fn holding(matrix: &Matrix, widths: &[u32]) -> Option<Self> {

@@ -63,8 +63,8 @@ impl Target {
 /// What to make of a packed model.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
-    /// Type of what is plain in the export, and of the scales where the layout leaves their type open. By default F32 for
-    /// dequantized weights; the packed type, with F32 for BF16, beside the codes of [`Target::Npz`]; else F16.
+    /// Type of what is plain in the export, and of the scales where the layout leaves their type open. By default F32
+    /// for dequantized weights; the packed type, with F32 for BF16, beside the codes of [`Target::Npz`]; else F16.
     pub dtype: Option<FloatType>,
     /// Round what the layout cannot hold as it is to the nearest of its own types, where it has any (GGUF's K-quants).
     pub requantize: bool,

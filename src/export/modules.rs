@@ -62,9 +62,14 @@ impl Modules {
         let mut refusals = Vec::new();
         let mut refuse = |why: String| refusals.push(Refusal { runtime: layout.to_owned(), why });
         match packed.config() {
-            None => refuse("no config.json is inside, and no runtime loads a folder without one; convert it again with --config FILE".into()),
+            None => {
+                let why = "no config.json is inside, and no runtime loads a folder without one; convert again with --config FILE";
+                refuse(why.into());
+            }
             Some(config) if Architecture::from_config(config) == Some(Architecture::ResNetBk) => {
-                refuse("no runtime of this layout has the architecture ResNetBKForCausalLM; safetensors and npz can hold it".into());
+                let why =
+                    "no runtime of this layout has the architecture ResNetBKForCausalLM; safetensors and npz hold it";
+                refuse(why.into());
             }
             Some(_) => {}
         }

@@ -36,8 +36,8 @@ impl<'a> PartialFolder<'a> {
     /// Makes a temporary folder beside `target`, or in it if it exists; `needed` bytes will be written.
     ///
     /// # Errors
-    /// [`Error::Exists`] if the target holds files (unless `force`), [`Error::BadOutput`] if it is no folder, holds a model
-    /// that is not `replaceable`, or its disk has too little room; [`Error::Io`].
+    /// [`Error::Exists`] if the target holds files (unless `force`), [`Error::BadOutput`] if it is no folder, holds a
+    /// model that is not `replaceable`, or its disk has too little room; [`Error::Io`].
     pub(crate) fn create(target: &'a Path, force: bool, needed: u64, replaceable: Replaceable) -> Result<Self> {
         let exists = check_target(target, force, replaceable)?;
         let home = match target.parent() {
@@ -76,8 +76,8 @@ impl<'a> PartialFolder<'a> {
         self.target.join(name)
     }
 
-    /// Gives the files `names`, which are all there are, their final place, in this order. Of an older model in the folder
-    /// the weights go, and the files `others` that are not among `names`.
+    /// Gives the files `names`, which are all there are, their final place, in this order. Of an older model in the
+    /// folder the weights go, and the files `others` that are not among `names`.
     pub(crate) fn finish(self, names: &[&str], others: &[&str]) -> Result<()> {
         if !self.exists {
             std::fs::rename(self.temporary.path(), self.target).map_err(Error::io(self.target))?;

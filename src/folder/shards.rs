@@ -49,10 +49,10 @@ pub(crate) struct Shard {
 }
 
 impl Shards {
-    /// Fills file after file with groups of tensors, each file up to `shard_bytes` of data (more where one group alone is
-    /// larger). Each carries the same `metadata`.
+    /// Fills file after file with groups of tensors, each file up to `shard_bytes` of data (more where one group alone
+    /// is larger). Each carries the same `metadata`.
     ///
-    /// In a file, tensors lie by falling element size, so that each is aligned; those of one size in the order of the groups.
+    /// In a file, tensors lie by falling element size, so that each is aligned; those of one size in the groups' order.
     pub fn plan(groups: &[Vec<StoredTensor>], shard_bytes: u64, metadata: &[(&str, &str)]) -> Self {
         let mut ranges: Vec<Range<usize>> = Vec::new();
         let (mut start, mut filled) = (0, 0);

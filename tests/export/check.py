@@ -2,7 +2,7 @@
 
     python tests/export/check.py target/release/bkpack fixtures/llama
 
-Needs numpy and safetensors. The packed values come from spec/reader.py, which knows nothing of the exporters. Words must
+Needs numpy and safetensors. Packed values come from spec/reader.py, which knows nothing of the exporters. Words must
 be those that the projects' own packers write, and values the same, bit for bit.
 """
 

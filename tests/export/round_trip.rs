@@ -90,7 +90,7 @@ fn values(packed: &PackedFile, name: &str) -> Vec<f32> {
     values
 }
 
-/// Decodes every tensor with `decode`, which gets its name, rows and columns; `None` for one that is plain in the export.
+/// Decodes every tensor with `decode`, which gets its name, rows and columns; `None` for one that is plain there.
 #[track_caller]
 fn compare(
     packed: &PackedFile,
