@@ -138,7 +138,8 @@ fn expert_refusals(packed: &PackedFile, schemes: &Schemes) -> Option<Refusal> {
     let refuse = |why| Some(Refusal { runtime: "MLX".into(), why });
     if let Some(tensor) = packed.tensors().iter().find(|tensor| tensor.shape.len() == 3) {
         return refuse(format!(
-            "tensor {} holds all experts of a block, and mlx_lm reads Mixtral's one by one (block_sparse_moe.experts.0.w1); \
+            "tensor {} holds all experts of a block, and mlx_lm reads Mixtral's one by one \
+             (block_sparse_moe.experts.0.w1); \
              pack a checkpoint in that layout",
             tensor.name
         ));
@@ -150,8 +151,8 @@ fn expert_refusals(packed: &PackedFile, schemes: &Schemes) -> Option<Refusal> {
         let (other, integers) = *first.entry(layer).or_insert((module, schemes.get(module)));
         if integers != schemes.get(module) {
             return refuse(format!(
-                "mlx_lm stacks {other} and {module}, which are packed in different ways; give the experts of a block one \
-                 encoding"
+                "mlx_lm stacks {other} and {module}, which are packed in different ways; give the experts of a \
+                 block one encoding"
             ));
         }
     }
@@ -170,7 +171,7 @@ fn warnings(packed: &PackedFile, modules: &Modules) -> Vec<Refusal> {
             let window = packed.config().and_then(|config| config["sliding_window"].as_u64());
             if let Some(window) = window {
                 warn(format!(
-                    "mlx_lm runs Mistral as Llama, without its window of {window} tokens: longer texts come out otherwise"
+                    "mlx_lm runs Mistral as Llama, without its window of {window} tokens; longer texts differ"
                 ));
             }
         }

@@ -63,7 +63,7 @@ impl Modules {
         let mut refuse = |why: String| refusals.push(Refusal { runtime: layout.to_owned(), why });
         match packed.config() {
             None => {
-                let why = "no config.json is inside, and no runtime loads a folder without one; convert again with --config FILE";
+                let why = "no config.json is inside, and no runtime loads a folder without one; see convert --config";
                 refuse(why.into());
             }
             Some(config) if Architecture::from_config(config) == Some(Architecture::ResNetBk) => {
