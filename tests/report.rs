@@ -238,6 +238,34 @@ fn a_packed_file_and_results_share_a_page() {
 }
 
 #[test]
+fn policies_activations_and_marks_are_said_in_words() {
+    let setup = Setup::new();
+    let model = |name: &str| format!("{}/fixtures/architectures/{name}", env!("CARGO_MANIFEST_DIR"));
+    setup.write("ids.json", &json!((0..91).collect::<Vec<u32>>()).to_string());
+    setup.succeeded(&["convert", &model("mixtral"), "-o", "a.bkpack", "-q", "--policy", "component"]);
+    let (text, _) = read(&setup.page(&["a.bkpack"]));
+    assert!(text.contains("The component of a tensor decides: ") && text.contains("expert int4:g128"), "{text}");
+
+    setup.succeeded(&["convert", &model("resnet_bk_lookahead"), "-o", "b.bkpack", "-q"]);
+    let eval = ["eval", "b.bkpack", "--tokens", "ids.json", "--ctx", "64", "--allow-lookahead", "--json"];
+    setup.write("eval.json", &setup.succeeded(&eval));
+    let (text, _) = read(&setup.page(&["b.bkpack", "--eval", "eval.json"]));
+    let perplexity = text.split("perplexity ").nth(1).unwrap();
+    let number = perplexity.split(' ').next().unwrap();
+    assert!(perplexity.starts_with(&format!("{number} LOOKS AHEAD ")), "the number carries its mark: {perplexity}");
+    assert!(text.contains("LOOKS AHEAD; no baseline"), "so does the one on top");
+
+    setup.succeeded(&["convert", &model("resnet_bk"), "-o", "c.bkpack", "-q"]);
+    let calibrate = ["calibrate", "c.bkpack", "--tokens", "ids.json", "--activations", "bk_core=int8"];
+    setup.succeeded(&[&calibrate[..], &["--samples", "1", "-q"]].concat());
+    let (text, _) = read(&setup.page(&["c.bkpack"]));
+    assert!(text.contains("calibrated on bk_core INT8 1 64 1 ids.json"), "{text}");
+    setup.succeeded(&["synth", "--preset", "resnet-bk", "-o", "random", "-q", "--layers", "1"]);
+    setup.succeeded(&["convert", "random", "-o", "d.bkpack", "-q", "--bits", "2", "--rounding", "rtn"]);
+    assert!(read(&setup.page(&["d.bkpack"])).0.contains("RANDOM WEIGHTS."));
+}
+
+#[test]
 fn nothing_from_a_file_is_taken_for_markup() {
     let setup = Setup::new();
     let mut random = Random(7);
