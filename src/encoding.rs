@@ -123,6 +123,16 @@ impl Encoding {
         }
     }
 
+    /// The bits of one value or code, 1.6 for ternary: without scales and zero points.
+    pub fn code_bits(&self) -> f64 {
+        match *self {
+            Encoding::Float { dtype } => 8.0 * FloatType::from(dtype).bytes() as f64,
+            Encoding::Int { bits, .. } => f64::from(bits),
+            Encoding::Ternary { .. } => 1.6,
+            Encoding::Binary { .. } => 1.0,
+        }
+    }
+
     /// The name without group and scale: `INT4`, `INT4 asym`, `ternary`, `FP16`.
     pub fn grid_name(&self) -> String {
         match self {

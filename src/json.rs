@@ -1,6 +1,6 @@
 //! JSON from untrusted files: a key named twice is an error, since readers would disagree about which one counts.
 
-use std::{collections::HashSet, fmt, path::Path};
+use std::{collections::HashSet, fmt, fs::File, io::Read, path::Path};
 
 use serde::{
     Deserialize, Deserializer,
@@ -8,6 +8,28 @@ use serde::{
 };
 
 use crate::error::{Error, Result};
+
+/// The most that [`read_small`] reads: results and lists of targets are a few kilobytes.
+const MOST_BYTES: u64 = 1 << 20;
+
+/// The bytes of a file that is expected to be small, such as a result.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::Json`] for what is no regular file, and for more than 1 MiB.
+pub fn read_small(path: &Path) -> Result<Vec<u8>> {
+    let refuse = |why: &str| Err(Error::Json { path: path.to_owned(), why: why.to_owned() });
+    // A pipe or a device could block, or never end.
+    if !std::fs::metadata(path).map_err(Error::io(path))?.is_file() {
+        return refuse("is no regular file");
+    }
+    let mut bytes = Vec::new();
+    let mut limited = File::open(path).map_err(Error::io(path))?.take(MOST_BYTES + 1);
+    limited.read_to_end(&mut bytes).map_err(Error::io(path))?;
+    if bytes.len() as u64 > MOST_BYTES {
+        return refuse("has more than 1 MiB, too much for a file of figures or targets");
+    }
+    Ok(bytes)
+}
 
 /// Parses a JSON document, refusing duplicate keys at every level.
 pub fn parse<T: DeserializeOwned>(path: &Path, bytes: &[u8]) -> Result<T> {

@@ -281,6 +281,31 @@ fn wrong_use_is_refused_before_anything_is_measured() {
 }
 
 #[test]
+fn what_a_killed_sweep_left_goes_with_the_next() {
+    let setup = Setup::new();
+    let results = setup.results();
+    let mut child = bkpack();
+    child.arg("sweep").arg(fixture("llama")).arg("--text").arg(fixture("wikitext2.test.txt"));
+    let mut child = child.args(["--bits", "int8", "-q", "-o"]).arg(&results).spawn().unwrap();
+    let packs = || results.exists() && names(&results).iter().any(|name| name.starts_with(".bkpack-sweep-"));
+    let start = Instant::now();
+    while !packs() {
+        assert!(start.elapsed() < Duration::from_secs(300), "nothing was packed");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    // A second sweep leaves the folder of one that runs.
+    let model = fixture("architectures/mamba");
+    let arguments = [model.to_str().unwrap(), "--bits", "int8"];
+    succeeded(&setup.sweep(&arguments));
+    assert!(child.try_wait().unwrap().is_none() && packs());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(packs(), "nothing could clean up");
+    succeeded(&setup.sweep(&arguments));
+    assert_eq!(names(&results), ["mamba_quant_int8.json".to_owned()].into());
+}
+
+#[test]
 fn an_interrupted_sweep_keeps_what_is_done_and_goes_on() {
     let folder = TempDir::new().unwrap();
     let results = folder.path().join("results");

@@ -333,14 +333,14 @@ fn a_result_that_is_missing_or_no_result_is_refused_with_the_line_of_its_measure
         (r#"{"perplexity": NaN}"#, &["x.json"]),
         (r#"{"perplexity": 1e999}"#, &["x.json"]),
         (r#"{"perplexity": 3, "perplexity": 4}"#, &["twice"]),
-        (&" ".repeat(2 << 20), &["bytes"]),
+        (&" ".repeat(2 << 20), &["1 MiB"]),
     ] {
         setup.write("x.json", text);
         setup.refused(&spec, &[], &[&["line 3"], words].concat());
     }
     std::fs::remove_file(setup.path().join("x.json")).unwrap();
     std::fs::create_dir(setup.path().join("x.json")).unwrap();
-    setup.refused(&spec, &[], &["line 3", "no file"]);
+    setup.refused(&spec, &[], &["line 3", "no regular file"]);
     // A division by zero is no number either.
     setup.write("zero.json", r#"{"perplexity": 0}"#);
     let spec = "version = 1\nmeasurements.z.result = \"zero.json\"\n".to_owned()

@@ -6,17 +6,17 @@ use bkpack::{
     Error, Result,
     eval::{
         components::{ComponentCosts, DEFAULT_WINDOWS, component_costs},
-        perplexity::{Evaluation, Options, evaluate},
+        perplexity::{Evaluation, evaluate},
     },
     format::{self, PackedFile},
-    ops::cpu::Activations,
     report::table::{count, facts},
+    tensor::CalibrationText,
 };
 use bkpack_kernels::Cpu;
 use clap::Args;
 use serde::Serialize;
 
-use super::{Common, components, print, source::SourceArgs, text::read_either};
+use super::{Common, components, print, source::SourceArgs, text::MeasureArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -38,37 +38,12 @@ pub struct EvalArgs {
     /// Packed file or checkpoint
     model: PathBuf,
 
-    /// Text (UTF-8, every line end read as LF), tokenized with the model's own tokenizer
-    #[arg(long, value_name = "FILE", required_unless_present = "tokens", conflicts_with = "tokens")]
-    text: Option<PathBuf>,
-
-    /// Token ids instead of a text: a JSON array
-    #[arg(long, value_name = "FILE")]
-    tokens: Option<PathBuf>,
+    #[command(flatten)]
+    measure: MeasureArgs,
 
     /// Packed file or checkpoint to compare with, on the same windows
     #[arg(long, value_name = "MODEL")]
     baseline: Option<PathBuf>,
-
-    /// Tokens in a window [default: 512, or the model's context if that is shorter]
-    #[arg(long, value_name = "N")]
-    ctx: Option<usize>,
-
-    /// Positions at the start of each window that are not scored
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    skip: usize,
-
-    /// Use only the first N tokens
-    #[arg(long, value_name = "N")]
-    limit_tokens: Option<usize>,
-
-    /// How activations enter the product with quantized weights
-    #[arg(long, value_enum, default_value_t)]
-    activations: Activations,
-
-    /// Measure a model whose positions see later tokens, and mark every figure
-    #[arg(long)]
-    allow_lookahead: bool,
 
     /// Also measure what each component of the packed file costs: the divergence of the baseline with it alone packed
     #[arg(long, requires = "baseline")]
@@ -98,6 +73,11 @@ pub struct EvalArgs {
 struct Report<'a> {
     #[serde(flatten)]
     evaluation: &'a Evaluation,
+    /// What was measured on: the text or the token ids.
+    text: CalibrationText,
+    /// Of the packed file, so that nobody takes the figures for those of another one.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    seals: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     by_component: Option<&'a ComponentCosts>,
 }
@@ -112,14 +92,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let paths: Vec<&Path> = std::iter::once(&args.model).chain(&args.baseline).map(PathBuf::as_path).collect();
     let models = args.checkpoint.open(&paths, args.verify_hashes.then_some(&observer), &args.common)?;
     let (source, baseline) = (&*models[0], models.get(1).map(|model| &**model));
-    let (_, mut tokens) = read_either(source, &args.text, &args.tokens)?;
-    tokens.truncate(args.limit_tokens.unwrap_or(usize::MAX));
-    let options = Options {
-        ctx: args.ctx,
-        skip: args.skip,
-        activations: args.activations,
-        allow_lookahead: args.allow_lookahead,
-    };
+    let (tokens, options) = (args.measure.tokens(source)?, args.measure.options());
     let cpu = Cpu::from_environment()?;
     let evaluation = evaluate(cpu, source, baseline, &tokens, &options, &observer)?;
     let costs = match baseline {
@@ -131,7 +104,12 @@ pub fn run(args: &EvalArgs) -> Result<()> {
         _ => None,
     };
     if args.json {
-        let report = Report { evaluation: &evaluation, by_component: costs.as_ref() };
+        let text = CalibrationText::of(args.measure.path())?;
+        let seals = match format::is_packed(&args.model)? {
+            true => PackedFile::open(&args.model)?.sealed_files().map(|(_, _, seal)| seal.to_owned()).collect(),
+            false => Vec::new(),
+        };
+        let report = Report { evaluation: &evaluation, text, seals, by_component: costs.as_ref() };
         return print(&serde_json::to_string_pretty(&report).expect("plain numbers and strings"));
     }
     print(&render(&evaluation))?;

@@ -16,6 +16,7 @@ mod logits;
 mod plot;
 mod policy;
 mod progress;
+mod report;
 mod sensitivity;
 mod source;
 mod sweep;
@@ -73,6 +74,7 @@ enum Command {
     Unpack(unpack::UnpackArgs),
     Sweep(sweep::SweepArgs),
     Plot(plot::PlotArgs),
+    Report(report::ReportArgs),
     Synth(synth::SynthArgs),
     /// Print a completion script for a shell
     #[command(after_help = COMPLETION_EXAMPLES)]
@@ -131,6 +133,7 @@ pub fn run() -> ExitCode {
         Command::Unpack(args) => unpack::run(args).map(|()| ExitCode::SUCCESS),
         Command::Sweep(args) => sweep::run(args).map(|()| ExitCode::SUCCESS),
         Command::Plot(args) => plot::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Report(args) => report::run(args).map(|()| ExitCode::SUCCESS),
         Command::Synth(args) => synth::run(args).map(|()| ExitCode::SUCCESS),
         Command::Completions { shell } => {
             // Into memory first: the generator panics where it cannot write.

@@ -4,15 +4,15 @@ use std::path::{Path, PathBuf};
 
 use bkpack::{
     Error, Result,
-    encoding::Encoding,
     error::short,
     format::{PackedFile, PackedTensor, check_output},
     report::{
         efficiency::{Efficiency, TARGET_PPL},
         efficiency_figure,
         figure::{Figure, Format},
-        results, robustness, robustness_figure, simulate,
-        table::count,
+        results,
+        robustness::{self, DEPLOYABLE_PPL},
+        robustness_figure, simulate,
         tensors::{self, Stored},
     },
     tensor::TensorSource,
@@ -62,7 +62,7 @@ struct RobustnessArgs {
     bit_widths: Vec<f64>,
 
     /// A model is deployable below this perplexity
-    #[arg(long, value_name = "PPL", default_value_t = 100.0, value_parser = positive)]
+    #[arg(long, value_name = "PPL", default_value_t = DEPLOYABLE_PPL, value_parser = positive)]
     threshold: f64,
 
     #[command(flatten)]
@@ -171,11 +171,8 @@ fn plot_robustness(args: &RobustnessArgs) -> Result<()> {
     let refuse = |why| Error::Figure { why };
     let data =
         robustness::Robustness::new(points, &args.data.models, &args.bit_widths, args.threshold).map_err(refuse)?;
-    let (figure, unlabelled) = robustness_figure::draw(&data, args.output.title("Quantization robustness"));
+    let figure = robustness_figure::draw(&data, args.output.title("Quantization robustness"));
     notes.extend(data.notes());
-    if unlabelled > 0 {
-        notes.push(format!("{unlabelled} values have no room for a label; the summary has them all"));
-    }
     files.write(&figure, &notes, &data.summary(&notes), &data.render())
 }
 
@@ -189,12 +186,8 @@ fn plot_efficiency(args: &EfficiencyArgs) -> Result<()> {
     };
     let refuse = |why| Error::Figure { why };
     let data = Efficiency::new(&points, &args.data.models, args.target_ppl).map_err(refuse)?;
-    let (figure, unlabelled) =
-        efficiency_figure::draw(&data, args.output.title("Efficiency: perplexity against compute"));
+    let figure = efficiency_figure::draw(&data, args.output.title("Efficiency: perplexity against compute"));
     notes.extend_from_slice(data.notes());
-    if unlabelled > 0 {
-        notes.push(format!("{unlabelled} annotations have no room in the plot; the box below it has what they say"));
-    }
     files.write(&figure, &notes, &data.summary(&notes), &data.render())
 }
 
@@ -203,33 +196,18 @@ fn plot_tensors(args: &TensorsArgs) -> Result<()> {
     let files = FigureFiles::new("--output", output, format, *dpi, *force)?;
     files.refuse_input(&args.packed)?;
     let packed = PackedFile::open(&args.packed)?;
-    let stored = |tensor: &PackedTensor| Stored {
-        name: tensor.name.clone(),
-        encoding: tensor.encoding.to_string(),
-        bits: bits(&tensor.encoding),
-        bytes: tensor.bytes() as u64,
-    };
     let tensors: Vec<Stored> = packed.tensors().iter().map(stored).collect();
     let name = args.packed.file_name().unwrap_or_default().to_string_lossy();
-    let (parameters, bytes) = (packed.parameters(), packed.file_bytes());
-    let subtitle = format!(
-        "{name}: {} parameters in {} bytes, {:.3} bits a weight",
-        count(parameters),
-        count(bytes),
-        8.0 * bytes as f64 / parameters as f64
-    );
+    let subtitle = tensors::subtitle(&name, packed.parameters(), packed.file_bytes());
     files.write(&tensors::draw(args.output.title("Encodings and bytes of the tensors"), &subtitle, &tensors), &[])?;
     if *quiet { Ok(()) } else { print(&written(files.paths())) }
 }
 
-/// The bits of one code.
-fn bits(encoding: &Encoding) -> f64 {
-    match encoding {
-        Encoding::Float { dtype } => 8.0 * bkpack_kernels::FloatType::from(*dtype).bytes() as f64,
-        Encoding::Int { bits, .. } => f64::from(*bits),
-        Encoding::Ternary { .. } => 1.6,
-        Encoding::Binary { .. } => 1.0,
-    }
+/// What a figure shows of a tensor.
+pub fn stored(tensor: &PackedTensor) -> Stored {
+    let PackedTensor { name, encoding, .. } = tensor;
+    let (bits, bytes) = (encoding.code_bits(), tensor.bytes() as u64);
+    Stored { name: name.clone(), encoding: encoding.to_string(), bits, bytes }
 }
 
 /// Everything that a plot of results writes.

@@ -15,7 +15,6 @@ use bkpack::{
         sweep::{Configuration, LayerRanking, Precision, Subject, Sweep},
     },
     format,
-    ops::cpu::Activations,
     progress::{Observer, Unit},
     report::table::count,
     tensor::CalibrationText,
@@ -24,7 +23,12 @@ use bkpack_kernels::{Cpu, cpu::quantize::Rounding};
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
-use super::{Common, print, progress::ProgressObserver, source::SourceArgs, text::read_either};
+use super::{
+    Common, print,
+    progress::ProgressObserver,
+    source::SourceArgs,
+    text::{MeasureArgs, read_either},
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -54,13 +58,8 @@ pub struct SweepArgs {
     #[arg(long, requires = "calibration")]
     compute: bool,
 
-    /// Text to measure on (UTF-8)
-    #[arg(long, value_name = "FILE", required_unless_present = "tokens", conflicts_with = "tokens")]
-    text: Option<PathBuf>,
-
-    /// Token ids instead of a text, for all models: a JSON array
-    #[arg(long, value_name = "FILE")]
-    tokens: Option<PathBuf>,
+    #[command(flatten)]
+    measure: MeasureArgs,
 
     /// Folder for the results
     #[arg(short, long, value_name = "FOLDER")]
@@ -77,26 +76,6 @@ pub struct SweepArgs {
     /// Windows of the calibration text to look at; fewer if the text is shorter
     #[arg(long, value_name = "N", default_value_t = 16, requires = "calibration", value_parser = clap::value_parser!(u32).range(1..))]
     samples: u32,
-
-    /// Tokens in a window [default: 512, or the model's context if that is shorter]
-    #[arg(long, value_name = "N")]
-    ctx: Option<usize>,
-
-    /// Positions at the start of each window that are not scored
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    skip: usize,
-
-    /// Use only the first N tokens
-    #[arg(long, value_name = "N")]
-    limit_tokens: Option<usize>,
-
-    /// How activations enter the product with quantized weights
-    #[arg(long, value_enum, default_value_t)]
-    activations: Activations,
-
-    /// Measure a model whose positions see later tokens, and mark every figure
-    #[arg(long)]
-    allow_lookahead: bool,
 
     /// Columns that share a scale: 32, 64, 128, 256, or row for one scale a row
     #[arg(long, value_name = "N", default_value = "128", value_parser = |text: &str| text.parse::<GroupSize>().map_err(|_| "use 32, 64, 128, 256 or row"))]
@@ -199,8 +178,7 @@ pub fn run(args: &SweepArgs) -> Result<()> {
         let why = format!("two models are named {}; name one of them as NAME=MODEL", model.name);
         return Err(Error::Option { option: "MODEL", why });
     }
-    let measured = args.text.as_ref().or(args.tokens.as_ref()).expect("the options require one of the two");
-    let text = CalibrationText::of(measured)?;
+    let text = CalibrationText::of(args.measure.path())?;
     let calibration = args.calib.as_ref().or(args.calib_tokens.as_ref()).map(|path| CalibrationText::of(path));
     let calibration = calibration.transpose()?;
     if calibration.as_ref().is_some_and(|calibration| calibration.blake3 == text.blake3) {
@@ -211,12 +189,7 @@ pub fn run(args: &SweepArgs) -> Result<()> {
         cpu: Cpu::from_environment()?,
         folder: args.output.clone(),
         text,
-        options: Options {
-            ctx: args.ctx,
-            skip: args.skip,
-            activations: args.activations,
-            allow_lookahead: args.allow_lookahead,
-        },
+        options: args.measure.options(),
         group: args.group_size,
         asymmetric: args.asymmetric,
         rounding: match args.rounding {
@@ -229,7 +202,7 @@ pub fn run(args: &SweepArgs) -> Result<()> {
     };
     let subjects: Vec<Subject> =
         args.models.iter().map(|model| subject(args, model, &sweep.options)).collect::<Result<_>>()?;
-    std::fs::create_dir_all(&args.output).map_err(Error::io(&args.output))?;
+    sweep.prepare_folder()?;
     let results = match &calibration {
         Some(calibration) => sweep_compute(args, &sweep, &subjects, precisions[0], calibration, &observer)?,
         None => sweep_widths(args, &sweep, &subjects, &precisions, &observer)?,
@@ -263,8 +236,7 @@ fn subject(args: &SweepArgs, model: &NamedModel, options: &Options) -> Result<Su
         return Err(Error::NotAModel { path: model.path.clone(), why });
     }
     let checkpoint = SourceArgs::default().open_checkpoint(&model.path, &args.common)?;
-    let (_, mut tokens) = read_either(&checkpoint, &args.text, &args.tokens)?;
-    tokens.truncate(args.limit_tokens.unwrap_or(usize::MAX));
+    let tokens = args.measure.tokens(&checkpoint)?;
     Subject::new(model.name.clone(), checkpoint, tokens, options)
 }
 

@@ -2,6 +2,7 @@
 //! in the schema of docs/results.md. What is measured already is not measured again.
 
 mod compute;
+mod scratch;
 
 use std::{
     fs::File,
@@ -14,9 +15,9 @@ use std::{
 use bkpack_kernels::{Cpu, FloatType, Grid, cpu::quantize::Rounding};
 use serde::Serialize;
 use serde_json::{Number, Value, json};
-use tempfile::TempDir;
 
 pub use self::compute::{ComputeResult, Configuration, LayerRanking};
+use self::scratch::Scratch;
 use super::perplexity::{BaselineComparison, Evaluation, Options, Protocol, evaluate};
 use crate::{
     checkpoint::Checkpoint,
@@ -30,9 +31,6 @@ use crate::{
     progress::Observer,
     tensor::{CalibrationText, TensorSource},
 };
-
-/// A result file is a few kilobytes.
-const MAX_RESULT_BYTES: u64 = 1 << 20;
 
 /// A width at which every matrix of a model is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,10 +231,19 @@ pub struct Packed {
     encoding: String,
     precision: Precision,
     seconds: f64,
-    _folder: Option<TempDir>,
+    _scratch: Option<Scratch>,
 }
 
 impl Sweep {
+    /// Makes the folder of the results, and removes what sweeps that were killed left in it.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn prepare_folder(&self) -> Result<()> {
+        let prepared = std::fs::create_dir_all(&self.folder).and_then(|()| scratch::remove_abandoned(&self.folder));
+        prepared.map_err(Error::io(&self.folder))
+    }
+
     /// Where the result of a model at a width goes.
     pub fn quantization_path(&self, subject: &Subject, precision: Precision) -> PathBuf {
         self.folder.join(format!("{}_quant_{}.json", subject.name, precision.name()))
@@ -291,15 +298,11 @@ impl Sweep {
             allow_nonfinite: false,
             shard_bytes: None,
         };
-        let (temporary, folder) = match self.keep_packed {
-            true => (None, self.folder.clone()),
-            false => {
-                let temporary = tempfile::Builder::new().prefix(".bkpack-sweep-").tempdir_in(&self.folder);
-                let temporary = temporary.map_err(Error::io(&self.folder))?;
-                let folder = temporary.path().to_owned();
-                (Some(temporary), folder)
-            }
+        let scratch = match self.keep_packed {
+            true => None,
+            false => Some(Scratch::create(&self.folder).map_err(Error::io(&self.folder))?),
         };
+        let folder = scratch.as_ref().map_or(self.folder.as_path(), Scratch::path);
         let path = folder.join(format!("{}_{}.bkpack", subject.name, precision.name()));
         // A sweep that was stopped before its result leaves the packed file.
         let replace = self.force || (self.keep_packed && packed_before(&path, subject, &options));
@@ -314,7 +317,7 @@ impl Sweep {
             encoding: request.to_string(),
             precision,
             seconds: start.elapsed().as_secs_f64(),
-            _folder: temporary,
+            _scratch: scratch,
         })
     }
 
@@ -393,16 +396,11 @@ impl Sweep {
 
     /// What a file holds, if it is the result with this key.
     fn found(&self, path: &Path, key: &str) -> Result<Option<Value>> {
-        let Ok(metadata) = std::fs::metadata(path) else { return Ok(None) };
-        if self.force {
+        if self.force || std::fs::metadata(path).is_err() {
             return Ok(None);
         }
-        let parsed = match metadata.is_file() && metadata.len() <= MAX_RESULT_BYTES {
-            true => std::fs::read(path).ok().and_then(|bytes| json::parse::<Value>(path, &bytes).ok()),
-            false => None,
-        };
-        match parsed {
-            Some(value) if value["key"] == *key => Ok(Some(value)),
+        match json::read_small(path).and_then(|bytes| json::parse::<Value>(path, &bytes)) {
+            Ok(value) if value["key"] == *key => Ok(Some(value)),
             _ => {
                 let why = "is no result of this model, text and options; pass --force to replace it, or another folder";
                 Err(Error::BadOutput { path: path.to_owned(), why: why.into() })

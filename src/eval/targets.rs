@@ -220,9 +220,6 @@ pub struct Verdict {
     pub passed: bool,
 }
 
-/// Results are small; what is larger is something else.
-const MAX_FILE_BYTES: u64 = 1 << 20;
-
 impl Targets {
     /// Reads a file of targets; with `only`, none but those of these ids.
     ///

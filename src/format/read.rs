@@ -66,6 +66,7 @@ struct Shard {
     path: PathBuf,
     map: FileMap,
     data_start: usize,
+    seal: String,
 }
 
 /// One logical tensor of a packed model.
@@ -91,7 +92,7 @@ impl PackedTensor {
 
     /// Stored bytes of all parts.
     pub fn bytes(&self) -> usize {
-        self.parts.iter().map(|part| part.range.len()).sum()
+        self.parts.iter().map(PackedPart::bytes).sum()
     }
 }
 
@@ -102,6 +103,13 @@ pub struct PackedPart {
     pub hash: blake3::Hash,
     shard: usize,
     range: Range<usize>,
+}
+
+impl PackedPart {
+    /// Stored bytes.
+    pub fn bytes(&self) -> usize {
+        self.range.len()
+    }
 }
 
 impl PackedFile {
@@ -287,7 +295,8 @@ impl PackedFile {
         } else if !manifest.activations.is_empty() {
             return Err(Error::ActivationShard { path: path.to_owned() });
         }
-        self.shards.push(Shard { path: path.to_owned(), map, data_start });
+        let seal = header.metadata[SEAL_KEY].clone();
+        self.shards.push(Shard { path: path.to_owned(), map, data_start, seal });
         self.names.sort_by(|a, b| natural_order(a, b));
         Ok(manifest)
     }
@@ -319,8 +328,14 @@ impl PackedFile {
         tensors.chain(self.file_parts())
     }
 
+    /// The path, the bytes and the seal of each file of the model. A seal is the BLAKE3 of a header, in which the hashes of
+    /// all parts stand: it tells any two models apart.
+    pub fn sealed_files(&self) -> impl Iterator<Item = (&Path, usize, &str)> {
+        self.shards.iter().map(|shard| (shard.path.as_path(), shard.map.len(), shard.seal.as_str()))
+    }
+
     /// The parts of the travelling files with their names.
-    pub(super) fn file_parts(&self) -> impl Iterator<Item = (&str, &PackedPart)> {
+    pub fn file_parts(&self) -> impl Iterator<Item = (&str, &PackedPart)> {
         self.files.iter().map(|(name, part)| (name.as_str(), part))
     }
 

@@ -65,6 +65,39 @@ impl<'a> Explainer<'a> {
         self.policy.get("name")?.as_str()
     }
 
+    /// What the policy does, in a sentence.
+    pub fn policy(&self) -> String {
+        let request = |key: &str| match self.policy.get(key).and_then(Value::as_str) {
+            Some(text) => short(text).to_string(),
+            None => "an encoding that is not recorded".into(),
+        };
+        match self.policy_name() {
+            Some("uniform") => format!("One encoding for every matrix, {}.", request("encoding")),
+            Some("component") => {
+                let encodings = self.policy.get("encodings").and_then(Value::as_object);
+                let encodings = encodings.into_iter().flatten().filter_map(|(component, request)| {
+                    Some(format!("{} {}", short(component), short(request.as_str()?)))
+                });
+                format!("The component of a tensor decides: {}.", encodings.collect::<Vec<_>>().join(", "))
+            }
+            Some("dynamic") => format!(
+                "Importance decides, as measured in {}: {} become {}, {} become {}, the others {}.",
+                self.file("importance"),
+                self.share("high_ratio", "the most important"),
+                request("high"),
+                self.share("low_ratio", "the least important"),
+                request("low"),
+                request("middle")
+            ),
+            Some("recipe") => format!("The recipe {} says what becomes of each tensor.", self.file("recipe")),
+            Some("budget") => {
+                format!("The mix of least predicted cost ({}) in a file {}.", self.file("sensitivity"), self.target())
+            }
+            Some(name) => format!("The policy {:?}, which this version does not know.", short(name)),
+            None => "The file does not say how its encodings were chosen.".into(),
+        }
+    }
+
     /// Why a tensor has its encoding. A file of an older version says less, and so does the explanation.
     pub fn explain(&self, subject: &Subject) -> Explanation {
         let recorded: Option<Reason> = subject.reason.and_then(|value| serde_json::from_value(value.clone()).ok());
@@ -209,14 +242,7 @@ impl<'a> Explainer<'a> {
     }
 
     fn cost(&self, subject: &Subject, cost: &Cost) -> Cause {
-        let target = self.policy.get("target");
-        let figure = |key: &str| target.and_then(|target| target.get(key)?.as_f64());
-        let within = match (figure("ratio"), figure("bits_per_weight"), figure("bytes")) {
-            (Some(ratio), _, _) => format!("at least {ratio} times smaller than FP32"),
-            (_, Some(bits), _) => format!("of at most {bits} bits a weight"),
-            (_, _, Some(bytes)) => format!("of at most {bytes} bytes"),
-            _ => "of the size that was asked for".into(),
-        };
+        let within = self.target();
         let shared = if cost.coupled { ", together with the tensors that work on the same input" } else { "" };
         let adopted = self.policy.get("adopted").and_then(Value::as_str);
         let mix = match adopted {
@@ -244,6 +270,18 @@ impl<'a> Explainer<'a> {
             sentence += &format!(" The next larger, {name}, takes {bytes} bytes more and saves {price}.");
         }
         Cause { phrase: format!("predicted cost {}", scientific(cost.cost)), sentence, asked: None }
+    }
+
+    /// The size that a budget was asked to keep.
+    fn target(&self) -> String {
+        let target = self.policy.get("target");
+        let figure = |key: &str| target.and_then(|target| target.get(key)?.as_f64());
+        match (figure("ratio"), figure("bits_per_weight"), figure("bytes")) {
+            (Some(ratio), _, _) => format!("at least {ratio} times smaller than FP32"),
+            (_, Some(bits), _) => format!("of at most {bits} bits a weight"),
+            (_, _, Some(bytes)) => format!("of at most {bytes} bytes"),
+            _ => "of the size that was asked for".into(),
+        }
     }
 
     /// A request in the policy's record.

@@ -1,5 +1,7 @@
 //! What a conversion made: sizes by component and encoding, everything counted.
 
+use std::collections::HashMap;
+
 use serde::Serialize;
 
 use super::table::{count, facts, table};
@@ -38,6 +40,28 @@ pub struct Summary {
     pub components: Vec<Line>,
 }
 
+/// Sums up tensors `(component, encoding, parameters, bytes)`, a line for each component and encoding, the largest first.
+pub fn lines(tensors: impl Iterator<Item = (String, String, u64, u64)>) -> Vec<Line> {
+    let mut found: HashMap<(String, String), Line> = HashMap::new();
+    for (component, encoding, parameters, bytes) in tensors {
+        let line = found.entry((component, encoding)).or_insert_with_key(|(component, encoding)| Line {
+            component: component.clone(),
+            encoding: encoding.clone(),
+            tensors: 0,
+            parameters: 0,
+            bytes: 0,
+        });
+        line.tensors += 1;
+        line.parameters += parameters;
+        line.bytes += bytes;
+    }
+    let mut lines: Vec<Line> = found.into_values().collect();
+    lines.sort_by(|a, b| {
+        b.bytes.cmp(&a.bytes).then_with(|| (&a.component, &a.encoding).cmp(&(&b.component, &b.encoding)))
+    });
+    lines
+}
+
 impl Summary {
     /// Sums up tensors `(component, encoding, parameters, bytes)`.
     pub fn new(
@@ -47,23 +71,7 @@ impl Summary {
         seconds: f64,
         dry_run: bool,
     ) -> Self {
-        let mut components: Vec<Line> = Vec::new();
-        for (component, encoding, parameters, bytes) in tensors {
-            let found = components.iter().position(|line| line.component == component && line.encoding == encoding);
-            let line = match found {
-                Some(index) => &mut components[index],
-                None => {
-                    components.push(Line { component, encoding, tensors: 0, parameters: 0, bytes: 0 });
-                    components.last_mut().expect("just pushed")
-                }
-            };
-            line.tensors += 1;
-            line.parameters += parameters;
-            line.bytes += bytes;
-        }
-        components.sort_by(|a, b| {
-            b.bytes.cmp(&a.bytes).then_with(|| (&a.component, &a.encoding).cmp(&(&b.component, &b.encoding)))
-        });
+        let components = lines(tensors);
         let parameters: u64 = components.iter().map(|line| line.parameters).sum();
         let (size, weights) = (file_bytes as f64, parameters as f64);
         Self {

@@ -363,6 +363,7 @@ mod tests {
             looks_ahead: false,
             simulated: false,
             protocol: None,
+            details: Default::default(),
         };
         Efficiency::new(&found.iter().map(of).collect::<Vec<_>>(), &[], 30.0).unwrap()
     }

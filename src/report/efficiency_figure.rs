@@ -21,23 +21,15 @@ const SHADE: &str = "#eef5f2";
 const LOG_FROM: f64 = 4.0;
 const DOTS: &str = "1.5 2";
 
-/// Draws the configurations of all models, their frontier and the comparison of the first two. Gives, with the figure, how
-/// many annotations found no room in the plot; the box below it holds them all.
-pub fn draw(data: &Efficiency, title: &str) -> (Figure, usize) {
+/// Draws the configurations of all models, their frontier and the comparison of the first two. What is pointed out and finds
+/// no room in the plot has a number there, and stands in the box below.
+pub fn draw(data: &Efficiency, title: &str) -> Figure {
     let title = fit(&drawable(title), 11.0, true, WIDTH - 2.0 * MARGIN);
     let series = Series::of(&data.models);
     let comparison = Comparison::of(data);
     let (entries, legend_height) = legend_rows(legend_of(data, &series, &comparison), MARGIN, WIDTH - MARGIN);
     let legend_top = 28.0;
     let plot = Area { x: LEFT, y: legend_top + legend_height + 6.0, width: WIDTH - LEFT - MARGIN, height: PLOT_HEIGHT };
-    let metrics = metrics(data, &series);
-    let metrics_box = Area {
-        x: MARGIN,
-        y: plot.bottom() + 40.0,
-        width: WIDTH - 2.0 * MARGIN,
-        height: 8.0 + 11.0 * metrics.len() as f64,
-    };
-    let mut canvas = Canvas::new(WIDTH, metrics_box.bottom() + MARGIN, &title);
 
     let largest = data.points.iter().map(|point| point.flops).fold(0.0, f64::max);
     let (unit, unit_name) = UNITS.into_iter().find(|(size, _)| largest >= *size).unwrap_or(UNITS[UNITS.len() - 1]);
@@ -48,8 +40,38 @@ pub fn draw(data: &Efficiency, title: &str) -> (Figure, usize) {
     };
     let of = |point: &Point| at(point.flops, point.ppl);
     let axes = Axes { plot, x: (x.low, x.high), y: (y.low, y.high), log_x: x.log, log_y: y.log };
-
     let corners: Vec<(f64, f64)> = data.frontier().into_iter().map(of).collect();
+    let stairs = stairs(&corners, plot);
+    let lines: Vec<Vec<(f64, f64)>> = (0..series.len()).map(|model| data.of(model).map(of).collect()).collect();
+    let spans = comparison.spans(at);
+
+    let mut obstacles: Vec<Area> = data.points.iter().map(|point| Area::around(of(point), 3.5)).collect();
+    let mut callouts = Vec::new();
+    if let Some((_, target)) = &comparison.target {
+        obstacles.push(Area::around(of(target), 6.5));
+        callouts.push(Callout::of_point(target, of(target), 7.5, &series));
+    }
+    callouts.extend(comparison.others().into_iter().map(|point| Callout::of_point(point, of(point), 4.5, &series)));
+    callouts.extend(spans.iter().map(|((from, to), text)| Callout {
+        point: ((from.0 + to.0) / 2.0, (from.1 + to.1) / 2.0),
+        clearance: 2.5,
+        text: text.clone(),
+        line: format!("{text} (dotted)"),
+        color: colors::BLACK,
+    }));
+    let chains = lines.iter().chain([&stairs]);
+    let mut segments: Vec<Segment> = chains.flat_map(|line| line.windows(2).map(|pair| (pair[0], pair[1]))).collect();
+    segments.extend(spans.iter().map(|(segment, _)| *segment));
+    let (values, below) = place_callouts(&callouts, &obstacles, &segments, plot.grown(-1.5));
+
+    let metrics: Vec<String> = metrics(data, &series).into_iter().chain(below).collect();
+    let metrics_box = Area {
+        x: MARGIN,
+        y: plot.bottom() + 40.0,
+        width: WIDTH - 2.0 * MARGIN,
+        height: 8.0 + 11.0 * metrics.len() as f64,
+    };
+    let mut canvas = Canvas::new(WIDTH, metrics_box.bottom() + MARGIN, &title);
     canvas.group("dominated", |canvas| canvas.path(dominated(&corners, plot), Some(SHADE), "none", 0.0));
     if data.simulated {
         canvas.watermark(plot);
@@ -64,15 +86,12 @@ pub fn draw(data: &Efficiency, title: &str) -> (Figure, usize) {
         let name = format!("perplexity (lower is better{})", log(y.log));
         canvas.rotated_text((16.0, plot.center().1), &name, middle, Some(-90.0));
     });
-    let stairs = stairs(&corners, plot);
     canvas.group("frontier", |canvas| canvas.polyline(stairs.clone(), colors::GREEN, 1.4, "4 2.5"));
-    let lines: Vec<Vec<(f64, f64)>> = (0..series.len()).map(|model| data.of(model).map(of).collect()).collect();
     canvas.group("lines", |canvas| {
         for (line, series) in lines.iter().zip(&series).filter(|(line, _)| line.len() > 1) {
             canvas.polyline(line.clone(), series.color, 1.4, "");
         }
     });
-    let spans = comparison.spans(at);
     canvas.group("comparison", |canvas| {
         for ((from, to), _) in &spans {
             canvas.line(*from, *to, colors::BLACK, 1.2, DOTS);
@@ -87,34 +106,10 @@ pub fn draw(data: &Efficiency, title: &str) -> (Figure, usize) {
             star(canvas, of(target), 6.5, colors::ORANGE);
         }
     });
-
-    let mut obstacles: Vec<Area> = data.points.iter().map(|point| Area::around(of(point), 3.5)).collect();
-    let mut labels: Vec<(Label, String, &'static str)> = Vec::new();
-    let label = |point, clearance, text: String, color| {
-        let size = f64::from(LABEL);
-        (Label { point, width: width(&text, size, false), height: size, clearance }, text, color)
-    };
-    if let Some((_, target)) = &comparison.target {
-        obstacles.push(Area::around(of(target), 6.5));
-        labels.push(label(of(target), 7.5, described(target), series[target.model].color));
-    }
-    for point in comparison.others() {
-        labels.push(label(of(point), 4.5, described(point), series[point.model].color));
-    }
-    for ((from, to), text) in &spans {
-        labels.push(label(((from.0 + to.0) / 2.0, (from.1 + to.1) / 2.0), 2.5, text.clone(), colors::BLACK));
-    }
-    let chains = lines.iter().chain([&stairs]);
-    let mut segments: Vec<Segment> = chains.flat_map(|line| line.windows(2).map(|pair| (pair[0], pair[1]))).collect();
-    segments.extend(spans.iter().map(|(segment, _)| *segment));
-    let wanted: Vec<Label> = labels.iter().map(|(label, _, _)| *label).collect();
-    let places = place(&wanted, &obstacles, &segments, plot.grown(-1.5));
     canvas.group("values", |canvas| {
-        for ((_, text, color), area) in labels.iter().zip(&places) {
-            if let Some(area) = area {
-                let style = Text::new(LABEL).anchor(Anchor::Middle).color(color);
-                canvas.text((area.center().0, area.bottom() - 0.22 * f64::from(LABEL)), text, style);
-            }
+        for (area, text, style) in &values {
+            let baseline = area.bottom() - 0.22 * f64::from(LABEL);
+            canvas.text((area.center().0, baseline), text, style.anchor(Anchor::Middle));
         }
     });
     canvas.group("metrics", |canvas| {
@@ -125,7 +120,62 @@ pub fn draw(data: &Efficiency, title: &str) -> (Figure, usize) {
         }
     });
     legend(&mut canvas, &entries, legend_top);
-    (canvas.finish(), places.iter().filter(|area| area.is_none()).count())
+    canvas.finish()
+}
+
+/// Something that is pointed out in the plot.
+struct Callout {
+    point: (f64, f64),
+    /// How far from the point its text begins.
+    clearance: f64,
+    text: String,
+    /// What it says where it does not stand beside its point.
+    line: String,
+    color: &'static str,
+}
+
+impl Callout {
+    fn of_point(point: &Point, at: (f64, f64), clearance: f64, series: &[Series]) -> Self {
+        let Series { name, color, .. } = &series[point.model];
+        let text = described(point);
+        Self { point: at, clearance, line: format!("{name} {text}"), text, color }
+    }
+
+    fn label(&self, text: &str, style: Text) -> Label {
+        let size = f64::from(style.size);
+        Label { point: self.point, width: width(text, size, style.bold), height: size, clearance: self.clearance }
+    }
+}
+
+/// Texts where there is room for them, numbers in place of the others, and the lines that say what the numbers stand for.
+fn place_callouts(
+    callouts: &[Callout],
+    obstacles: &[Area],
+    segments: &[Segment],
+    bounds: Area,
+) -> (Vec<(Area, String, Text)>, Vec<String>) {
+    let style = |callout: &Callout| Text::new(LABEL).color(callout.color);
+    let wanted: Vec<Label> = callouts.iter().map(|callout| callout.label(&callout.text, style(callout))).collect();
+    let places = place(&wanted, obstacles, segments, bounds);
+    let mut taken: Vec<Area> = obstacles.iter().copied().chain(places.iter().flatten().copied()).collect();
+    let (mut values, mut lines) = (Vec::new(), Vec::new());
+    for (callout, area) in callouts.iter().zip(places) {
+        if let Some(area) = area {
+            values.push((area, callout.text.clone(), style(callout)));
+            continue;
+        }
+        let (number, style) = (format!("[{}]", lines.len() + 1), style(callout).bold());
+        let label = [callout.label(&number, style)];
+        // A number is read over a line, too.
+        let area = place(&label, &taken, segments, bounds)[0].or_else(|| place(&label, &taken, &[], bounds)[0]);
+        // Without a number the line still tells FLOPs and perplexity, and so the point.
+        lines.push(if area.is_some() { format!("{number} {}", callout.line) } else { callout.line.clone() });
+        if let Some(area) = area {
+            taken.push(area);
+            values.push((area, number, style));
+        }
+    }
+    (values, lines)
 }
 
 /// What is pointed out: the target, and the first two models side by side.
@@ -184,7 +234,7 @@ fn legend_of<'a>(data: &Efficiency, series: &'a [Series], comparison: &Compariso
         entries.push((Sample::Line(series), format!("{}{ahead}", series.name)));
     }
     entries.push((Sample::Dashes(colors::GREEN), "Pareto frontier".into()));
-    let by = data.dominating().map_or("it".to_owned(), |model| series[model].name.clone());
+    let by = data.dominating().map_or("the frontier".to_owned(), |model| series[model].name.clone());
     entries.push((Sample::Fill(SHADE), format!("dominated by {by}")));
     if let Some((ppl, point)) = &comparison.target {
         entries.push((Sample::Star(colors::ORANGE), format!("{} at PPL ≤ {}", series[point.model].name, shown(*ppl))));

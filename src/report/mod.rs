@@ -3,9 +3,11 @@
 pub mod convert;
 pub mod efficiency;
 pub mod efficiency_figure;
+pub mod evaluation;
 pub mod export;
 pub mod figure;
 pub mod importance;
+pub mod page;
 pub mod requirement;
 pub mod results;
 pub mod robustness;

@@ -42,6 +42,17 @@ pub enum Side {
     AtLeast,
 }
 
+impl Side {
+    /// As in a comparison.
+    pub fn sign(self) -> &'static str {
+        match self {
+            Side::Below => "<",
+            Side::Above => ">",
+            Side::AtLeast => ">=",
+        }
+    }
+}
+
 /// A claim by the name it has in the documents that make it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Requirement {
@@ -77,12 +88,8 @@ impl Requirement {
             Measured::NotFinite => "no finite value".into(),
             Measured::Missing => "not measured".into(),
         };
-        let side = match self.side {
-            Side::Below => "<",
-            Side::Above => ">",
-            Side::AtLeast => ">=",
-        };
-        format!("{}: {mark}{}  ({value}, required {side} {})", self.id, self.status(), self.threshold)
+        let sign = self.side.sign();
+        format!("{}: {mark}{}  ({value}, required {sign} {})", self.id, self.status(), self.threshold)
     }
 }
 

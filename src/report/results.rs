@@ -1,10 +1,6 @@
 //! The files of a sweep: one JSON object each, by this program or another one.
 
-use std::{
-    fs::File,
-    io::Read,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
@@ -12,9 +8,6 @@ use crate::{
     error::{Error, Result, long, short},
     json,
 };
-
-/// Files that are larger are no results.
-const MOST_BYTES: u64 = 16 << 20;
 
 /// How weights are stored, as far as results tell it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -44,6 +37,7 @@ pub struct Quantized {
     pub simulated: bool,
     /// How it was measured, where the file says so: results with the same text can be compared.
     pub protocol: Option<String>,
+    pub details: Details,
 }
 
 /// A model with a part of its compute.
@@ -62,12 +56,105 @@ pub struct Configuration {
     pub simulated: bool,
     /// How it was measured, where the file says so: results with the same text can be compared.
     pub protocol: Option<String>,
+    pub details: Details,
+}
+
+/// What a result says beside what figures draw, as far as it says it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Details {
+    /// The path of its file.
+    pub file: String,
+    /// As on the command line: `int4:g128`.
+    pub encoding: Option<String>,
+    /// Over the baseline.
+    pub increase_percent: Option<f64>,
+    /// In nats.
+    pub kld_mean: Option<f64>,
+    /// A share of the scored positions.
+    pub top1_agreement: Option<f64>,
+    pub file_bytes: Option<u64>,
+    pub bits_per_weight: Option<f64>,
+    pub ratio_fp32: Option<f64>,
+    /// Bytes of weights that decoding one token reads.
+    pub weight_bytes_per_token: Option<u64>,
+    /// Layers that run, and of how many.
+    pub layers: Option<(u64, u64)>,
+    pub experts_per_token: Option<u64>,
+    pub attention_window: Option<u64>,
+    pub conditions: Conditions,
+    /// BLAKE3 of the checkpoint.
+    pub source_hash: Option<String>,
+    /// BLAKE3 of the packed file.
+    pub packed_hash: Option<String>,
+    pub producer: Option<String>,
+    /// Why there is no perplexity.
+    pub failure: Option<String>,
+}
+
+/// What quality was measured on, and how, as far as a file says it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Conditions {
+    /// The name of the text, and the BLAKE3 of its bytes.
+    pub text: Option<(String, String)>,
+    pub ctx: Option<u64>,
+    pub skip: Option<u64>,
+    pub windows: Option<u64>,
+    pub scored: Option<u64>,
+    pub activations: Option<String>,
+}
+
+impl Conditions {
+    /// Those that a JSON object holds.
+    pub(super) fn of(object: &Map<String, Value>) -> Self {
+        let whole = |name: &str| object.get(name).and_then(Value::as_u64);
+        let text = object.get("text").and_then(|text| Some((text_of(text.get("name"))?, text_of(text.get("blake3"))?)));
+        Self {
+            text,
+            ctx: whole("ctx"),
+            skip: whole("skip"),
+            windows: whole("windows"),
+            scored: whole("scored"),
+            activations: text_of(object.get("activations")),
+        }
+    }
+}
+
+impl Details {
+    fn of(path: &Path, object: &Map<String, Value>) -> Self {
+        let real = |name: &str| object.get(name).and_then(Value::as_f64);
+        let whole = |name: &str| object.get(name).and_then(Value::as_u64);
+        let hash = |name: &str| text_of(object.get("hashes").and_then(|hashes| hashes.get(name)));
+        let conditions = object.get("protocol").and_then(Value::as_object).map(Conditions::of);
+        Self {
+            file: path.display().to_string(),
+            encoding: text_of(object.get("encoding")),
+            increase_percent: real("ppl_increase_percent"),
+            kld_mean: real("kld_mean"),
+            top1_agreement: real("top1_agreement"),
+            file_bytes: whole("file_bytes"),
+            bits_per_weight: real("bits_per_weight"),
+            ratio_fp32: real("ratio_fp32"),
+            weight_bytes_per_token: whole("weight_bytes_per_token"),
+            layers: whole("layers").zip(whole("layers_total")),
+            experts_per_token: whole("experts_per_token"),
+            attention_window: whole("attention_window"),
+            conditions: conditions.unwrap_or_default(),
+            source_hash: hash("source"),
+            packed_hash: hash("packed"),
+            producer: text_of(object.get("producer")),
+            failure: text_of(object.get("failure")),
+        }
+    }
+}
+
+fn text_of(value: Option<&Value>) -> Option<String> {
+    Some(value?.as_str()?.to_owned())
 }
 
 /// Results that can be drawn, and a sentence about each that cannot.
 #[derive(Clone, Debug)]
 pub struct Results<T> {
-    pub records: Vec<T>,
+    pub records: T,
     pub notes: Vec<String>,
 }
 
@@ -75,91 +162,135 @@ pub struct Results<T> {
 ///
 /// # Errors
 /// [`Error::Io`] where a folder or a named file cannot be read; [`Error::Results`] where no result is left.
-pub fn quantized(paths: &[PathBuf]) -> Result<Results<Quantized>> {
-    let parse = |object: &Map<String, Value>| {
-        let bits = number(object, "bit_width")?;
-        let bits = bits.filter(|bits| *bits > 0.0 && *bits <= 64.0).ok_or("bit_width is not between 0 and 64")?;
-        Ok(Quantized {
-            model: model(object)?,
-            width: Width { bits, bf16: bits == 16.0 && object.get("precision").is_some_and(|name| name == "bf16") },
-            perplexity: perplexity(object)?,
-            looks_ahead: flag(object, "looks_ahead"),
-            simulated: flag(object, "simulated"),
-            protocol: protocol(object),
-        })
-    };
-    let key = |found: &Quantized| (found.model.clone(), found.width);
-    collect(paths, "bit_width", "config_id", parse, key)
+pub fn quantized(paths: &[PathBuf]) -> Result<Results<Vec<Quantized>>> {
+    let mut objects = Objects::read(paths)?;
+    objects.note_strangers("no bit_width, so no result of this kind");
+    let records = objects.quantized();
+    if records.is_empty() { Err(objects.none(paths, "bit_width")) } else { Ok(objects.results(records)) }
 }
 
 /// The results with a `config_id`; as [`quantized`].
-pub fn configurations(paths: &[PathBuf]) -> Result<Results<Configuration>> {
-    let parse = |object: &Map<String, Value>| {
-        let flops = number(object, "flops_per_token")?;
-        let id = object.get("config_id").and_then(Value::as_str).ok_or("config_id is not a text")?;
-        Ok(Configuration {
-            model: model(object)?,
-            id: id.to_owned(),
-            perplexity: perplexity(object)?,
-            flops: flops.filter(|flops| *flops > 0.0).ok_or("flops_per_token is not above 0")?,
-            compute_factor: number(object, "compute_factor").ok().flatten(),
-            looks_ahead: flag(object, "looks_ahead"),
-            simulated: flag(object, "simulated"),
-            protocol: protocol(object),
-        })
-    };
-    let key = |found: &Configuration| (found.model.clone(), found.id.clone());
-    collect(paths, "config_id", "bit_width", parse, key)
+pub fn configurations(paths: &[PathBuf]) -> Result<Results<Vec<Configuration>>> {
+    let mut objects = Objects::read(paths)?;
+    objects.note_strangers("no config_id, so no result of this kind");
+    let records = objects.configurations();
+    if records.is_empty() { Err(objects.none(paths, "config_id")) } else { Ok(objects.results(records)) }
 }
 
-fn collect<T, K: PartialEq>(
-    paths: &[PathBuf],
-    required: &str,
-    of_the_other_kind: &str,
-    parse: impl Fn(&Map<String, Value>) -> Result<T, String>,
-    key: impl Fn(&T) -> K,
-) -> Result<Results<T>> {
-    let mut found: Vec<(K, PathBuf, T)> = Vec::new();
-    let mut notes = Vec::new();
-    for path in files(paths)? {
-        let object = match read(&path) {
-            Ok(object) => object,
-            Err(error) => {
-                notes.push(format!("{error}; it is left out"));
-                continue;
+/// The results of both kinds; as [`quantized`], where none of either is left.
+pub fn all(paths: &[PathBuf]) -> Result<Results<(Vec<Quantized>, Vec<Configuration>)>> {
+    let mut objects = Objects::read(paths)?;
+    objects.note_strangers("no bit_width and no config_id, so no result of a sweep");
+    let records = (objects.quantized(), objects.configurations());
+    match records.0.is_empty() && records.1.is_empty() {
+        true => Err(objects.none(paths, "bit_width or config_id")),
+        false => Ok(objects.results(records)),
+    }
+}
+
+/// A result has one of these fields.
+const KINDS: [&str; 2] = ["bit_width", "config_id"];
+
+/// The JSON objects of files, and a sentence about each file that is left out.
+struct Objects {
+    found: Vec<(PathBuf, Map<String, Value>)>,
+    notes: Vec<String>,
+}
+
+impl Objects {
+    fn read(paths: &[PathBuf]) -> Result<Self> {
+        let (mut found, mut notes) = (Vec::new(), Vec::new());
+        for path in files(paths)? {
+            match read(&path) {
+                // The ranking of layers that a sweep leaves beside its results is none.
+                Ok(object) if object.contains_key("nll_without") => {}
+                Ok(object) => found.push((path, object)),
+                Err(error) => notes.push(format!("{error}; it is left out")),
             }
+        }
+        Ok(Self { found, notes })
+    }
+
+    fn note_strangers(&mut self, why: &str) {
+        let kind = |object: &Map<String, Value>| KINDS.iter().any(|field| object.contains_key(*field));
+        let strangers = self.found.iter().filter(|(_, object)| !kind(object));
+        self.notes.extend(strangers.map(|(path, _)| format!("{}: {why}; it is left out", path.display())));
+    }
+
+    fn quantized(&mut self) -> Vec<Quantized> {
+        let parse = |path: &Path, object: &Map<String, Value>| {
+            let bits = number(object, "bit_width")?;
+            let bits = bits.filter(|bits| *bits > 0.0 && *bits <= 64.0).ok_or("bit_width is not between 0 and 64")?;
+            Ok(Quantized {
+                model: model(object)?,
+                width: Width { bits, bf16: bits == 16.0 && object.get("precision").is_some_and(|name| name == "bf16") },
+                perplexity: perplexity(object)?,
+                looks_ahead: flag(object, "looks_ahead"),
+                simulated: flag(object, "simulated"),
+                protocol: protocol(object),
+                details: Details::of(path, object),
+            })
         };
-        if !object.contains_key(required) {
-            if !object.contains_key(of_the_other_kind) {
-                notes.push(format!("{}: no {required}, so no result of this kind; it is left out", path.display()));
-            }
-            continue;
-        }
-        match parse(&object) {
-            Err(why) => notes.push(format!("{}: {}; it is left out", path.display(), long(&why))),
-            Ok(record) => {
-                let same = key(&record);
-                match found.iter().find(|(other, _, _)| *other == same) {
-                    Some((_, first, _)) => notes.push(format!(
-                        "{}: the same model and {required} as {}; it is left out",
-                        path.display(),
-                        first.display()
-                    )),
-                    None => found.push((same, path, record)),
+        self.collect("bit_width", parse, |found| (found.model.clone(), found.width))
+    }
+
+    fn configurations(&mut self) -> Vec<Configuration> {
+        let parse = |path: &Path, object: &Map<String, Value>| {
+            let flops = number(object, "flops_per_token")?;
+            let id = object.get("config_id").and_then(Value::as_str).ok_or("config_id is not a text")?;
+            Ok(Configuration {
+                model: model(object)?,
+                id: id.to_owned(),
+                perplexity: perplexity(object)?,
+                flops: flops.filter(|flops| *flops > 0.0).ok_or("flops_per_token is not above 0")?,
+                compute_factor: number(object, "compute_factor").ok().flatten(),
+                looks_ahead: flag(object, "looks_ahead"),
+                simulated: flag(object, "simulated"),
+                protocol: protocol(object),
+                details: Details::of(path, object),
+            })
+        };
+        self.collect("config_id", parse, |found| (found.model.clone(), found.id.clone()))
+    }
+
+    /// The records of the objects with a field, the first where several have the same key.
+    fn collect<T, K: PartialEq>(
+        &mut self,
+        required: &str,
+        parse: impl Fn(&Path, &Map<String, Value>) -> Result<T, String>,
+        key: impl Fn(&T) -> K,
+    ) -> Vec<T> {
+        let mut records: Vec<(K, &Path, T)> = Vec::new();
+        for (path, object) in self.found.iter().filter(|(_, object)| object.contains_key(required)) {
+            let record = match parse(path, object) {
+                Ok(record) => record,
+                Err(why) => {
+                    self.notes.push(format!("{}: {}; it is left out", path.display(), long(&why)));
+                    continue;
                 }
+            };
+            let same = key(&record);
+            match records.iter().find(|(other, _, _)| *other == same) {
+                Some((_, first, _)) => self.notes.push(format!(
+                    "{}: the same model and {required} as {}; it is left out",
+                    path.display(),
+                    first.display()
+                )),
+                None => records.push((same, path, record)),
             }
         }
+        records.into_iter().map(|(_, _, record)| record).collect()
     }
-    let records: Vec<T> = found.into_iter().map(|(_, _, record)| record).collect();
-    if records.is_empty() {
+
+    fn results<T>(self, records: T) -> Results<T> {
+        Results { records, notes: self.notes }
+    }
+
+    fn none(self, paths: &[PathBuf], kind: &str) -> Error {
         let path = paths.first().cloned().unwrap_or_default();
-        let first = notes.first().map(|note| format!(": {note}")).unwrap_or_default();
-        return Err(Error::Results {
-            path,
-            why: format!("holds no result with {required}, model and perplexity{first}"),
-        });
+        let first = self.notes.first().map(|note| format!(": {note}")).unwrap_or_default();
+        Error::Results { path, why: format!("holds no result with {kind}, model and perplexity{first}") }
     }
-    Ok(Results { records, notes })
 }
 
 /// The named files, and the `.json` files of named folders in the order of their names.
@@ -184,22 +315,12 @@ pub fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn read(path: &Path) -> Result<Map<String, Value>> {
-    let refuse = |why: &str| Error::Json { path: path.to_owned(), why: why.to_owned() };
-    // A pipe or a device could block, or never end.
-    if !std::fs::metadata(path).map_err(Error::io(path))?.is_file() {
-        return Err(refuse("no regular file, so no result"));
-    }
-    let mut bytes = Vec::new();
-    let mut limited = File::open(path).map_err(Error::io(path))?.take(MOST_BYTES + 1);
-    limited.read_to_end(&mut bytes).map_err(Error::io(path))?;
-    if bytes.len() as u64 > MOST_BYTES {
-        return Err(refuse("larger than 16 MiB, so no result"));
-    }
-    let bytes = without_bare_numbers(&bytes);
+/// The JSON object of a file, in which numbers that are not finite may stand as Python writes them.
+pub(super) fn read(path: &Path) -> Result<Map<String, Value>> {
+    let bytes = without_bare_numbers(&json::read_small(path)?);
     match json::parse::<Value>(path, &bytes)? {
         Value::Object(object) => Ok(object),
-        _ => Err(refuse("not a JSON object")),
+        _ => Err(Error::Json { path: path.to_owned(), why: "not a JSON object".to_owned() }),
     }
 }
 

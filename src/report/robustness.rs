@@ -8,6 +8,9 @@ use super::{
     results::{Quantized, Width, protocol_notes},
 };
 
+/// Below this perplexity the documents call a model deployable.
+pub const DEPLOYABLE_PPL: f64 = 100.0;
+
 /// Results of several models at several widths, in order.
 #[derive(Clone, Debug)]
 pub struct Robustness {
@@ -69,7 +72,7 @@ impl Robustness {
         notes
     }
 
-    fn measured(&self, model: Option<&String>, width: impl Into<Width>) -> Measured {
+    fn measured(&self, model: Option<&str>, width: impl Into<Width>) -> Measured {
         let width = width.into();
         match model.and_then(|model| self.point(model, width)) {
             None => Measured::Missing,
@@ -77,14 +80,15 @@ impl Robustness {
         }
     }
 
-    fn degradation(&self, model: Option<&String>, width: impl Into<Width>) -> Measured {
+    /// By how many percent a model's perplexity is above that at FP32.
+    pub fn degradation(&self, model: Option<&str>, width: impl Into<Width>) -> Measured {
         self.measured(model, width).with(self.measured(model, 32.0), |ppl, base| 100.0 * (ppl / base - 1.0))
     }
 
     /// The documents' claims about ResNet-BK and Mamba.
     pub fn requirements(&self) -> Vec<Requirement> {
-        let bk = self.models.iter().find(|model| is_resnet_bk(model));
-        let mamba = self.models.iter().find(|model| is_mamba(model));
+        let bk = self.models.iter().map(String::as_str).find(|model| is_resnet_bk(model));
+        let mamba = self.models.iter().map(String::as_str).find(|model| is_mamba(model));
         let requirement =
             |id, description, value, side, threshold| Requirement { id, description, value, side, threshold };
         vec![

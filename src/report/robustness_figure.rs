@@ -15,20 +15,22 @@ const MARGIN: f64 = 10.0;
 /// Space for tick labels and the title of the vertical axis.
 const LEFT: f64 = 52.0;
 const LABEL: u32 = 7;
+/// The height of a row of the table of values.
+const TABLE_ROW: f64 = 11.0;
 const SHADE: &str = "#e6f4ee";
 /// Values whose largest is this many times the smallest are drawn on a logarithmic axis.
 const LOG_FROM: f64 = 3.0;
 /// Larger values tell nothing more, and would squeeze all others.
 const MOST: f64 = 1e9;
 
-/// Draws the lines of all models. Gives, with the figure, how many values found no room for their label.
-pub fn draw(data: &Robustness, title: &str) -> (Figure, usize) {
+/// Draws the lines of all models. Values stand beside their points if there is room for all of them, and otherwise in a table
+/// under the axis.
+pub fn draw(data: &Robustness, title: &str) -> Figure {
     let title = fit(&drawable(title), 11.0, true, WIDTH - 2.0 * MARGIN);
     let series = Series::of(&data.models);
     let (entries, legend_height) = legend_rows(legend_of(data, &series), MARGIN, WIDTH - MARGIN);
     let legend_top = 28.0;
     let plot = Area { x: LEFT, y: legend_top + legend_height + 6.0, width: WIDTH - LEFT - MARGIN, height: PLOT_HEIGHT };
-    let mut canvas = Canvas::new(WIDTH, plot.bottom() + 38.0, &title);
     let (low, high, log_y) = span(data);
     let axes = Axes { plot, x: (0.5, data.widths.len() as f64 + 0.5), y: (low, high), log_x: false, log_y };
     let count = data.widths.len() as f64;
@@ -39,6 +41,27 @@ pub fn draw(data: &Robustness, title: &str) -> (Figure, usize) {
     };
 
     let limit = of_y(data.threshold).clamp(plot.y, plot.bottom());
+    let lines: Vec<(&Series, Vec<(f64, f64)>)> = series
+        .iter()
+        .zip(&data.models)
+        .flat_map(|(series, model)| {
+            runs(data, model)
+                .into_iter()
+                .map(move |run| (series, run.into_iter().map(|(index, ppl)| (of_x(index), of_y(ppl))).collect()))
+        })
+        .collect();
+    let marks = marks(data, &series, plot, of_x, of_y);
+    let obstacles: Vec<Area> = marks.iter().map(|mark| Area::around(mark.at, mark.radius())).collect();
+    let mut segments: Vec<Segment> =
+        lines.iter().flat_map(|(_, line)| line.windows(2).map(|pair| (pair[0], pair[1]))).collect();
+    segments.push(((plot.x, limit), (plot.right(), limit)));
+    let labels: Vec<Label> = marks.iter().map(Mark::label).collect();
+    let places = place(&labels, &obstacles, &segments, plot.grown(-1.5));
+    // In part beside the points and in part elsewhere, values would be hard to find.
+    let places: Option<Vec<Area>> = places.into_iter().collect();
+    let rows = if places.is_some() { 0 } else { data.models.len() };
+    let table_top = plot.bottom() + 38.0;
+    let mut canvas = Canvas::new(WIDTH, table_top + TABLE_ROW * rows as f64 + 4.0, &title);
     canvas.group("deployable", |canvas| {
         canvas.rect(Area { y: limit, height: plot.bottom() - limit, ..plot }, SHADE);
     });
@@ -59,41 +82,38 @@ pub fn draw(data: &Robustness, title: &str) -> (Figure, usize) {
             canvas.line((plot.x, limit), (plot.right(), limit), colors::DARK, 1.0, "4 2.5");
         });
     }
-
-    let lines: Vec<(&Series, Vec<(f64, f64)>)> = series
-        .iter()
-        .zip(&data.models)
-        .flat_map(|(series, model)| {
-            runs(data, model)
-                .into_iter()
-                .map(move |run| (series, run.into_iter().map(|(index, ppl)| (of_x(index), of_y(ppl))).collect()))
-        })
-        .collect();
     canvas.group("lines", |canvas| {
         for (series, line) in lines.iter().filter(|(_, line)| line.len() > 1) {
             canvas.polyline(line.clone(), series.color, 1.6, "");
         }
     });
-    let marks = marks(data, &series, plot, of_x, of_y);
     canvas.group("markers", |canvas| marks.iter().for_each(|mark| mark.draw(canvas)));
-
-    let obstacles: Vec<Area> = marks.iter().map(|mark| Area::around(mark.at, mark.radius())).collect();
-    let mut segments: Vec<Segment> =
-        lines.iter().flat_map(|(_, line)| line.windows(2).map(|pair| (pair[0], pair[1]))).collect();
-    segments.push(((plot.x, limit), (plot.right(), limit)));
-    let labels: Vec<Label> = marks.iter().map(Mark::label).collect();
-    let places = place(&labels, &obstacles, &segments, plot.grown(-1.5));
-    canvas.group("values", |canvas| {
-        for (mark, area) in marks.iter().zip(&places) {
-            if let Some(area) = area {
+    canvas.group("values", |canvas| match &places {
+        Some(places) => {
+            for (mark, area) in marks.iter().zip(places) {
                 let style = Text::new(LABEL).anchor(Anchor::Middle).color(mark.series.color);
                 let baseline = area.bottom() - 0.22 * f64::from(LABEL);
                 canvas.text((area.center().0, baseline), &mark.text, style);
             }
         }
+        None => {
+            let column = plot.width / count - 2.0;
+            for (row, (series, model)) in series.iter().zip(&data.models).enumerate() {
+                let baseline = table_top + TABLE_ROW * (row as f64 + 0.75);
+                let (name, value) = (Text::new(LABEL).color(series.color), Text::new(LABEL).anchor(Anchor::Middle));
+                let size = f64::from(LABEL);
+                canvas.text((MARGIN, baseline), &fit(&series.name, size, false, LEFT - MARGIN - 3.0), name);
+                for (index, &width) in data.widths.iter().enumerate() {
+                    let Some(point) = data.point(model, width) else { continue };
+                    let text = point.perplexity.map_or("not finite".to_owned(), shown);
+                    let text = fit(&text, size, false, column);
+                    canvas.text((of_x(index), baseline), &text, value);
+                }
+            }
+        }
     });
     legend(&mut canvas, &entries, legend_top);
-    (canvas.finish(), places.iter().filter(|area| area.is_none()).count())
+    canvas.finish()
 }
 
 /// The values of a model as `(index of the width, perplexity)`: a run ends where one cannot be drawn, not where one is

@@ -24,6 +24,7 @@ pub fn quantized(seed: u64) -> Vec<Quantized> {
                 looks_ahead: false,
                 simulated: true,
                 protocol: None,
+                details: Default::default(),
             });
         }
     }
@@ -50,6 +51,7 @@ pub fn configurations(seed: u64, count: usize) -> Vec<Configuration> {
                 looks_ahead: false,
                 simulated: true,
                 protocol: None,
+                details: Default::default(),
             });
         }
     }

@@ -30,6 +30,12 @@ const MIXED: &str = "several encodings";
 /// Up to this many layers, kinds and tensors outside of layers are shown; of more, the first, and a line says so.
 pub const MOST: [usize; 3] = [256, 64, 64];
 
+/// The line under the title: of which file, and what it takes.
+pub fn subtitle(file: &str, parameters: u64, bytes: u64) -> String {
+    let bits = 8.0 * bytes as f64 / parameters as f64;
+    format!("{file}: {} parameters in {} bytes, {bits:.3} bits a weight", count(parameters), count(bytes))
+}
+
 /// Draws all tensors. `subtitle` says of what model. Of more than [`MOST`], those that are left out count in the sums.
 pub fn draw(title: &str, subtitle: &str, tensors: &[Stored]) -> Figure {
     let (title, subtitle) = (drawable(title), drawable(subtitle));
@@ -156,7 +162,7 @@ fn draw_cell(canvas: &mut Canvas, area: Area, (fill, bits): (&str, f64), bytes: 
 }
 
 /// Bytes in at most six characters, in powers of ten.
-fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     let value = bytes as f64;
     let (unit, name) = [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")]
         .into_iter()
@@ -174,7 +180,7 @@ fn size(bytes: u64) -> String {
 }
 
 /// From light yellow (1 bit) to dark purple (32 bits): the order of lightness is that of the bits.
-fn color(bits: f64) -> &'static str {
+pub(super) fn color(bits: f64) -> &'static str {
     match bits {
         bits if bits < 1.3 => "#fde725",
         bits if bits < 1.8 => "#d0e11c",
@@ -253,7 +259,7 @@ impl<'a> Grid<'a> {
 }
 
 /// `model.layers.3.mlp.experts.7.up_proj.weight` is `("model.layers", 3, "mlp.experts.*.up_proj")`.
-fn split(name: &str) -> Option<(&str, u64, String)> {
+pub(super) fn split(name: &str) -> Option<(&str, u64, String)> {
     let mut start = 0;
     for part in name.split('.') {
         if let Ok(layer) = part.parse::<u64>()

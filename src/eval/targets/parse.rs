@@ -9,8 +9,11 @@ use std::{
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::{Comparison, Measurement, Metric, Origin, Relation, THIS, Target, Targets, results::read_small};
-use crate::error::{Error, Result, short};
+use super::{Comparison, Measurement, Metric, Origin, Relation, THIS, Target, Targets};
+use crate::{
+    error::{Error, Result, short},
+    json,
+};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -51,13 +54,7 @@ struct TargetEntry {
 /// Reads and checks a file of targets.
 pub(super) fn parse(path: &Path) -> Result<Targets> {
     let whole = |why: String| Error::Targets { path: path.to_owned(), line: None, why };
-    // The sentence of a file that cannot be read names it already.
-    let bytes = match read_small(path) {
-        Ok(bytes) => bytes,
-        Err(_) if !path.exists() => return Err(Error::io(path)(std::io::ErrorKind::NotFound.into())),
-        Err(why) => return Err(whole(why)),
-    };
-    let text = String::from_utf8(bytes).map_err(|_| whole("is not text in UTF-8".into()))?;
+    let text = String::from_utf8(json::read_small(path)?).map_err(|_| whole("is not text in UTF-8".into()))?;
     let line = |span: Range<usize>| {
         1 + text.as_bytes()[..span.start.min(text.len())].iter().filter(|&&byte| byte == b'\n').count()
     };

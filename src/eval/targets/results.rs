@@ -1,14 +1,10 @@
 //! Result files: what `bkpack eval --json` and `bkpack sweep` write, and the plainer files of other programs.
 
-use std::{
-    fs::File,
-    io::Read,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{Figures, MAX_FILE_BYTES, Metric, number};
+use super::{Figures, Metric, number};
 use crate::json;
 
 /// The most files of a folder that are looked at.
@@ -30,8 +26,7 @@ pub(super) type Protocol = [(&'static str, Value); 4];
 
 /// Reads one result; the error is a sentence.
 pub(super) fn read_result(path: &Path) -> Result<Figures, String> {
-    let bytes = read_small(path)?;
-    match json::parse(path, &bytes) {
+    match json::read_small(path).and_then(|bytes| json::parse(path, &bytes)) {
         Ok(Value::Object(figures)) => Ok(figures),
         Ok(_) => Err(format!("{} is no JSON object", path.display())),
         Err(error) => Err(error.to_string()),
@@ -84,19 +79,4 @@ pub(super) fn protocol(figures: &Figures) -> Option<Protocol> {
     let field = |name: &str| protocol.get(name).cloned().unwrap_or_default();
     let text = protocol.get("text").and_then(|text| text.get("blake3")).cloned().unwrap_or_default();
     Some([("text", text), ("ctx", field("ctx")), ("skip", field("skip")), ("scored", field("scored"))])
-}
-
-/// The bytes of a file that is expected to be small; the error is a sentence.
-pub(super) fn read_small(path: &Path) -> Result<Vec<u8>, String> {
-    let failed = |error: std::io::Error| format!("{}: {error}", path.display());
-    // A pipe or a device could block, or never end.
-    if !std::fs::metadata(path).map_err(failed)?.is_file() {
-        return Err(format!("{} is no file", path.display()));
-    }
-    let mut bytes = Vec::new();
-    File::open(path).map_err(failed)?.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(format!("{} has more than {MAX_FILE_BYTES} bytes", path.display()));
-    }
-    Ok(bytes)
 }

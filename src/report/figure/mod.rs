@@ -28,6 +28,19 @@ pub fn text_width(text: &str, size: f64, bold: bool) -> f64 {
     width(text, size, bold)
 }
 
+/// The rules of CSS that bring the fonts into a page with figures.
+pub fn font_faces() -> String {
+    face(font::REGULAR, "normal") + &face(font::BOLD, "bold")
+}
+
+fn face(font: &[u8], weight: &str) -> String {
+    let data = BASE64_STANDARD.encode(font);
+    format!(
+        "@font-face{{font-family:'DejaVu Sans';font-weight:{weight};\
+         src:url('data:font/ttf;base64,{data}') format('truetype')}}"
+    )
+}
+
 /// Points in an inch: the unit of a figure is the point.
 const POINTS: f64 = 72.0;
 
@@ -97,17 +110,15 @@ impl Figure {
     }
 
     fn svg_with_fonts(&self) -> String {
-        let face = |bytes: &[u8], weight: &str| {
-            let data = BASE64_STANDARD.encode(bytes);
-            format!(
-                "@font-face{{font-family:'DejaVu Sans';font-weight:{weight};\
-                 src:url('data:font/ttf;base64,{data}') format('truetype')}}"
-            )
-        };
         let bold = if self.svg.contains("font-weight=\"bold\"") { face(font::BOLD, "bold") } else { String::new() };
         let style = format!("<defs><style>{}{bold}</style></defs>", face(font::REGULAR, "normal"));
         let start = self.svg.find('>').expect("the root element") + 1;
         format!("{}{style}{}", &self.svg[..start], &self.svg[start..])
+    }
+
+    /// An element for a page in HTML that holds [`font_faces`].
+    pub fn inline_svg(&self) -> &str {
+        &self.svg
     }
 
     fn tree(&self) -> usvg::Tree {
