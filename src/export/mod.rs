@@ -1,5 +1,7 @@
 //! Packed models in the layouts of other runtimes: what would become of each tensor, and the writing of it.
 
+pub mod gguf;
+
 use serde::Serialize;
 
 use crate::encoding::Encoding;
@@ -52,4 +54,11 @@ pub struct Plan {
     pub warnings: Vec<Refusal>,
     /// What else the user should know, a sentence each.
     pub notices: Vec<String>,
+}
+
+impl Plan {
+    /// A plan of nothing.
+    pub(crate) fn empty() -> Self {
+        Self { tensors: Vec::new(), file_bytes: 0, refusals: Vec::new(), warnings: Vec::new(), notices: Vec::new() }
+    }
 }
