@@ -15,7 +15,6 @@ pub(super) const ALIGNMENT: usize = 32;
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Value {
     U32(u32),
-    I32(i32),
     F32(f32),
     Bool(bool),
     String(String),
@@ -50,7 +49,6 @@ impl Value {
         };
         match self {
             Value::U32(value) => scalar(out, TYPE_U32, &value.to_le_bytes()),
-            Value::I32(value) => scalar(out, TYPE_I32, &value.to_le_bytes()),
             Value::F32(value) => scalar(out, TYPE_F32, &value.to_le_bytes()),
             Value::Bool(value) => scalar(out, TYPE_BOOL, &[u8::from(*value)]),
             Value::String(text) => {

@@ -54,7 +54,9 @@ pub(super) enum Order {
     AsTheyAre,
     /// Within each head of so many rows the two halves alternate: llama.cpp turns neighbours where transformers turns
     /// elements half a head apart.
-    Interleaved { head_dim: usize },
+    Interleaved {
+        head_dim: usize,
+    },
 }
 
 impl Order {

@@ -134,7 +134,8 @@ impl Extent {
             let mut extent = Self::NONE;
             for (group, &scale) in row.scales.iter().enumerate() {
                 let codes = &row.codes[layout.group_range(group, w.cols())];
-                let (least, most) = codes.iter().fold((u8::MAX, 0), |(low, high), &code| (low.min(code), high.max(code)));
+                let (least, most) =
+                    codes.iter().fold((u8::MAX, 0), |(low, high), &code| (low.min(code), high.max(code)));
                 let (zero, half) = (row.zeros[group], f16::from_f32(scale));
                 let exact = half.to_f32().to_bits() == scale.to_bits();
                 extent = extent.and(Self {
@@ -168,7 +169,8 @@ fn exact(tensors: &Pieces, cols: usize) -> Result<BlockType, String> {
         let Data::Quantized { layout, .. } = tensor.matrix().data() else {
             return Err("other experts of this layer are not quantized".into());
         };
-        let whole = |block: usize| cols.is_multiple_of(block) && (layout.group >= cols || layout.group.is_multiple_of(block));
+        let whole =
+            |block: usize| cols.is_multiple_of(block) && (layout.group >= cols || layout.group.is_multiple_of(block));
         if !cols.is_multiple_of(LEAST) {
             return Err(format!("rows of {cols} columns are no whole blocks of {LEAST}"));
         }
@@ -209,8 +211,10 @@ fn requantized(tensors: &Pieces, cols: usize) -> Option<BlockType> {
         ..=6 if cols.is_multiple_of(256) => BlockType::Q6K,
         _ => BlockType::Q8_0,
     };
-    // A scale is no larger than the largest weight, so F16 holds it where it holds that.
-    let fits = cols.is_multiple_of(kind.columns()) && rounding(tensors, BlockType::F16) != Rounding::OutOfRange;
+    // A block's scale is an F16 no larger than its largest weight, and as small as a four-thousandth of it.
+    const LEAST: f32 = 1.0 / 256.0;
+    let (rounding, largest) = rounding(tensors, BlockType::F16);
+    let fits = cols.is_multiple_of(kind.columns()) && rounding != Rounding::OutOfRange && largest >= LEAST;
     fits.then_some(kind)
 }
 
@@ -227,10 +231,13 @@ fn plain(tensors: &Pieces, options: &Options, why: Option<String>) -> Fit {
         None => BlockType::F16,
     };
     let same = kind == BlockType::F16 && is(FloatType::F16) || kind == BlockType::Bf16 && is(FloatType::BF16);
-    let rounding = if same || kind == BlockType::F32 { Rounding::None } else { rounding(tensors, kind) };
+    let (rounding, largest) =
+        if same || kind == BlockType::F32 { (Rounding::None, 1.0) } else { rounding(tensors, kind) };
     let fidelity = match rounding {
         Rounding::None => Fidelity::Lossless,
         Rounding::OutOfRange => return Fit::wide(),
+        // Below its smallest normal number F16 keeps few digits, or none.
+        Rounding::Some if kind == BlockType::F16 && largest < f16::MIN_POSITIVE.to_f32() => return Fit::wide(),
         Rounding::Some => Fidelity::Rounded {
             why: match why {
                 Some(why) => format!("{why}, so it is rounded to {}", kind.name()),
@@ -249,9 +256,9 @@ enum Rounding {
     OutOfRange,
 }
 
-/// What a float type makes of the values.
-fn rounding(tensors: &Pieces, kind: BlockType) -> Rounding {
-    let of_value = |&value: &f32| {
+/// What a float type makes of the values, and the largest magnitude among them.
+fn rounding(tensors: &Pieces, kind: BlockType) -> (Rounding, f32) {
+    let of_value = |value: f32| {
         let stored = match kind {
             BlockType::F16 => f16::from_f32(value).to_f32(),
             BlockType::Bf16 => bf16::from_f32(value).to_f32(),
@@ -263,15 +270,17 @@ fn rounding(tensors: &Pieces, kind: BlockType) -> Rounding {
             _ => Rounding::None,
         }
     };
+    let none = || (Rounding::None, 0f32);
+    let worse = |a: (Rounding, f32), b: (Rounding, f32)| (a.0.max(b.0), a.1.max(b.1));
     let cpu = Cpu::detect();
     let of_piece = |(tensor, piece): &(Tensor, &Piece)| {
         let w = tensor.matrix();
         let of_row = |values: &mut Vec<f32>, row: usize| {
             values.resize(w.cols(), 0.0);
             cpu.dequantize(&w, row, values);
-            values.iter().map(of_value).max().unwrap_or(Rounding::None)
+            values.iter().map(|&value| (of_value(value), value.abs())).fold(none(), worse)
         };
-        piece.rows.clone().into_par_iter().map_init(Vec::new, of_row).max().unwrap_or(Rounding::None)
+        piece.rows.clone().into_par_iter().map_init(Vec::new, of_row).reduce(none, worse)
     };
-    tensors.iter().map(of_piece).max().unwrap_or(Rounding::None)
+    tensors.iter().map(of_piece).fold(none(), worse)
 }

@@ -66,7 +66,8 @@ fn write_q4_k(values: &[f32], out: &mut [u8]) {
     let largest = |part: fn(&(f32, f32)) -> f32| fits.iter().map(part).fold(0f32, f32::max);
     let d = f16::from_f32(largest(|fit| fit.0) / MOST);
     let dmin = f16::from_f32(largest(|fit| fit.1) / MOST);
-    let six = |value: f32, unit: f16| if unit == f16::ZERO { 0 } else { (value / unit.to_f32()).round().min(MOST) as u8 };
+    let six =
+        |value: f32, unit: f16| if unit == f16::ZERO { 0 } else { (value / unit.to_f32()).round().min(MOST) as u8 };
     let scales = fits.map(|fit| six(fit.0, d));
     let minima = fits.map(|fit| six(fit.1, dmin));
     out[..2].copy_from_slice(&d.to_le_bytes());
@@ -127,7 +128,8 @@ fn write_q6_k(values: &[f32], out: &mut [u8]) {
     found.iter_mut().zip(values.chunks_exact(16)).for_each(|(scale, values)| *scale = symmetric_scale(values, 32));
     let largest = found.iter().fold(0f32, |a, b| a.max(b.abs()));
     let d = f16::from_f32(largest / 127.0);
-    let scales = found.map(|scale| if d == f16::ZERO { 0 } else { (scale / d.to_f32()).round().clamp(-127.0, 127.0) as i8 });
+    let scales =
+        found.map(|scale| if d == f16::ZERO { 0 } else { (scale / d.to_f32()).round().clamp(-127.0, 127.0) as i8 });
     let code = |index: usize| {
         let scale = d.to_f32() * f32::from(scales[index / 16]);
         (level(values[index], scale, 32) + 32) as u8

@@ -178,7 +178,8 @@ impl<'a> Prepared<'a> {
             Content::Rows(pieces) => {
                 for piece in pieces {
                     let tensor = self.packed.tensor(&piece.tensor)?;
-                    let shaped = if entry.shape.len() == 1 { encode_vector(&tensor.matrix(), piece, fit.kind) } else { None };
+                    let shaped =
+                        if entry.shape.len() == 1 { encode_vector(&tensor.matrix(), piece, fit.kind) } else { None };
                     match shaped {
                         Some(bytes) => emit(&bytes)?,
                         None => write_rows(&tensor.matrix(), piece, entry.cols(), fit, emit)?,
@@ -228,7 +229,9 @@ fn write_rows(
                 |values, (out, &row)| {
                     cpu.dequantize(w, row, values);
                     match fit.kind {
-                        BlockType::F32 | BlockType::F16 | BlockType::Bf16 => blocks::write_floats(fit.kind, values, out),
+                        BlockType::F32 | BlockType::F16 | BlockType::Bf16 => {
+                            blocks::write_floats(fit.kind, values, out)
+                        }
                         kind => kquants::write_row(kind, values, out),
                     }
                 },
@@ -309,7 +312,10 @@ fn left_out(packed: &PackedFile, tensors: &[(Entry, Fit)]) -> Vec<String> {
         [] => Vec::new(),
         [name] => vec![format!("tensor {name} is none that the architecture has, and is left out")],
         [first, rest @ ..] => {
-            vec![format!("{first} and {} more tensors are none that the architecture has, and are left out", rest.len())]
+            vec![format!(
+                "{first} and {} more tensors are none that the architecture has, and are left out",
+                rest.len()
+            )]
         }
     }
 }

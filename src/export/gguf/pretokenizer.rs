@@ -79,7 +79,7 @@ const KNOWN: [Known; 10] = [
 const LLAMA3: &str =
     contractions!(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+");
 
-/// llama.cpp's name for the way in which a tokenizer cuts a text; `None` if it has none. The flag says whether the names
+/// llama.cpp's name for the way in which a tokenizer cuts a text; `None` if it has none. The flag says whether the name
 /// stands for the same use of merges, too.
 pub(super) fn recognise(pre_tokenizer: &Value, ignore_merges: bool) -> Option<(&'static str, bool)> {
     let found = expressions(pre_tokenizer)?;
@@ -156,7 +156,8 @@ mod tests {
     fn what_is_not_known_is_not_guessed() {
         let groups = json!({"type": "Sequence", "pretokenizers": [
             {"type": "Digits", "individual_digits": false}, {"type": "ByteLevel"}]});
-        let punctuation = json!({"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, {"type": "ByteLevel"}]});
+        let punctuation =
+            json!({"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, {"type": "ByteLevel"}]});
         for other in [groups, punctuation, json!({"type": 1}), json!(null), json!([]), json!({"pretokenizers": [7]})] {
             assert_eq!(recognise(&other, false), None, "{other}");
         }

@@ -65,7 +65,8 @@ pub(super) fn describe(packed: &PackedFile, vocab_size: usize) -> Result<Tokeniz
     let tokenizer: Json = json::parse(&path, &bytes)?;
     let config = parse_file(packed, "tokenizer_config.json")?.unwrap_or(Json::Null);
     let model = &tokenizer["model"];
-    let broken = |why: String| Error::Tokenizer { path: packed.path().to_owned(), why: format!("tokenizer.json: {why}") };
+    let broken =
+        |why: String| Error::Tokenizer { path: packed.path().to_owned(), why: format!("tokenizer.json: {why}") };
     match model["type"].as_str() {
         Some("BPE") => {}
         // Written so before the field was there.
@@ -156,15 +157,19 @@ impl Tokens {
 fn read_merges(model: &Json) -> Result<Vec<(&str, &str)>, String> {
     let merges = model["merges"].as_array().ok_or("model.merges is absent or no list")?;
     let whole = |text: &str| !text.is_empty() && !text.contains(' ');
-    merges.iter().enumerate().map(|(rank, merge)| {
-        let pair = match merge {
-            Json::String(text) => text.split_once(' '),
-            Json::Array(pair) => pair.first().zip(pair.get(1)).filter(|_| pair.len() == 2).and_then(both_texts),
-            _ => None,
-        };
-        let pair = pair.filter(|(left, right)| whole(left) && whole(right));
-        pair.ok_or_else(|| format!("merge {rank} is no pair of texts without spaces"))
-    }).collect()
+    merges
+        .iter()
+        .enumerate()
+        .map(|(rank, merge)| {
+            let pair = match merge {
+                Json::String(text) => text.split_once(' '),
+                Json::Array(pair) => pair.first().zip(pair.get(1)).filter(|_| pair.len() == 2).and_then(both_texts),
+                _ => None,
+            };
+            let pair = pair.filter(|(left, right)| whole(left) && whole(right));
+            pair.ok_or_else(|| format!("merge {rank} is no pair of texts without spaces"))
+        })
+        .collect()
 }
 
 fn both_texts<'a>((left, right): (&'a Json, &'a Json)) -> Option<(&'a str, &'a str)> {
@@ -177,7 +182,14 @@ impl TokenizerPart {
     }
 
     /// Byte-level BPE.
-    fn byte_level(&mut self, tokenizer: &Json, spaced: bool, texts: Vec<String>, types: &[i32], merges: &[(&str, &str)]) {
+    fn byte_level(
+        &mut self,
+        tokenizer: &Json,
+        spaced: bool,
+        texts: Vec<String>,
+        types: &[i32],
+        merges: &[(&str, &str)],
+    ) {
         let ignore_merges = tokenizer["model"]["ignore_merges"].as_bool().unwrap_or(false);
         let name = match pretokenizer::recognise(&tokenizer["pre_tokenizer"], ignore_merges) {
             Some((name, true)) => name,
@@ -194,7 +206,8 @@ impl TokenizerPart {
             }
         };
         if spaced {
-            let why = "puts no space before a text, as this tokenizer does (add_prefix_space): begin texts with a space";
+            let why =
+                "puts no space before a text, as this tokenizer does (add_prefix_space): begin texts with a space";
             self.warnings.push(why.into());
         }
         let normalizers = pretokenizer::parts(&tokenizer["normalizer"]);
@@ -226,7 +239,8 @@ impl TokenizerPart {
         let byte_or = |(text, &kind): (&String, &i32)| if kind == NORMAL && is_byte(text) { BYTE } else { kind };
         let types: Vec<i32> = tokens.texts.iter().zip(&tokens.types).map(byte_or).collect();
         if types.iter().filter(|&&kind| kind == BYTE).count() != 256 {
-            self.warnings.push("finds no token for some bytes in this tokenizer: text with them becomes other tokens".into());
+            self.warnings
+                .push("finds no token for some bytes in this tokenizer: text with them becomes other tokens".into());
         }
         if !merges_are_complete(merges, &ranks, tokens) {
             let why = "merges whatever makes a token, where tokenizer.json lists only some such pairs: text may become \
