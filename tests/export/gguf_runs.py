@@ -1,9 +1,9 @@
 """Runs an exported GGUF file in llama.cpp, for comparison with `bkpack eval` and `bkpack generate`.
 
-    python tests/runtimes/gguf_runs.py tokens model.gguf tokenizer.json text.txt
-    python tests/runtimes/gguf_runs.py perplexity model.gguf text.txt --windows 8
-    python tests/runtimes/gguf_runs.py logits model.gguf tokens.json logits.safetensors
-    python tests/runtimes/gguf_runs.py generate model.gguf --prompt "The river" --tokens 50
+    python tests/export/gguf_runs.py tokens model.gguf tokenizer.json text.txt
+    python tests/export/gguf_runs.py perplexity model.gguf text.txt --windows 8
+    python tests/export/gguf_runs.py logits model.gguf tokens.json logits.safetensors
+    python tests/export/gguf_runs.py generate model.gguf --prompt "The river" --tokens 50
 
 Needs the `llama-cpp-python` package, for `tokens` also `tokenizers`, for `logits` also `safetensors`. The latter
 compares with what `bkpack logits --tokens tokens.json -o logits.safetensors` wrote. Perplexity is under llama.cpp's own protocol:

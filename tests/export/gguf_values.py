@@ -2,7 +2,7 @@
 
     bkpack export model.bkpack --to gguf -o model.gguf --json > plan.json
     cargo run --example dequantize -- model.bkpack values.safetensors
-    python tests/runtimes/gguf_values.py model.gguf values.safetensors plan.json
+    python tests/export/gguf_values.py model.gguf values.safetensors plan.json
 
 Reads the file with the `gguf` package (pip install gguf numpy safetensors), undoes llama.cpp's names and row order by
 its own rules, and compares: bit for bit what the plan calls lossless, within the type's rounding what it does not.
@@ -78,12 +78,12 @@ def expected(values, architecture, name, head_dim):
         if part == "ssm_conv1d" and kind == ".bias" and source not in values:
             return None, []
         if part in ("attn_q", "attn_k") and architecture == "llama":
-            return undo(values[source], head_dim), [source]
+            return alternating(values[source], head_dim), [source]
     return values[source], [source]
 
 
-def undo(rows, head_dim):
-    """The rows in llama.cpp's order: the inverse of `halves_together`, by search, so that neither hides the other's error."""
+def alternating(rows, head_dim):
+    """The rows in llama.cpp's order: the inverse of `halves_together`."""
     order = halves_together(np.arange(len(rows)), head_dim)
     moved = np.empty_like(rows)
     moved[order] = rows
