@@ -5,6 +5,7 @@
 mod compressed_tensors;
 mod folder;
 mod fused;
+mod gguf;
 mod gptq;
 mod integers;
 mod mlx;
@@ -64,7 +65,8 @@ impl Target {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Options {
     /// Type of what is plain in the export, and of the scales where the layout leaves their type open. By default F32
-    /// for dequantized weights; the packed type, with F32 for BF16, beside the codes of [`Target::Npz`]; else F16.
+    /// for dequantized weights; the packed type, with F32 for BF16, beside the codes of [`Target::Npz`]; F16 else, but BF16
+    /// for what [`Target::Gguf`] finds as BF16, and F32 for its vectors.
     pub dtype: Option<FloatType>,
     /// Round what the layout cannot hold as it is to the nearest of its own types, where it has any (GGUF's K-quants).
     pub requantize: bool,
@@ -137,6 +139,11 @@ impl Plan {
         let why = format!("{}{more}", first.why);
         Err(Error::Export { path: packed.to_owned(), target: target.name(), why })
     }
+
+    /// A plan of nothing.
+    pub(crate) fn empty() -> Self {
+        Self { tensors: Vec::new(), file_bytes: 0, refusals: Vec::new(), warnings: Vec::new(), notices: Vec::new() }
+    }
 }
 
 /// Says what an export would be: every tensor, every byte, every runtime that would refuse it. Nothing is written.
@@ -146,7 +153,7 @@ impl Plan {
 pub fn plan(packed: &PackedFile, target: Target, options: &Options) -> Result<Plan> {
     check_options(target, options)?;
     match target {
-        Target::Gguf => Err(no_gguf(packed)),
+        Target::Gguf => Ok(gguf::prepare(packed, options)?.plan),
         Target::Npz => Ok(npz::NpzExport::new(packed, options)?.plan),
         _ => Ok(prepare_folder(packed, target, options)?.plan),
     }
@@ -167,7 +174,11 @@ pub fn export(
 ) -> Result<Plan> {
     check_options(target, options)?;
     match target {
-        Target::Gguf => Err(no_gguf(packed)),
+        Target::Gguf => {
+            let export = gguf::prepare(packed, options)?;
+            export.write(output, force, observer)?;
+            Ok(export.plan)
+        }
         Target::Npz => {
             let export = npz::NpzExport::new(packed, options)?;
             export.write(output, force, observer)?;
@@ -189,11 +200,6 @@ fn prepare_folder<'a>(packed: &'a PackedFile, target: Target, options: &Options)
         Target::Safetensors => safetensors::prepare(packed, options),
         Target::Gguf | Target::Npz => unreachable!("one file, not a folder"),
     }
-}
-
-fn no_gguf(packed: &PackedFile) -> Error {
-    let why = "this version writes no GGUF files".into();
-    Error::Export { path: packed.path().to_owned(), target: Target::Gguf.name(), why }
 }
 
 /// An option without effect is a mistake.
