@@ -26,7 +26,6 @@ use crate::{
     error::{Error, Result},
     format::PackedFile,
     progress::Observer,
-    tensor::TensorSource,
 };
 
 /// A layout that a packed model can be written in.
