@@ -7,6 +7,7 @@ use bkpack::{
     eval::{
         components::{ComponentCosts, DEFAULT_WINDOWS, component_costs},
         perplexity::{Evaluation, Options, evaluate},
+        text::read_either,
     },
     format::{self, PackedFile},
     ops::cpu::Activations,
@@ -16,7 +17,7 @@ use bkpack_kernels::Cpu;
 use clap::Args;
 use serde::Serialize;
 
-use super::{Common, components, print, source::SourceArgs, text::read_either};
+use super::{Common, components, print, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:

@@ -13,6 +13,7 @@ use bkpack::{
     eval::{
         perplexity::Options,
         sweep::{Configuration, LayerRanking, Precision, Subject, Sweep},
+        text::read_either,
     },
     format,
     ops::cpu::Activations,
@@ -24,7 +25,7 @@ use bkpack_kernels::{Cpu, cpu::quantize::Rounding};
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
-use super::{Common, print, progress::ProgressObserver, source::SourceArgs, text::read_either};
+use super::{Common, print, progress::ProgressObserver, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:
