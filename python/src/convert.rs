@@ -3,10 +3,10 @@
 use std::{path::PathBuf, sync::Mutex, time::Instant};
 
 use bkpack::{
-    Error, Result,
+    Result,
     checkpoint::{self, OpenOptions},
     encoding::GroupSize,
-    policy::options::{Bits, High, PolicyName, PolicyOptions, parse_bits, parse_size},
+    policy::options::{Bits, High, PolicyOptions, parse_bits, parse_size},
     report::convert::Summary,
     tensor::TensorSource,
     train::{

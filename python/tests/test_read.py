@@ -41,6 +41,8 @@ def is_mapped(path) -> bool:
 class Values(Case):
     def compare(self, path):
         expected = reader.open_model(path)
+        for shard in expected.shards:
+            self.addCleanup(shard.file.close)
         with bkpack.open(path) as model:
             model.verify()
             self.assertEqual(sorted(model), sorted(expected.tensors))

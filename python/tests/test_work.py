@@ -38,10 +38,10 @@ class Convert(Case):
 
     def test_every_policy_and_rounding_is_too(self):
         calib = self.folder / "calib.txt"
-        calib.write_text(TEXT.read_text()[:40_000])
+        calib.write_text(TEXT.read_text(encoding="utf-8")[:40_000], encoding="utf-8")
         importance, costs = self.folder / "importance.json", self.folder / "costs.json"
         command("importance", LLAMA, "--text", calib, "-o", importance, "--batches", 2, "--ctx", 64, "--quiet")
-        command("sensitivity", LLAMA, "--text", calib, "-o", costs, "--windows", 2, "--ctx", 64, "--quiet")
+        command("sensitivity", LLAMA, "--text", calib, "-o", costs, "--batches", 2, "--ctx", 64, "--quiet")
         recipe = self.folder / "recipe.toml"
         command("convert", LLAMA, "--policy", "component", "--plan-only", "-o", recipe, "--quiet")
         text = ["--calib", str(calib), "--samples", "4", "--ctx", "64"]
