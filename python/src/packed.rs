@@ -169,7 +169,16 @@ impl Packed {
         let pool = work::pool(None).map_err(|error| exception(py, &error))?;
         PyByteArray::new_with(py, count * size_of::<f32>(), |bytes| {
             let cpu = self.cpu;
-            py.detach(|| pool.install(|| fill(cpu, bytemuck::cast_slice_mut(bytes))));
+            let fill = || match bytemuck::try_cast_slice_mut(bytes) {
+                Ok(floats) => fill(cpu, floats),
+                // Python promises no alignment, and gives none where there are no bytes.
+                Err(_) => {
+                    let mut floats = vec![0.0; count];
+                    fill(cpu, &mut floats);
+                    bytes.copy_from_slice(bytemuck::cast_slice(&floats));
+                }
+            };
+            py.detach(|| pool.install(fill));
             Ok(())
         })
     }
