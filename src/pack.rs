@@ -283,6 +283,15 @@ impl<'a> Packing<'a> {
         &self.tensors
     }
 
+    /// Component, encoding, weights and stored bytes of each tensor.
+    pub fn lines(&self) -> Vec<(String, String, u64, u64)> {
+        let line = |tensor: &PlannedTensor| {
+            let (weights, bytes) = (tensor.elements() as u64, tensor.stored_bytes() as u64);
+            (tensor.component.clone(), tensor.encoding.to_string(), weights, bytes)
+        };
+        self.tensors.iter().map(line).collect()
+    }
+
     /// The recipe that packs the same: what was decided for each tensor, its bytes and predicted cost.
     pub fn recipe(&self) -> String {
         let lines: Vec<Line> = self

@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use bkpack::{
     Error, Result,
-    eval::calibrate::{Calibration, calibrate_core},
+    eval::{
+        calibrate::{Calibration, calibrate_core},
+        text::read_either,
+    },
     format::{PackedFile, amend::with_activations},
     model::core_activations::COMPONENT,
     report::table::facts,
@@ -14,7 +17,7 @@ use bkpack_kernels::Cpu;
 use clap::Args;
 use serde_json::json;
 
-use super::{Common, print, refuse_file_of_checkpoint, text::read_either};
+use super::{Common, print, refuse_file_of_checkpoint};
 
 const EXAMPLES: &str = "\
 Examples:

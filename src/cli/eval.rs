@@ -106,7 +106,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     if args.json {
         let text = CalibrationText::of(args.measure.path())?;
         let seals = match format::is_packed(&args.model)? {
-            true => PackedFile::open(&args.model)?.sealed_files().map(|(_, _, seal)| seal.to_owned()).collect(),
+            true => PackedFile::open(&args.model)?.shards().map(|shard| shard.seal.to_owned()).collect(),
             false => Vec::new(),
         };
         let report = Report { evaluation: &evaluation, text, seals, by_component: costs.as_ref() };

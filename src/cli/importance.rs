@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use bkpack::{
     Result,
+    eval::text::read_either,
     format::check_output,
     model::Model,
     ops::cpu::{Activations, CpuOps},
@@ -24,7 +25,6 @@ use super::{
     figure::{DPI, FigureFiles},
     print, refuse_file_of_checkpoint, refuse_same_file,
     source::SourceArgs,
-    text::read_either,
 };
 
 const EXAMPLES: &str = "\

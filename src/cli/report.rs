@@ -116,7 +116,7 @@ fn split(inputs: &[PathBuf]) -> Result<(Option<&PathBuf>, Vec<PathBuf>)> {
 /// Reads an evaluation, which must be one of this file.
 fn evaluation(path: &Path, packed: &PackedFile) -> Result<Evaluation> {
     let found = Evaluation::read(path)?;
-    let seals = || packed.sealed_files().map(|(_, _, seal)| seal);
+    let seals = || packed.shards().map(|shard| shard.seal);
     let same = found.seals.is_empty() || found.seals.iter().map(String::as_str).eq(seals());
     let sizes = (found.file_bytes, found.parameters) == (packed.file_bytes(), packed.parameters());
     if same && sizes {
@@ -141,7 +141,7 @@ fn model(packed: &PackedFile) -> Model {
     let tensors = packed.names().iter().filter_map(|name| packed.entry(name));
     let source =
         |file: &SourceFile| HashedFile { name: file.name.clone(), bytes: file.bytes, blake3: file.blake3.clone() };
-    let sealed = packed.sealed_files().map(|(path, bytes, seal)| HashedFile {
+    let sealed = packed.shards().map(|format::ShardView { path, bytes, seal, .. }| HashedFile {
         name: path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         bytes: bytes as u64,
         blake3: seal.to_owned(),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use bkpack::{
     Result,
+    eval::text::read_either,
     format::{check_output, write_file},
     policy::ComponentRules,
     train::sensitivity::{DEFAULT_WINDOWS, Options, measure},
@@ -11,7 +12,7 @@ use bkpack::{
 use bkpack_kernels::{Cpu, cpu::quantize::Rounding};
 use clap::Args;
 
-use super::{Common, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs, text::read_either};
+use super::{Common, refuse_file_of_checkpoint, refuse_same_file, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:

@@ -13,6 +13,7 @@ use bkpack::{
     eval::{
         perplexity::Options,
         sweep::{Configuration, LayerRanking, Precision, Subject, Sweep},
+        text::read_either,
     },
     format,
     progress::{Observer, Unit},
@@ -23,12 +24,7 @@ use bkpack_kernels::{Cpu, cpu::quantize::Rounding};
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
-use super::{
-    Common, print,
-    progress::ProgressObserver,
-    source::SourceArgs,
-    text::{MeasureArgs, read_either},
-};
+use super::{Common, print, progress::ProgressObserver, source::SourceArgs, text::MeasureArgs};
 
 const EXAMPLES: &str = "\
 Examples:

@@ -5,6 +5,7 @@ use std::{path::PathBuf, time::Instant};
 use bkpack::{
     Result,
     encoding::FloatName,
+    policy::options::parse_size,
     report::table::{count, facts, table},
     synth::{Options, Preset, Synthesis},
 };
@@ -12,7 +13,7 @@ use bkpack_kernels::FloatType;
 use clap::{Args, ValueEnum, builder::PossibleValuesParser};
 use serde_json::json;
 
-use super::{Common, convert::parse_size, print};
+use super::{Common, print};
 
 const EXAMPLES: &str = "\
 Examples:

@@ -11,6 +11,7 @@ use bkpack::{
     eval::{
         perplexity::{Evaluation, Options, evaluate},
         targets::{Figures, Needs, THIS, Targets, Verdict, Wanted, size_figures},
+        text::read_either,
     },
     format::PackedFile,
     ops::cpu::Activations,
@@ -22,7 +23,7 @@ use clap::Args;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{CHECK_FAILED, Common, print, progress::ProgressObserver, source::SourceArgs, text::read_either};
+use super::{CHECK_FAILED, Common, print, progress::ProgressObserver, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:

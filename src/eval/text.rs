@@ -1,12 +1,13 @@
 //! Text to token ids and back, with the model's own tokenizer.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
 use crate::{
     error::{Error, Result},
-    json, model,
+    json,
+    model::{self, config::check_not_synthetic},
     tensor::TensorSource,
 };
 
@@ -125,6 +126,32 @@ pub fn read_tokens(path: &Path) -> Result<Vec<u32>> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;
     serde_json::from_slice(&bytes)
         .map_err(|error| Error::Json { path: path.to_owned(), why: format!("not a JSON array of token ids: {error}") })
+}
+
+/// Reads whichever of the two was given: its path and token ids.
+///
+/// # Errors
+/// As [`read_text`] and [`Tokenizer::encode`], or as [`read_tokens`]; [`Error::Synthetic`] where random weights are to
+/// read a text.
+///
+/// # Panics
+/// If neither was given, which a caller rules out.
+pub fn read_either<'a>(
+    source: &dyn TensorSource,
+    text: &'a Option<PathBuf>,
+    tokens: &'a Option<PathBuf>,
+) -> Result<(&'a Path, Vec<u32>)> {
+    match (text, tokens) {
+        (Some(path), _) => Ok((path, tokenize(source, path)?)),
+        (None, Some(path)) => Ok((path, read_tokens(path)?)),
+        (None, None) => unreachable!("the caller gives one of the two"),
+    }
+}
+
+/// Token ids of a text file, by the model's own tokenizer; a synthetic model, which has none, is refused as such.
+fn tokenize(source: &dyn TensorSource, path: &Path) -> Result<Vec<u32>> {
+    check_not_synthetic(source)?;
+    Tokenizer::load(source)?.encode(&read_text(path)?)
 }
 
 /// The token that each window of an evaluation begins with; `None` unless tokenizer_config.json asks for one.

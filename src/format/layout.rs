@@ -245,6 +245,16 @@ pub enum Role {
 }
 
 impl Role {
+    /// Its key in the manifest.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Role::Values => "values",
+            Role::Packed => "packed",
+            Role::Scale => "scale",
+            Role::ZeroPoint => "zero_point",
+        }
+    }
+
     /// What the part's name adds to the tensor's.
     pub const fn suffix(self) -> &'static str {
         match self {

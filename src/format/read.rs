@@ -101,8 +101,27 @@ impl PackedTensor {
 pub struct PackedPart {
     pub name: String,
     pub hash: blake3::Hash,
-    shard: usize,
-    range: Range<usize>,
+    /// What it is to its tensor; a travelling file has values.
+    pub role: Role,
+    /// F32, F16, BF16, U32 or U8.
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// Which of [`PackedFile::shards`] it lies in.
+    pub shard: usize,
+    /// Its bytes, counted from the start of that file.
+    pub range: Range<usize>,
+}
+
+/// One file of a packed model, as it was when it was opened.
+#[derive(Clone, Copy, Debug)]
+pub struct ShardView<'a> {
+    pub path: &'a Path,
+    /// The length field, the JSON and its padding; the data follows.
+    pub header: &'a [u8],
+    /// Bytes of the whole file.
+    pub bytes: usize,
+    /// BLAKE3 of the header, in which the hashes of all parts stand, in lowercase hex: it tells any two models apart.
+    pub seal: &'a str,
 }
 
 impl PackedPart {
@@ -228,7 +247,7 @@ impl PackedFile {
         let mut parts: HashMap<&str, &HeaderTensor> =
             header.tensors.iter().map(|part| (part.name.as_str(), part)).collect();
         let mut claimed: HashSet<String> = HashSet::new();
-        let mut take = |tensor: &str, part: &Part| -> Result<(PackedPart, Dtype, Vec<usize>)> {
+        let mut take = |tensor: &str, part: &Part, role: Role| -> Result<PackedPart> {
             let (path, name) = (path.to_owned(), part.name.clone());
             let Some(found) = parts.remove(part.name.as_str()) else {
                 return Err(if claimed.contains(&name) {
@@ -251,7 +270,8 @@ impl PackedFile {
                 Ok(hash) if hash.to_hex().as_str() == part.blake3 => hash,
                 _ => return Err(Error::HashText { path, part: name }),
             };
-            Ok((PackedPart { name, hash, shard, range: found.range.clone() }, found.dtype, found.shape.clone()))
+            let (dtype, shape, range) = (found.dtype, found.shape.clone(), found.range.clone());
+            Ok(PackedPart { name, hash, role, dtype, shape, shard, range })
         };
         for entry in std::mem::take(&mut manifest.tensors) {
             if self.by_name.insert(entry.name.clone(), self.tensors.len()).is_some() {
@@ -268,13 +288,13 @@ impl PackedFile {
                 let (path, tensor, found) = (path.to_owned(), entry.name, entry.part.name);
                 return Err(Error::PartName { path, tensor, found, expected });
             }
-            let (part, dtype, shape) = take(&entry.name, &entry.part)?;
-            if shape.len() != 1 {
+            let part = take(&entry.name, &entry.part, Role::Values)?;
+            if part.shape.len() != 1 {
                 let (path, tensor, expected) = (path.to_owned(), entry.name, vec![part.range.len()]);
-                return Err(Error::PartShape { path, tensor, part: part.name, found: shape, expected });
+                return Err(Error::PartShape { path, tensor, part: part.name, found: part.shape, expected });
             }
-            if dtype != Dtype::U8 {
-                let (part, found) = (part.name, dtype.to_string());
+            if part.dtype != Dtype::U8 {
+                let (part, found) = (part.name, part.dtype.to_string());
                 return Err(Error::PartDtype {
                     path: path.to_owned(),
                     tensor: entry.name,
@@ -328,15 +348,19 @@ impl PackedFile {
         tensors.chain(self.file_parts())
     }
 
-    /// The path, the bytes and the seal of each file of the model. A seal is the BLAKE3 of a header, in which the hashes of
-    /// all parts stand: it tells any two models apart.
-    pub fn sealed_files(&self) -> impl Iterator<Item = (&Path, usize, &str)> {
-        self.shards.iter().map(|shard| (shard.path.as_path(), shard.map.len(), shard.seal.as_str()))
-    }
-
     /// The parts of the travelling files with their names.
     pub fn file_parts(&self) -> impl Iterator<Item = (&str, &PackedPart)> {
         self.files.iter().map(|(name, part)| (name.as_str(), part))
+    }
+
+    /// The files that it consists of: one, or the shards in order.
+    pub fn shards(&self) -> impl Iterator<Item = ShardView<'_>> {
+        self.shards.iter().map(|Shard { path, map, data_start, seal }| ShardView {
+            path,
+            header: &map[..*data_start],
+            bytes: map.len(),
+            seal,
+        })
     }
 
     /// The bytes of a part of this file, in its memory map, aligned to the part's element size.
@@ -421,7 +445,7 @@ fn check_seal(path: &Path, header: &[u8], claimed: &str) -> Result<()> {
 fn read_tensor(
     path: &Path,
     entry: &TensorEntry,
-    take: &mut impl FnMut(&str, &Part) -> Result<(PackedPart, Dtype, Vec<usize>)>,
+    take: &mut impl FnMut(&str, &Part, Role) -> Result<PackedPart>,
 ) -> Result<PackedTensor> {
     let (path, tensor) = (|| path.to_owned(), || entry.name.clone());
     let bad_shape = |why| Error::Shape { path: path(), tensor: tensor(), shape: entry.shape.clone(), why };
@@ -468,14 +492,14 @@ fn read_tensor(
             let (found, expected) = (named.name.clone(), wanted.name.clone());
             return Err(Error::PartName { path: path(), tensor: tensor(), found, expected });
         }
-        let (part, dtype, shape) = take(&entry.name, &named)?;
-        if dtype.to_string() != wanted.dtype {
-            let (part, found) = (part.name, dtype.to_string());
+        let part = take(&entry.name, &named, role)?;
+        if part.dtype.to_string() != wanted.dtype {
+            let (part, found) = (part.name, part.dtype.to_string());
             return Err(Error::PartDtype { path: path(), tensor: tensor(), part, found, expected: wanted.dtype });
         }
-        if shape != wanted.shape {
-            let expected = wanted.shape.clone();
-            return Err(Error::PartShape { path: path(), tensor: tensor(), part: part.name, found: shape, expected });
+        if part.shape != wanted.shape {
+            let (part, found, expected) = (part.name, part.shape, wanted.shape.clone());
+            return Err(Error::PartShape { path: path(), tensor: tensor(), part, found, expected });
         }
         parts.push(part);
     }

@@ -8,6 +8,7 @@ pub mod explain;
 mod file;
 mod fit;
 pub mod importance;
+pub mod options;
 mod preset;
 pub mod reason;
 mod recipe;

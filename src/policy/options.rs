@@ -2,93 +2,92 @@
 
 use std::path::PathBuf;
 
-use bkpack::{
-    Error, Result,
-    encoding::{DEFAULT_GROUP, GroupSize, Request},
-    policy::{
-        Budget, Choice, ComponentRules, Dynamic, Exceptions, Levels, Policy, PolicyFile, Recipe, SensitivityTable,
-        Target,
-    },
-};
 use bkpack_kernels::{FloatType, Grid};
 use clap::{Args, ValueEnum};
 
-use super::convert::parse_size;
+use super::{
+    Budget, Choice, ComponentRules, Dynamic, Exceptions, Levels, Policy, PolicyFile, Recipe, SensitivityTable, Target,
+};
+use crate::{
+    encoding::{DEFAULT_GROUP, GroupSize, Request},
+    error::{Error, Result},
+};
 
 /// How encodings are chosen.
-#[derive(Args, Debug)]
-pub struct PolicyArgs {
+#[derive(Args, Debug, Default)]
+pub struct PolicyOptions {
     /// How encodings are chosen [default: uniform]
     #[arg(long, value_enum, conflicts_with = "recipe")]
-    policy: Option<PolicyName>,
+    pub policy: Option<PolicyName>,
 
     /// Encode every tensor as this recipe says, see --plan-only
     #[arg(long, value_name = "FILE")]
-    recipe: Option<PathBuf>,
+    pub recipe: Option<PathBuf>,
 
     /// uniform: bits of a weight: 2 to 8, 16 (FP16) or 32; 1 is binary, 1.58 ternary [default: 4]
     #[arg(long, value_name = "BITS", value_parser = parse_bits)]
-    bits: Option<Bits>,
+    pub bits: Option<Bits>,
 
     /// uniform, dynamic: columns that share a scale: 32, 64, 128, 256, or row for one scale a row [default: 128]
     #[arg(long, value_name = "N", value_parser = |text: &str| text.parse::<GroupSize>().map_err(|_| "use 32, 64, 128, 256 or row"))]
-    group_size: Option<GroupSize>,
+    pub group_size: Option<GroupSize>,
 
     /// uniform: give each group a zero point of its own
     #[arg(long)]
-    asymmetric: bool,
+    pub asymmetric: bool,
 
     /// dynamic: how important each tensor is, as `bkpack importance` writes it [default: measured on --calib]
     #[arg(long, value_name = "FILE")]
-    importance: Option<PathBuf>,
+    pub importance: Option<PathBuf>,
 
     /// dynamic: the share of tensors, the most important, at high precision, to the nearest tensor [default: 0.2]
     #[arg(long, value_name = "SHARE")]
-    high_ratio: Option<f64>,
+    pub high_ratio: Option<f64>,
 
     /// dynamic: the share of tensors, the least important, at INT4, to the nearest tensor [default: 0.4]
     #[arg(long, value_name = "SHARE")]
-    low_ratio: Option<f64>,
+    pub low_ratio: Option<f64>,
 
     /// dynamic: the high precision [default: fp16]
     #[arg(long, value_enum)]
-    high: Option<High>,
+    pub high: Option<High>,
 
     /// budget: what each encoding of each tensor costs, as `bkpack sensitivity` writes it [default: measured on --calib]
     #[arg(long, value_name = "FILE")]
-    sensitivity: Option<PathBuf>,
+    pub sensitivity: Option<PathBuf>,
 
     /// budget: make the file at least this many times smaller than the weights in FP32
     #[arg(long, value_name = "X", conflicts_with_all = ["target_bpw", "target_size"])]
-    target_ratio: Option<f64>,
+    pub target_ratio: Option<f64>,
 
     /// budget: make the file at most this many bits for a weight, everything counted
     #[arg(long, value_name = "BITS", conflicts_with = "target_size")]
-    target_bpw: Option<f64>,
+    pub target_bpw: Option<f64>,
 
     /// budget: make the file at most this large, e.g. 80MB
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    target_size: Option<u64>,
+    pub target_size: Option<u64>,
 
     /// budget: give one encoding to tensors that work on the same input (q, k and v; gate and up)
     #[arg(long)]
-    coupled: bool,
+    pub coupled: bool,
 
     /// Rules from names to components and their encodings, before the built-in ones (TOML, as src/policy/components.toml)
     #[arg(long, value_name = "FILE")]
-    rules: Option<PathBuf>,
+    pub rules: Option<PathBuf>,
 
     /// Leave tensors whose name matches at their source precision (may be repeated)
     #[arg(long, value_name = "REGEX")]
-    keep: Vec<String>,
+    pub keep: Vec<String>,
 
     /// Encode tensors whose name matches as told, e.g. 'embed=int8:g64' (may be repeated; the last match decides)
     #[arg(long, value_name = "REGEX=ENCODING")]
-    tensor: Vec<String>,
+    pub tensor: Vec<String>,
 }
 
+/// The policies by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum PolicyName {
+pub enum PolicyName {
     /// The same encoding for every matrix
     Uniform,
     /// By component: experts INT4, embeddings and head FP16, the rest INT8
@@ -102,8 +101,9 @@ enum PolicyName {
     Recipe,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum High {
+/// The highest precision of the dynamic policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum High {
     Fp16,
     Int8,
 }
@@ -117,14 +117,18 @@ pub enum Statistics {
 
 /// A uniform width before group and symmetry are known.
 #[derive(Clone, Copy, Debug)]
-enum Bits {
+pub enum Bits {
     Int(u32),
     Ternary,
     Binary,
     Float(FloatType),
 }
 
-fn parse_bits(text: &str) -> Result<Bits, &'static str> {
+/// Reads a uniform width: 1, 1.58, 2 to 8, 16 or 32.
+///
+/// # Errors
+/// A sentence that names these.
+pub fn parse_bits(text: &str) -> Result<Bits, &'static str> {
     Ok(match text {
         "1" | "binary" => Bits::Binary,
         "1.58" | "ternary" => Bits::Ternary,
@@ -137,7 +141,27 @@ fn parse_bits(text: &str) -> Result<Bits, &'static str> {
     })
 }
 
-impl PolicyArgs {
+/// Reads a size with its unit, e.g. `2GB`.
+///
+/// # Errors
+/// A sentence that says what is wrong with it.
+pub fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit: u64 = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" | "B" => 1,
+        "K" | "KB" => 1_000,
+        "M" | "MB" => 1_000_000,
+        "G" | "GB" => 1_000_000_000,
+        "KIB" => 1 << 10,
+        "MIB" => 1 << 20,
+        "GIB" => 1 << 30,
+        unit => return Err(format!("unknown unit {unit:?}; use B, KB, MB, GB, KiB, MiB or GiB")),
+    };
+    let number: u64 = digits.trim().parse().map_err(|_| format!("{digits:?} is not a whole number"))?;
+    number.checked_mul(unit).filter(|&size| size > 0).ok_or_else(|| "a size is at least one byte".into())
+}
+
+impl PolicyOptions {
     fn name(&self) -> PolicyName {
         match self.recipe {
             Some(_) => PolicyName::Recipe,
@@ -191,9 +215,17 @@ impl PolicyArgs {
         Ok(Policy { components, choice, exceptions })
     }
 
-    /// An option that a policy would not look at is most likely a mistake.
+    /// An option that a policy would not look at is most likely a mistake, and so is one that another contradicts.
     fn refuse_options_of_others(&self, name: PolicyName) -> Result<()> {
         use PolicyName::{Budget, Dynamic, Uniform};
+        if self.recipe.is_some() && self.policy.is_some() {
+            return Err(Error::Option { option: "--recipe", why: "takes the place of --policy".into() });
+        }
+        let targets = [self.target_ratio.is_some(), self.target_bpw.is_some(), self.target_size.is_some()];
+        if targets.into_iter().filter(|given| *given).count() > 1 {
+            let why = "only one of it, --target-bpw and --target-size can be met";
+            return Err(Error::Option { option: "--target-ratio", why: why.into() });
+        }
         let options: [(_, bool, &[PolicyName]); 12] = [
             ("--bits", self.bits.is_some(), &[Uniform]),
             ("--group-size", self.group_size.is_some(), &[Uniform, Dynamic]),
@@ -271,5 +303,20 @@ impl PolicyArgs {
             None => measure(Statistics::Sensitivity)?,
         };
         Budget::new(SensitivityTable::parse(file)?, target, self.coupled)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_with_their_units() {
+        assert_eq!(parse_size("2GB"), Ok(2_000_000_000));
+        assert_eq!(parse_size("3MiB"), Ok(3 << 20));
+        assert_eq!(parse_size("17"), Ok(17));
+        for text in ["", "GB", "1.5GB", "-1", "0", "9XB", "99999999999GB"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
     }
 }
