@@ -2,7 +2,7 @@
 //!
 //! Codes and scales move as they are where one of ggml's block types holds them, so nothing is rounded a second time;
 //! what none holds becomes F16, or on request one of ggml's own quantized types. See `docs/gguf.md` of ggml for the
-//! container and [`blocks`] for the types.
+//! container.
 
 mod blocks;
 mod container;
