@@ -2,7 +2,7 @@
 # Packs the small real checkpoint in fixtures/ to 4 bits, measures what that cost, and verifies the result.
 set -euo pipefail
 cd "$(dirname "$0")"
-cargo build --release --quiet
+cargo build --release --quiet --workspace --bin bkpack # as the tests build it: one set of features, nothing twice
 bkpack="${CARGO_TARGET_DIR:-target}/release/bkpack"
 out="$(mktemp -d)"
 trap 'rm -rf "$out"' EXIT

@@ -15,7 +15,7 @@ trap 'rm -rf "$out"' EXIT
 prefix="$out/prefix"
 
 capi/install.sh "$prefix" "$profile"
-cargo build --quiet --locked --profile "$profile" --bin bkpack
+cargo build --quiet --locked --workspace --profile "$profile" --bin bkpack
 bkpack="${CARGO_TARGET_DIR:-target}/${profile/#dev/debug}/bkpack"
 # Every kind of encoding in one model.
 mix=(--tensor 'q_proj=int3:g64:asym' --tensor 'k_proj=ternary:g32' --tensor 'v_proj=binary:row'

@@ -9,7 +9,7 @@ set -euo pipefail
 prefix="$1"
 profile="${2:-release}"
 root="$(cd "$(dirname "$0")/.." && pwd)"
-cargo build --quiet --locked --manifest-path "$root/Cargo.toml" -p bkpack-capi --profile "$profile"
+cargo build --quiet --locked --manifest-path "$root/Cargo.toml" --workspace --lib --profile "$profile"
 built="${CARGO_TARGET_DIR:-$root/target}/${profile/#dev/debug}"
 version="$(sed -n 's/^version = "\(.*\)"/\1/p' "$root/Cargo.toml" | head -n 1)"
 
