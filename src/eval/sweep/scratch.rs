@@ -56,10 +56,12 @@ pub(super) fn remove_abandoned(results: &Path) -> std::io::Result<()> {
         .map(|entry| entry.path())
         .collect();
     for folder in entries {
-        let lock = File::options().write(true).create(true).truncate(false).open(folder.join(LOCK));
-        if lock.as_ref().is_ok_and(|lock| lock.try_lock().is_ok()) {
-            // Another sweep may be at it, too.
-            let _ = std::fs::remove_dir_all(&folder);
+        // Another sweep may be at it, too, so failures to remove are none.
+        match File::options().write(true).open(folder.join(LOCK)) {
+            Ok(lock) if lock.try_lock().is_ok() => drop(std::fs::remove_dir_all(&folder)),
+            Ok(_) => {}
+            // Killed before it had a lock, it is empty; with anything in it, it is no sweep's, and stays.
+            Err(_) => drop(std::fs::remove_dir(&folder)),
         }
     }
     Ok(())
@@ -75,12 +77,13 @@ mod tests {
         let path = |name: &str| results.path().join(name);
         let live = Scratch::create(results.path()).unwrap();
         std::fs::write(live.path().join("model.bkpack"), "weights").unwrap();
-        for name in [".bkpack-sweep-killed", ".bkpack-sweep-early", "kept"] {
+        for name in [".bkpack-sweep-killed", ".bkpack-sweep-early", ".bkpack-sweep-mine", "kept"] {
             std::fs::create_dir(path(name)).unwrap();
         }
         std::fs::write(path(".bkpack-sweep-killed/lock"), "").unwrap();
         std::fs::write(path(".bkpack-sweep-killed/model.bkpack"), "weights").unwrap();
         std::fs::write(path(".bkpack-sweep-file"), "").unwrap();
+        std::fs::write(path(".bkpack-sweep-mine/notes.txt"), "").unwrap();
         std::fs::write(path("kept/file"), "").unwrap();
         #[cfg(unix)]
         std::os::unix::fs::symlink(path("kept"), path(".bkpack-sweep-link")).unwrap();
@@ -88,6 +91,7 @@ mod tests {
         remove_abandoned(results.path()).unwrap();
         assert!(live.path().join("model.bkpack").exists(), "it is in use");
         assert!(!path(".bkpack-sweep-killed").exists() && !path(".bkpack-sweep-early").exists());
+        assert!(path(".bkpack-sweep-mine/notes.txt").exists(), "no sweep made it");
         assert!(path(".bkpack-sweep-file").exists() && path("kept/file").exists());
 
         let folder = live.path().to_owned();
