@@ -170,7 +170,10 @@ class Evaluate(Case):
     def test_damage_is_found_when_hashes_are_verified(self):
         damaged = self.folder / "damaged.bkpack"
         data = bytearray(self.packed.read_bytes())
-        data[-5000] ^= 1
+        with bkpack.open(self.packed) as model:
+            codes = model["model.layers.0.mlp.down_proj.weight"].codes.tobytes()
+        self.assertEqual(data.count(codes), 1)
+        data[data.index(codes)] ^= 1
         damaged.write_bytes(data)
         arguments = {"text": TEXT, "limit_tokens": 200, "ctx": 64}
         with bkpack.open(damaged) as model:
