@@ -165,6 +165,20 @@ fn a_packed_file_is_shown_with_its_quality_tensors_and_hashes() {
     }
     assert_eq!(page, setup.page(&["llama.bkpack", "--eval", "eval.json"]), "the same in every run");
 
+    // JSON has no infinity: an overflow is printed as null, which is not the same as nothing.
+    let mut infinite = eval.clone();
+    for key in ["ppl", "baseline_ppl", "ppl_increase_percent"] {
+        infinite[key] = Value::Null;
+    }
+    setup.write("infinite.json", &infinite.to_string());
+    let (text, _) = read(&setup.page(&["llama.bkpack", "--eval", "infinite.json"]));
+    for expected in ["perplexity not finite", "baseline perplexity not finite", "increase not finite"] {
+        assert!(text.contains(expected), "{expected:?} is not in: {text}");
+    }
+    infinite.as_object_mut().unwrap().remove("ppl");
+    setup.write("infinite.json", &infinite.to_string());
+    setup.refused(&["llama.bkpack", "--eval", "infinite.json", "-o", "x.html"], &["infinite.json", "ppl"]);
+
     // An evaluation of another file, of the same shapes even, is not shown as one of this.
     let fixture = fixture.to_str().unwrap();
     setup.succeeded(&["convert", fixture, "-o", "other.bkpack", "-q", "--bits", "4", "--rounding", "rtn"]);
@@ -207,11 +221,15 @@ fn results_are_shown_with_figures_requirements_protocols_and_marks() {
     assert!(!text.contains("SIMULATED") && !text.contains("LOOKS AHEAD"));
 
     let marked = json!({"bit_width": 8, "perplexity": 20.5, "model": "m", "simulated": true, "looks_ahead": true});
+    let encoded = json!({"bit_width": 4, "perplexity": 21.5, "model": "n", "encoding": "int4:g64:asym"});
+    setup.write("marked/d.json", &encoded.to_string());
     setup.write("marked/a.json", &marked.to_string());
     setup.write("marked/b.json", r#"{"bit_width": 4, "perplexity": NaN, "model": "m", "failure": "it computes NaN"}"#);
     setup.write("marked/c.json", "{");
     let (text, _) = read(&setup.page(&["marked"]));
-    for expected in ["20.5000 LOOKS AHEAD SIMULATED", "SIMULATED: Perplexity", "it computes NaN", "c.json: EOF"] {
+    for expected in
+        ["20.5000 LOOKS AHEAD SIMULATED", "SIMULATED: Perplexity", "it computes NaN", "c.json: EOF", "int4:g64:asym"]
+    {
         assert!(text.contains(expected), "{expected:?} is not in: {text}");
     }
     let marked = json!({"config_id": "only", "flops_per_token": 5e6, "perplexity": null, "model": "m"});
@@ -277,7 +295,7 @@ fn nothing_from_a_file_is_taken_for_markup() {
     setup.write("config.json", &config.to_string());
     setup.succeeded(&["convert", "hostile.safetensors", "--config", "config.json", "-o", "hostile.bkpack", "-q"]);
     let result = json!({
-        "bit_width": 8, "perplexity": 20.5, "model": HOSTILE, "encoding": HOSTILE, "hashes": {"packed": HOSTILE},
+        "bit_width": 8, "perplexity": 20.5, "model": HOSTILE, "encoding": format!("width {HOSTILE}"), "hashes": {"packed": HOSTILE},
         "protocol": {"text": {"name": HOSTILE, "blake3": HOSTILE}, "activations": HOSTILE},
     });
     setup.write("results/width.json", &result.to_string());
@@ -294,7 +312,7 @@ fn nothing_from_a_file_is_taken_for_markup() {
     }
     let (text, references) = read(&page);
     assert_self_contained(&references);
-    assert!(text.contains("<script>alert(1)</script>"), "{text}");
+    assert!(text.contains("<script>alert(1)</script>") && text.contains("width <"), "{text}");
 }
 
 #[test]

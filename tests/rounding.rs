@@ -117,7 +117,8 @@ fn what_cannot_be_calibrated_is_refused_and_leaves_nothing() {
     for (arguments, words) in [
         (&["--rounding", "gptq"][..], "--calib"),
         (&["--calib-tokens", &calibration], "--rounding gptq"),
-        (&["--samples", "3"], "--calib"),
+        (&["--samples", "3"], "--samples: belongs to --calib"),
+        (&["--ctx", "64"], "--ctx: belongs to --calib"),
         (&["--rounding", "gptq", "--calib-tokens", &calibration, "--ctx", "257"], "do not fill one window of 257"),
         (&["--rounding", "gptq", "--calib-tokens", &calibration, "--ctx", "100000"], "context of 512"),
         (&["--rounding", "gptq", "--calib-tokens", foreign.to_str().unwrap(), "--ctx", "4"], "vocabulary"),

@@ -1,12 +1,13 @@
 /*
  * bkpack: packed language models, read and multiplied as they lie on disk.
  *
- * Calls return a bkpack_status. BKPACK_STATUS_OK is 0; after any other, bkpack_last_error() says in one sentence what was
- * wrong, outputs are as they were, and the model can go on being used.
+ * All calls but bkpack_version() and bkpack_last_error() return a bkpack_status. BKPACK_STATUS_OK is 0; after any other,
+ * bkpack_last_error() says in one sentence what was wrong, outputs are as they were, and the model can go on being used.
  *
  * Threads: any number of threads may use one model at once; only bkpack_close() must come after all of them. Threads that
- * the library starts stay until the process ends, so it must not be unloaded (dlclose), and a process that forks without
- * exec can multiply on the calling thread alone.
+ * the library starts stay until the process ends, so it must not be unloaded (dlclose). A process that forks without exec
+ * has none of them: in the child, multiply on the calling thread alone, and do not call bkpack_verify(), which would wait
+ * for them forever if the parent had started them.
  *
  * Pointers: an argument that is NULL, too short or misaligned is refused with BKPACK_STATUS_ARGUMENT. One that is neither
  * NULL nor valid cannot be told apart from a valid one: as everywhere in C, the behaviour is undefined. Strings are UTF-8

@@ -7,7 +7,10 @@ use std::{
     slice,
 };
 
-use crate::failure::Failure;
+use crate::{
+    failure::Failure,
+    types::{Encoding, Part},
+};
 
 /// Where a caller wants a value.
 pub(crate) struct Out<T>(NonNull<T>);
@@ -28,30 +31,49 @@ impl<T> Out<T> {
     }
 }
 
-/// Where a caller wants a structure that may be larger than this library's.
+/// A structure that callers know at a size of their own.
+pub(crate) trait Growing: Copy {
+    /// Its size in version 1, which every caller knows at least.
+    const FIRST_SIZE: usize;
+}
+
+impl Growing for Encoding {
+    const FIRST_SIZE: usize = 24;
+}
+
+impl Growing for Part {
+    // Two enumerations, then three words.
+    const FIRST_SIZE: usize = 8 + 3 * size_of::<usize>();
+}
+
+/// Where a caller wants a structure that may be larger or smaller than this library's.
 pub(crate) struct OutStruct<T> {
-    place: Out<T>,
+    place: NonNull<T>,
     size: usize,
 }
 
-impl<T: Copy> OutStruct<T> {
+impl<T: Growing> OutStruct<T> {
     /// # Safety
     /// `place` is NULL or valid for writing `size` bytes until the result is gone.
     pub unsafe fn new(argument: &'static str, place: *mut T, size: usize) -> Result<Self, Failure> {
-        let needed = size_of::<T>();
+        let place = NonNull::new(place).ok_or(Failure::Null(argument))?;
+        check_alignment(argument, place.as_ptr())?;
+        let needed = T::FIRST_SIZE;
         if size < needed {
             return Err(Failure::Length { argument, unit: "bytes", needed, found: size });
         }
-        // SAFETY: the caller's promise, for at least the size of a `T`.
-        Ok(Self { place: unsafe { Out::new(argument, place) }?, size })
+        Ok(Self { place, size })
     }
 
-    /// Hands the structure over, and zeros for the members that this library does not know.
+    /// Hands over the members that both sides know, and zeros for those that this library does not know.
     pub fn put(self, value: T) {
-        let known = size_of::<T>();
-        // SAFETY: `new` was promised a place of `size` bytes, which is at least `known`.
-        unsafe { self.place.0.as_ptr().cast::<u8>().add(known).write_bytes(0, self.size - known) };
-        self.place.put(value);
+        let (place, known) = (self.place.as_ptr().cast::<u8>(), self.size.min(size_of::<T>()));
+        // SAFETY: `new` was promised a place of `size` bytes, of which `known` are copied from the value, apart from it,
+        // and the rest is set.
+        unsafe {
+            (&raw const value).cast::<u8>().copy_to_nonoverlapping(place, known);
+            place.add(known).write_bytes(0, self.size - known);
+        }
     }
 }
 

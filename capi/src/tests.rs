@@ -15,7 +15,7 @@ use bkpack::{
 };
 use bkpack_kernels::Cpu;
 
-use super::{types::Dtype, *};
+use super::{boundary::Growing, types::Dtype, *};
 
 fn last() -> String {
     // SAFETY: the pointer is to a string of this thread, which makes no other call meanwhile.
@@ -93,7 +93,11 @@ fn calls_give_what_the_library_gives() {
                     let status = bkpack_tensor_part(open.get(), index, part, place.as_mut_ptr(), size_of::<Part>());
                     assert_eq!(status, Status::Ok, "{context}");
                     let part = place.assume_init();
-                    let width = if part.dtype == Dtype::U8 { 1 } else { 2 };
+                    let width = match part.dtype {
+                        Dtype::U8 => 1,
+                        Dtype::F16 | Dtype::BF16 => 2,
+                        Dtype::F32 | Dtype::U32 => 4,
+                    };
                     assert!(part.data.addr().is_multiple_of(width), "{context}");
                     let bytes = std::slice::from_raw_parts(part.data.cast::<u8>(), part.length);
                     found.2.push((CStr::from_ptr(part.name).to_str().unwrap().to_owned(), bytes.to_vec()));
@@ -148,11 +152,37 @@ fn a_name_that_c_cannot_hold_is_refused() {
     );
 }
 
+/// A structure of a later library, filled for a program that knows the first two members alone, and for one that knows
+/// more than there is.
+#[test]
+fn structures_are_filled_as_far_as_both_sides_know_them() {
+    #[repr(C)]
+    #[derive(Clone, Copy)]
+    struct Later(u32, u32, u64);
+    impl Growing for Later {
+        const FIRST_SIZE: usize = 8;
+    }
+    for (size, expected) in [(8, [1, 2, 9, 9, 9, 9]), (16, [1, 2, 3, 0, 9, 9]), (24, [1, 2, 3, 0, 0, 0])] {
+        #[repr(C, align(8))]
+        struct Place([u32; 6]);
+        let mut place = Place([9; 6]);
+        // SAFETY: a place of 24 bytes.
+        let out = unsafe { OutStruct::<Later>::new("it", (&raw mut place).cast(), size) };
+        let Ok(out) = out else { panic!("{size} bytes are refused") };
+        out.put(Later(1, 2, 3));
+        assert_eq!(place.0, expected, "{size} bytes");
+    }
+    let mut place = Later(9, 9, 9);
+    // SAFETY: a place of more than 7 bytes.
+    assert!(unsafe { OutStruct::new("it", &raw mut place, 7) }.is_err());
+}
+
 /// Programs that are built already know these sizes: a structure may only grow at its end.
 #[test]
 #[cfg(target_pointer_width = "64")]
 fn structures_keep_their_layout() {
     use std::mem::offset_of;
+    assert_eq!((Encoding::FIRST_SIZE, Part::FIRST_SIZE), (24, 32));
     assert_eq!(size_of::<Encoding>(), 24);
     let encoding = [
         offset_of!(Encoding, kind),

@@ -10,8 +10,9 @@
     bkpack.convert("./model", "model.bkpack", bits=4)
     bkpack.evaluate("model.bkpack", text="test.txt", baseline="./model")["kld_mean"]
 
-Everything that goes wrong with a file or an argument is a `BkpackError` whose text is the sentence that the command
-`bkpack` prints; where it names an option (`--group-size`), the argument is named alike (`group_size`).
+Everything that goes wrong with a file is a `BkpackError` whose text is the sentence that the command `bkpack` prints; for
+an argument out of range it is a sentence that names the option (`--group-size`), which the argument is named like
+(`group_size`). An argument of the wrong type is a `TypeError`.
 
 `bkpack.torch` has modules for PyTorch; it is imported only when you import it.
 """

@@ -1,5 +1,7 @@
 """What can go wrong."""
 
+import errno
+
 
 class BkpackError(ValueError):
     """A file breaks a rule of its format, or an argument makes no sense; the text says which and what to do."""
@@ -15,6 +17,10 @@ class MissingFileError(FileError, FileNotFoundError):
 
 class OutputExistsError(FileError, FileExistsError):
     """The output exists; pass `force=True` to replace it."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        self.errno = errno.EEXIST
 
 
 for _class in (BkpackError, FileError, MissingFileError, OutputExistsError):

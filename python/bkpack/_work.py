@@ -30,7 +30,7 @@ def convert(
     group_size: Union[int, str, None] = None,
     asymmetric: bool = False,
     keep: Union[str, Iterable[str]] = (),
-    tensor: Union[Mapping[str, str], Iterable[tuple[str, str]]] = (),
+    tensor: Union[str, Mapping[str, str], Iterable[Union[str, tuple[str, str]]]] = (),
     policy: Optional[str] = None,
     rules: Optional[Path] = None,
     recipe: Optional[Path] = None,
@@ -46,7 +46,7 @@ def convert(
     rounding: str = "search",
     calib: Optional[Path] = None,
     calib_tokens: Optional[Path] = None,
-    samples: int = 128,
+    samples: Optional[int] = None,
     ctx: Optional[int] = None,
     ternary_threshold: float = 0.5,
     allow_nonfinite: bool = False,
@@ -70,9 +70,10 @@ def convert(
     - dynamic: `importance`, `high_ratio`, `low_ratio`, `high`
     - budget: `sensitivity`, and one of `target_ratio`, `target_bpw` and `target_size` (bytes, or a text like `"80MB"`);
       `coupled`
-    - `keep`: patterns of tensors to leave as they are; `tensor`: patterns and their encodings, `{"embed": "int8:g64"}`, of
-      which the last that matches decides
-    - `rounding`: `"rtn"`, `"search"`, or `"gptq"` with a calibration text `calib` or file of ids `calib_tokens`
+    - `keep`: patterns of tensors to leave as they are; `tensor`: patterns and their encodings, `{"embed": "int8:g64"}`
+      or `"embed=int8:g64"`, of which the last that matches decides
+    - `rounding`: `"rtn"`, `"search"`, or `"gptq"` with a calibration text `calib` or file of ids `calib_tokens`, of which
+      `samples` windows (128 by default) of `ctx` tokens are looked at
     - `dry_run`: write nothing, and return the exact size; `force`: replace an output that exists
 
     `progress=True` draws a line on standard error; a callable is called with (stage, done, total, unit), from the calling
@@ -91,7 +92,7 @@ def convert(
         "group_size": _text(group_size),
         "asymmetric": asymmetric,
         "keep": _list(keep),
-        "tensor": [f"{pattern}={encoding}" for pattern, encoding in _pairs(tensor)],
+        "tensor": _exceptions(tensor),
         "policy": policy,
         "rules": _path(rules),
         "recipe": _path(recipe),
@@ -144,11 +145,12 @@ def evaluate(
       that are not scored; `limit_tokens`: use only the first so many
     - `activations`: `"exact"` or `"int8"`
     - `allow_lookahead`: measure a model whose positions see later tokens all the same; `looks_ahead` marks the result
-    - `verify_hashes`: check the packed file first
+    - `verify_hashes`: check every hash of the packed file first; a checkpoint has none
     - `progress`, Ctrl-C and errors are as in `convert`
 
     Returns what `--json` prints: `ppl`, `nll`, `scored`, `bits_per_weight`, ..., and with a baseline `baseline_ppl`,
-    `ppl_increase_percent`, `kld_mean`, `kld_median`, `kld_p999`, `top1_agreement`.
+    `ppl_increase_percent`, `kld_mean`, `kld_median`, `kld_p999`, `top1_agreement`; `text` unless `tokens` are numbers; and
+    the sentences that the command writes as notes, as `notices`.
     """
     request = {
         "model": _model(model),
@@ -212,5 +214,7 @@ def _list(value: Union[str, Iterable[str]]) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
 
 
-def _pairs(value: Union[Mapping[str, str], Iterable[tuple[str, str]]]) -> Iterable[tuple[str, str]]:
-    return value.items() if isinstance(value, Mapping) else value
+def _exceptions(value: Union[str, Mapping[str, str], Iterable[Union[str, tuple[str, str]]]]) -> list[str]:
+    """As the command's `--tensor` has them."""
+    items = [value] if isinstance(value, str) else value.items() if isinstance(value, Mapping) else value
+    return [item if isinstance(item, str) else "=".join(item) for item in items]

@@ -20,7 +20,7 @@ use pyo3::prelude::*;
 use serde::Serialize;
 
 use crate::{
-    errors::{exception, option},
+    errors::{exception, option, whole},
     work,
 };
 
@@ -50,8 +50,8 @@ pub struct Request {
     rounding: String,
     calib: Option<PathBuf>,
     calib_tokens: Option<PathBuf>,
-    samples: u32,
-    ctx: Option<u32>,
+    samples: Option<i64>,
+    ctx: Option<i64>,
     ternary_threshold: f32,
     allow_nonfinite: bool,
     shard_size: Option<String>,
@@ -59,7 +59,7 @@ pub struct Request {
     rename: Vec<String>,
     dry_run: bool,
     force: bool,
-    threads: Option<u16>,
+    threads: Option<i64>,
 }
 
 impl Request {
@@ -88,21 +88,13 @@ impl Request {
             keep: self.keep.clone(),
             tensor: self.tensor.clone(),
         };
-        if self.calib.is_some() && self.calib_tokens.is_some() {
-            return Err(option("--calib", "give either it or --calib-tokens"));
-        }
-        for (name, number) in [("--samples", Some(self.samples)), ("--ctx", self.ctx)] {
-            if number == Some(0) {
-                return Err(option(name, "0 is not at least 1"));
-            }
-        }
         Ok(ConvertOptions {
             policy,
             rounding: named::<RoundingName>("--rounding", &self.rounding)?,
             calib: self.calib.clone(),
             calib_tokens: self.calib_tokens.clone(),
-            samples: self.samples,
-            ctx: self.ctx,
+            samples: self.samples.map(|samples| whole("--samples", samples, 1)).transpose()?,
+            ctx: self.ctx.map(|ctx| whole("--ctx", ctx, 1)).transpose()?,
             ternary_threshold: self.ternary_threshold,
             allow_nonfinite: self.allow_nonfinite,
             shard_size: size("--shard-size", &self.shard_size)?,

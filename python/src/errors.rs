@@ -2,7 +2,7 @@
 
 use std::io::ErrorKind;
 
-use bkpack::Error;
+use bkpack::{Error, Result};
 use pyo3::{exceptions::PyKeyboardInterrupt, prelude::*};
 
 /// The exception of an error. Where the operating system refused something it has the `errno`.
@@ -22,6 +22,14 @@ pub fn exception(py: Python<'_>, error: &Error) -> PyErr {
         Ok(exception)
     };
     made().map_or_else(|failed| failed, PyErr::from_value)
+}
+
+/// A whole number that its type holds and that is at least `least`, by the name of the command's option.
+pub fn whole<T: TryFrom<i64>>(name: &'static str, number: i64, least: i64) -> Result<T> {
+    if number < least {
+        return Err(option(name, format!("{number} is not at least {least}")));
+    }
+    T::try_from(number).map_err(|_| option(name, format!("{number} is too large")))
 }
 
 /// Refuses an argument, by the name of the command's option.

@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 
 use bkpack::{
-    Result,
     encoding::Encoding,
     format::{PackedFile, PackedPart},
     tensor::{ComplexPart, TensorSource, matrix_shape},
@@ -189,15 +188,4 @@ impl Packed {
 pub enum Model<'py> {
     Open(PyRef<'py, Packed>),
     Path(PathBuf),
-}
-
-/// Opens a path as what it is.
-///
-/// # Errors
-/// As the format.
-pub fn open_source(path: &std::path::Path) -> Result<Box<dyn TensorSource>> {
-    if bkpack::format::is_packed(path)? {
-        return Ok(Box::new(PackedFile::open(path)?));
-    }
-    Ok(Box::new(bkpack::checkpoint::open(path)?))
 }

@@ -18,7 +18,7 @@ use bkpack::{
 use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::errors::{exception, option};
+use crate::errors::{exception, option, whole};
 
 /// How often progress is reported and signals are looked for.
 const INTERVAL: Duration = Duration::from_millis(50);
@@ -28,7 +28,7 @@ const INTERVAL: Duration = Duration::from_millis(50);
 pub fn run<T: Send>(
     py: Python<'_>,
     progress: Option<&Bound<'_, PyAny>>,
-    threads: Option<u16>,
+    threads: Option<i64>,
     work: impl FnOnce(&dyn Observer) -> Result<T> + Send,
 ) -> PyResult<T> {
     let pool = pool(threads).map_err(|error| exception(py, &error))?;
@@ -62,17 +62,15 @@ pub fn run<T: Send>(
 ///
 /// # Errors
 /// Zero threads, or more than the system gives.
-pub fn pool(threads: Option<u16>) -> Result<Arc<ThreadPool>> {
+pub fn pool(threads: Option<i64>) -> Result<Arc<ThreadPool>> {
     /// The pool of all cores with the process that it was made in: a forked child has the record of it, but no threads.
     static SHARED: Mutex<Option<(u32, Arc<ThreadPool>)>> = Mutex::new(None);
     let build = |threads: usize| {
         let built = ThreadPoolBuilder::new().num_threads(threads).build();
         built.map(Arc::new).map_err(|error| option("--threads", error.to_string()))
     };
-    match threads {
-        Some(0) => return Err(option("--threads", "0 is not at least 1")),
-        Some(threads) => return build(threads.into()),
-        None => {}
+    if let Some(threads) = threads {
+        return build(whole::<u16>("--threads", threads, 1)?.into());
     }
     let mut shared = lock(&SHARED);
     if let Some((_, pool)) = shared.as_ref().filter(|(process, _)| *process == process::id()) {

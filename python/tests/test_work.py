@@ -1,5 +1,6 @@
 """Converting and measuring: what the command does, its progress, and Ctrl-C."""
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,12 @@ TIMES = {"tokens_per_second", "seconds", "gb_per_second"}
 
 def without_times(figures: dict) -> dict:
     return {key: value for key, value in figures.items() if key not in TIMES}
+
+
+def write_large(path) -> None:
+    """A checkpoint that takes seconds to pack."""
+    values = np.random.default_rng(0).standard_normal((1024, 4096), np.float32)
+    write_safetensors(path, {f"layers.{index}.w": values for index in range(24)})
 
 
 class Convert(Case):
@@ -51,6 +58,8 @@ class Convert(Case):
             ({"recipe": recipe}, ["--recipe", recipe]),
             ({"rounding": "rtn", "keep": ["embed", "norm"]}, ["--rounding", "rtn", "--keep", "embed", "--keep", "norm"]),
             ({"tensor": [("mlp", "int3"), ("down", "int8:row")]}, ["--tensor", "mlp=int3", "--tensor", "down=int8:row"]),
+            ({"tensor": "embed=int8"}, ["--tensor", "embed=int8"]),
+            ({"tensor": ["embed=int8", "mlp=int3"]}, ["--tensor", "embed=int8", "--tensor", "mlp=int3"]),
             ({"policy": "dynamic", "importance": importance, "high": "int8"},
              ["--policy", "dynamic", "--importance", importance, "--high", "int8"]),
             ({"policy": "budget", "sensitivity": costs, "target_ratio": 6},
@@ -76,6 +85,7 @@ class Convert(Case):
         with self.assertRaises(FileExistsError) as caught:
             bkpack.convert(LLAMA, output)
         self.assertIsInstance(caught.exception, bkpack.OutputExistsError)
+        self.assertEqual(caught.exception.errno, errno.EEXIST)
         self.assertEqual(f"error: {caught.exception}\n", command("convert", LLAMA, "-o", output, status=2).stderr)
         with self.assertRaises(FileNotFoundError):
             bkpack.convert(self.folder / "missing", output, force=True)
@@ -90,6 +100,12 @@ class Convert(Case):
             ({"tensor": {"mlp": "int12"}}, 'encoding "int12"'),
             ({"shard_size": "1XB"}, "--shard-size: unknown unit"),
             ({"threads": 0}, "--threads: 0 is not at least 1"),
+            ({"threads": 70_000}, "--threads: 70000 is too large"),
+            ({"calib": TEXT, "samples": -1}, "--samples: -1 is not at least 1"),
+            ({"samples": 3}, "--samples: belongs to --calib"),
+            ({"ctx": 7, "samples": 3}, "belongs to --calib"),
+            ({"ctx": 7}, "--ctx: belongs to --calib"),
+            ({"calib": TEXT, "calib_tokens": TEXT, "rounding": "gptq"}, "--calib: give either it or --calib-tokens"),
             ({"target_bpw": 4, "target_size": 10, "policy": "budget", "sensitivity": "x"}, "--target-ratio: only one"),
         ]
         for arguments, sentence in wrong:
@@ -113,9 +129,14 @@ class Convert(Case):
         def fail(*_):
             raise RuntimeError("enough")
 
+        # Large enough that it cannot be done before the first report is told.
+        source = self.folder / "w.safetensors"
+        write_large(source)
+        target = self.folder / "target"
+        target.mkdir()
         with self.assertRaisesRegex(RuntimeError, "enough"):
-            bkpack.convert(LLAMA, self.folder / "n.bkpack", progress=fail)
-        self.assertLessEqual(set(os.listdir(self.folder)), {"m.bkpack", "n.bkpack"})
+            bkpack.convert(source, target / "n.bkpack", progress=fail)
+        self.assertEqual(os.listdir(target), [])
 
     def test_a_line_of_progress_goes_to_standard_error(self):
         script = f"import bkpack; bkpack.convert({str(LLAMA)!r}, {str(self.folder / 'm.bkpack')!r}, progress=True)"
@@ -132,9 +153,34 @@ class Evaluate(Case):
         by_path = bkpack.evaluate(self.packed, baseline=LLAMA, verify_hashes=True, **arguments)
         with bkpack.open(self.packed) as model:
             by_model = bkpack.evaluate(model, baseline=str(LLAMA), **arguments)
-        self.assertEqual(without_times(by_path), without_times(told))
-        self.assertEqual(without_times(by_model), without_times(told))
+        for figures in (by_path, by_model):
+            self.assertEqual(figures.pop("notices"), [])
+            self.assertEqual(without_times(figures), without_times(told))
         self.assertGreater(told["kld_mean"], 0)
+        self.assertEqual((told["text"]["name"], len(told["seals"])), (TEXT.name, 1))
+
+    def test_a_checkpoint_has_no_hashes_to_verify_and_notices_are_returned(self):
+        arguments = {"text": TEXT, "limit_tokens": 200, "ctx": 64, "verify_hashes": True}
+        figures = bkpack.evaluate(LLAMA, **arguments)
+        self.assertNotIn("seals", figures)
+        told = command("eval", LLAMA, "--text", TEXT, "--limit-tokens", 200, "--ctx", 64, "--verify-hashes", "--json")
+        self.assertEqual("".join(f"note: {notice}\n" for notice in figures.pop("notices")), told.stderr)
+        self.assertEqual(without_times(figures), without_times(json.loads(told.stdout)))
+
+    def test_damage_is_found_when_hashes_are_verified(self):
+        damaged = self.folder / "damaged.bkpack"
+        data = bytearray(self.packed.read_bytes())
+        with bkpack.open(self.packed) as model:
+            codes = model["model.layers.0.mlp.down_proj.weight"].codes.tobytes()
+        self.assertEqual(data.count(codes), 1)
+        data[data.index(codes)] ^= 1
+        damaged.write_bytes(data)
+        arguments = {"text": TEXT, "limit_tokens": 200, "ctx": 64}
+        with bkpack.open(damaged) as model:
+            for source in (damaged, model):
+                bkpack.evaluate(source, **arguments)
+                with self.assertRaises(bkpack.BkpackError):
+                    bkpack.evaluate(source, verify_hashes=True, **arguments)
 
     def test_tokens_come_as_a_file_or_as_numbers(self):
         tokens = [int(token) for token in np.random.default_rng(0).integers(0, 100, 600)]
@@ -143,9 +189,13 @@ class Evaluate(Case):
         options = ["--skip", 5, "--ctx", 200, "--activations", "int8", "--json", "--threads", 1]
         told = json.loads(command("eval", self.packed, "--tokens", path, *options).stdout)
         arguments = {"skip": 5, "ctx": 200, "activations": "int8", "threads": 1}
+        self.assertEqual(told["text"]["name"], "tokens.json")
         for given in (path, tokens, np.array(tokens), tuple(tokens)):
             figures = bkpack.evaluate(self.packed, tokens=given, **arguments)
+            del figures["notices"]
             self.assertEqual(without_times(figures), without_times(told))
+            # Numbers come from no file.
+            told.pop("text", None)
 
     def test_wrong_use_is_refused(self):
         with bkpack.open(self.packed) as model:
@@ -156,6 +206,11 @@ class Evaluate(Case):
             (self.packed, {"text": TEXT, "tokens": [1]}, "--text: give either it or --tokens"),
             (self.packed, {"tokens": [1, 2, 3]}, "3 tokens do not fill one window"),
             (self.packed, {"tokens": [1_000_000] * 600}, "1000000"),
+            (self.packed, {"tokens": [-1, 2]}, "--tokens: -1 is no token id"),
+            (self.packed, {"text": TEXT, "skip": -1}, "--skip: -1 is not at least 1"),
+            (self.packed, {"text": TEXT, "ctx": 0}, "--ctx: 0 is not at least 1"),
+            (self.packed, {"text": TEXT, "limit_tokens": -1}, "--limit-tokens: -1 is not at least 0"),
+            (self.packed, {"text": TEXT, "threads": 70_000}, "--threads: 70000 is too large"),
             (self.packed, {"text": TEXT, "activations": "int9"}, "--activations: use exact or int8"),
         ]
         for source, arguments, sentence in wrong:
@@ -201,8 +256,7 @@ except KeyboardInterrupt:
         return time.monotonic() - sent
 
     def test_a_conversion_stops_and_leaves_nothing(self):
-        values = np.random.default_rng(0).standard_normal((1024, 4096), np.float32)
-        write_safetensors(self.folder / "w.safetensors", {f"layers.{index}.w": values for index in range(24)})
+        write_large(self.folder / "w.safetensors")
         target = self.folder / "target"
         target.mkdir()
         output = target / "m.bkpack"

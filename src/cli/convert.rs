@@ -78,7 +78,7 @@ pub struct ConvertArgs {
 
     /// Measure on a few windows of the calibration text what each component of the packed file costs: its bytes, and the
     /// divergence of the model with it alone packed
-    #[arg(long, requires = "calibration", conflicts_with_all = ["plan_only", "dry_run"])]
+    #[arg(long, conflicts_with_all = ["plan_only", "dry_run"])]
     report_kld: bool,
 
     /// Say what would be written, to the byte, and write nothing

@@ -5,16 +5,15 @@ use std::path::{Path, PathBuf};
 use bkpack::{
     Error, Result,
     eval::{
-        components::{ComponentCosts, DEFAULT_WINDOWS, component_costs},
+        components::{DEFAULT_WINDOWS, component_costs},
         perplexity::{Evaluation, evaluate},
+        record::EvaluationRecord,
     },
-    format::{self, PackedFile},
     report::table::{count, facts},
     tensor::CalibrationText,
 };
 use bkpack_kernels::Cpu;
 use clap::Args;
-use serde::Serialize;
 
 use super::{Common, components, print, source::SourceArgs, text::MeasureArgs};
 
@@ -68,52 +67,30 @@ pub struct EvalArgs {
     common: Common,
 }
 
-/// What is printed for machines.
-#[derive(Serialize)]
-struct Report<'a> {
-    #[serde(flatten)]
-    evaluation: &'a Evaluation,
-    /// What was measured on: the text or the token ids.
-    text: CalibrationText,
-    /// Of the packed file, so that nobody takes the figures for those of another one.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    seals: Vec<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    by_component: Option<&'a ComponentCosts>,
-}
-
 /// Runs the subcommand.
 pub fn run(args: &EvalArgs) -> Result<()> {
     let observer = args.common.observer();
-    if args.by_component && !format::is_packed(&args.model)? {
+    let paths: Vec<&Path> = std::iter::once(&args.model).chain(&args.baseline).map(PathBuf::as_path).collect();
+    let models = args.checkpoint.open(&paths, args.verify_hashes.then_some(&observer), &args.common)?;
+    let (source, baseline) = (&models[0], models.get(1).map(|model| &**model));
+    if args.by_component && source.packed().is_none() {
         let why = format!("{} is not packed, so its components cost nothing", args.model.display());
         return Err(Error::Option { option: "--by-component", why });
     }
-    let paths: Vec<&Path> = std::iter::once(&args.model).chain(&args.baseline).map(PathBuf::as_path).collect();
-    let models = args.checkpoint.open(&paths, args.verify_hashes.then_some(&observer), &args.common)?;
-    let (source, baseline) = (&*models[0], models.get(1).map(|model| &**model));
-    let (tokens, options) = (args.measure.tokens(source)?, args.measure.options());
+    let (tokens, options) = (args.measure.tokens(&**source)?, args.measure.options());
+    let text = CalibrationText::of(args.measure.path())?;
     let cpu = Cpu::from_environment()?;
-    let evaluation = evaluate(cpu, source, baseline, &tokens, &options, &observer)?;
-    let costs = match baseline {
-        Some(baseline) if args.by_component => {
-            let packed = PackedFile::open(&args.model)?;
-            let windows = args.component_windows as usize;
-            Some(component_costs(cpu, &packed, baseline, &tokens, windows, &options, &observer)?)
-        }
-        _ => None,
-    };
-    if args.json {
-        let text = CalibrationText::of(args.measure.path())?;
-        let seals = match format::is_packed(&args.model)? {
-            true => PackedFile::open(&args.model)?.shards().map(|shard| shard.seal.to_owned()).collect(),
-            false => Vec::new(),
-        };
-        let report = Report { evaluation: &evaluation, text, seals, by_component: costs.as_ref() };
-        return print(&serde_json::to_string_pretty(&report).expect("plain numbers and strings"));
+    let evaluation = evaluate(cpu, &**source, baseline, &tokens, &options, &observer)?;
+    let mut record = EvaluationRecord::new(evaluation, Some(text), source.packed());
+    if let (true, Some(packed), Some(baseline)) = (args.by_component, source.packed(), baseline) {
+        let windows = args.component_windows as usize;
+        record.by_component = Some(component_costs(cpu, packed, baseline, &tokens, windows, &options, &observer)?);
     }
-    print(&render(&evaluation))?;
-    costs.map_or(Ok(()), |costs| print(&format!("\n{}", components::render(&costs))))
+    if args.json {
+        return print(&serde_json::to_string_pretty(&record).expect("plain numbers and strings"));
+    }
+    print(&render(&record.evaluation))?;
+    record.by_component.map_or(Ok(()), |costs| print(&format!("\n{}", components::render(&costs))))
 }
 
 fn render(evaluation: &Evaluation) -> String {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use bkpack::{
     Error, Result,
     checkpoint::{self, Checkpoint, OpenOptions, Rename},
-    format::{self, PackedFile},
+    format::{self, Opened, PackedFile},
     tensor::TensorSource,
 };
 use clap::Args;
@@ -39,27 +39,22 @@ impl SourceArgs {
     ///
     /// # Errors
     /// As the formats; an option that applies to none of the models, a pattern that matches in none.
-    pub fn open(
-        &self,
-        paths: &[&Path],
-        verify: Option<&ProgressObserver>,
-        common: &Common,
-    ) -> Result<Vec<Box<dyn TensorSource>>> {
+    pub fn open(&self, paths: &[&Path], verify: Option<&ProgressObserver>, common: &Common) -> Result<Vec<Opened>> {
         let checkpoints = self.checkpoints(paths)?;
         let mut matched = vec![false; self.rename.len()];
-        let mut sources: Vec<Box<dyn TensorSource>> = Vec::with_capacity(paths.len());
+        let mut sources = Vec::with_capacity(paths.len());
         for (index, &path) in paths.iter().enumerate() {
             if !checkpoints.contains(&path) {
                 let packed = PackedFile::open(path)?;
                 if let (0, Some(observer)) = (index, verify) {
                     packed.check_contents(observer)?;
                 }
-                sources.push(Box::new(packed));
+                sources.push(Opened::Packed(Box::new(packed)));
                 continue;
             }
             let (checkpoint, here) = checkpoint::open_sharing(path, &self.options(path))?;
             matched.iter_mut().zip(here).for_each(|(matched, here)| *matched |= here);
-            sources.push(Box::new(checkpoint));
+            sources.push(Opened::Checkpoint(Box::new(checkpoint)));
         }
         if let Some((rename, _)) = self.rename.iter().zip(matched).find(|(_, matched)| !matched) {
             return Err(rename.matches_nothing(&checkpoints));

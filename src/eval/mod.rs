@@ -10,6 +10,7 @@ pub mod generate;
 pub mod logits;
 pub mod perplexity;
 pub mod probe;
+pub mod record;
 pub mod sweep;
 pub mod targets;
 pub mod text;

@@ -15,12 +15,14 @@ mod check;
 mod complex;
 mod layout;
 mod manifest;
+mod opened;
 mod output;
 mod read;
 mod write;
 
 pub use layout::{FilePlan, PlannedFile, PlannedTensor, Role, plan};
 pub use manifest::{Manifest, Part, ShardInfo, Source, SourceFile};
+pub use opened::Opened;
 pub use output::{refuse_file_of_checkpoint, refuse_same_file};
 pub use read::{PackedFile, PackedPart, PackedTensor, ShardView};
 pub(crate) use write::without_temporary_name;

@@ -17,7 +17,7 @@ use crate::{
 #[derive(Args, Debug, Default)]
 pub struct PolicyOptions {
     /// How encodings are chosen [default: uniform]
-    #[arg(long, value_enum, conflicts_with = "recipe")]
+    #[arg(long, value_enum)]
     pub policy: Option<PolicyName>,
 
     /// Encode every tensor as this recipe says, see --plan-only
@@ -57,11 +57,11 @@ pub struct PolicyOptions {
     pub sensitivity: Option<PathBuf>,
 
     /// budget: make the file at least this many times smaller than the weights in FP32
-    #[arg(long, value_name = "X", conflicts_with_all = ["target_bpw", "target_size"])]
+    #[arg(long, value_name = "X")]
     pub target_ratio: Option<f64>,
 
     /// budget: make the file at most this many bits for a weight, everything counted
-    #[arg(long, value_name = "BITS", conflicts_with = "target_size")]
+    #[arg(long, value_name = "BITS")]
     pub target_bpw: Option<f64>,
 
     /// budget: make the file at most this large, e.g. 80MB

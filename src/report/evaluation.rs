@@ -11,8 +11,10 @@ use crate::error::{Error, Result};
 /// The quality of a model on a text. NLL and KL divergence are in nats.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct Evaluation {
-    #[serde(rename = "ppl")]
-    pub perplexity: f64,
+    /// `None` where it is NaN or infinite, as in the distance to a baseline.
+    // Named, so that it must be there, if only as null.
+    #[serde(rename = "ppl", deserialize_with = "Option::deserialize")]
+    pub perplexity: Option<f64>,
     /// No figure here is that of a language model.
     pub looks_ahead: bool,
     #[serde(skip)]
@@ -35,8 +37,10 @@ pub struct Evaluation {
 /// The distance to a baseline on the same positions.
 #[derive(Clone, Copy, Debug, PartialEq, Deserialize)]
 pub struct Baseline {
-    pub baseline_ppl: f64,
-    pub ppl_increase_percent: f64,
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub baseline_ppl: Option<f64>,
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub ppl_increase_percent: Option<f64>,
     pub kld_mean: f64,
     pub kld_median: f64,
     /// What 99.9 % of positions stay below.

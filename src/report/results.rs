@@ -86,7 +86,6 @@ pub struct Details {
     pub source_hash: Option<String>,
     /// BLAKE3 of the packed file.
     pub packed_hash: Option<String>,
-    pub producer: Option<String>,
     /// Why there is no perplexity.
     pub failure: Option<String>,
 }
@@ -141,7 +140,6 @@ impl Details {
             conditions: conditions.unwrap_or_default(),
             source_hash: hash("source"),
             packed_hash: hash("packed"),
-            producer: text_of(object.get("producer")),
             failure: text_of(object.get("failure")),
         }
     }

@@ -47,19 +47,19 @@ pub struct ConvertOptions {
 
     /// Calibration text (UTF-8) for --rounding gptq, --policy budget, --policy dynamic and --report-kld; never the text that
     /// the model is tested on
-    #[arg(long, value_name = "FILE", group = "calibration")]
+    #[arg(long, value_name = "FILE")]
     pub calib: Option<PathBuf>,
 
     /// Token ids instead of a calibration text: a JSON array
-    #[arg(long, value_name = "FILE", group = "calibration")]
+    #[arg(long, value_name = "FILE")]
     pub calib_tokens: Option<PathBuf>,
 
-    /// Windows of the calibration text to look at; fewer if the text is shorter
-    #[arg(long, value_name = "N", default_value_t = DEFAULT_SAMPLES, requires = "calibration", value_parser = clap::value_parser!(u32).range(1..))]
-    pub samples: u32,
+    /// Windows of the calibration text to look at; fewer if the text is shorter [default: 128]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub samples: Option<u32>,
 
     /// Tokens in a window of the calibration text [default: 512, or the model's context if that is shorter]
-    #[arg(long, value_name = "N", requires = "calibration", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub ctx: Option<u32>,
 
     /// Ternary weights below this share of their scale are zero
@@ -81,22 +81,6 @@ pub enum RoundingName {
     Rtn,
     Search,
     Gptq,
-}
-
-impl Default for ConvertOptions {
-    fn default() -> Self {
-        Self {
-            policy: PolicyOptions::default(),
-            rounding: RoundingName::Search,
-            calib: None,
-            calib_tokens: None,
-            samples: DEFAULT_SAMPLES,
-            ctx: None,
-            ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
-            allow_nonfinite: false,
-            shard_size: None,
-        }
-    }
 }
 
 impl ConvertOptions {
@@ -121,6 +105,9 @@ impl ConvertOptions {
     fn check_calibration(&self, measures_cost: bool) -> Result<()> {
         let calibrated = self.rounding == RoundingName::Gptq;
         let has_text = self.has_text();
+        if self.calib.is_some() && self.calib_tokens.is_some() {
+            return Err(Error::Option { option: "--calib", why: "give either it or --calib-tokens".into() });
+        }
         let missing = match self.policy.missing() {
             _ if has_text => None,
             Some(Statistics::Importance) => {
@@ -130,6 +117,9 @@ impl ConvertOptions {
                 Some(("--sensitivity", "--policy budget needs it, or --calib to measure it on"))
             }
             None if calibrated => Some(("--rounding", "--rounding gptq needs --calib or --calib-tokens")),
+            None if measures_cost => Some(("--report-kld", "needs --calib or --calib-tokens")),
+            None if self.samples.is_some() => Some(("--samples", "belongs to --calib and --calib-tokens")),
+            None if self.ctx.is_some() => Some(("--ctx", "belongs to --calib and --calib-tokens")),
             None => None,
         };
         if let Some((option, why)) = missing {
@@ -308,9 +298,10 @@ fn read_calibration(
         let why = format!("{ctx} tokens exceed the model's context of {longest}");
         return Err(Error::Option { option: "--ctx", why });
     }
-    let windows = (tokens.len() / ctx).min(args.samples as usize);
-    if windows < args.samples as usize {
-        notice(&format!("the text fills {windows} windows of {ctx} tokens, not {}", args.samples));
+    let samples = args.samples.unwrap_or(DEFAULT_SAMPLES) as usize;
+    let windows = (tokens.len() / ctx).min(samples);
+    if windows < samples {
+        notice(&format!("the text fills {windows} windows of {ctx} tokens, not {samples}"));
     }
     if windows == 0 {
         let why = format!("{} tokens do not fill one window of {ctx}; pass a smaller --ctx", tokens.len());

@@ -54,6 +54,11 @@ pub fn marks(looks_ahead: bool, simulated: bool) -> Markup {
     }
 }
 
+/// A number that is `None` where it is NaN or infinite.
+pub fn finite(value: Option<f64>, show: impl Fn(f64) -> String) -> String {
+    value.map_or_else(|| "not finite".to_owned(), show)
+}
+
 /// A change in percent with its sign, which zero has none of.
 pub fn percent(value: f64, digits: usize) -> String {
     if value.abs() >= 1e5 {

@@ -7,7 +7,9 @@ use serde_json::Value;
 
 use super::{
     Section,
-    markup::{Cell, Table, code, facts, figure, fixed, hash, json, numbers, percent, plain_table, prose, tiles, words},
+    markup::{
+        Cell, Table, code, facts, figure, finite, fixed, hash, json, numbers, percent, plain_table, prose, tiles, words,
+    },
 };
 use crate::{
     error::{long, short},
@@ -142,9 +144,14 @@ impl Model {
             let ahead = if evaluation.looks_ahead { "LOOKS AHEAD; " } else { "" };
             let baseline = evaluation.baseline.as_ref();
             let remark = baseline.map_or("no baseline".to_owned(), |it| {
-                format!("{} over {:.2} of the baseline", percent(it.ppl_increase_percent, 2), it.baseline_ppl)
+                let increase = finite(it.ppl_increase_percent, |value| percent(value, 2));
+                format!("{increase} over {} of the baseline", finite(it.baseline_ppl, |value| format!("{value:.2}")))
             });
-            found.push(("Perplexity", format!("{:.2}", evaluation.perplexity), format!("{ahead}{remark}")));
+            found.push((
+                "Perplexity",
+                finite(evaluation.perplexity, |value| format!("{value:.2}")),
+                format!("{ahead}{remark}"),
+            ));
             if let Some(baseline) = baseline {
                 let agreement = 100.0 * baseline.top1_agreement;
                 let remark = format!("{ahead}same top token at {agreement:.1} % of positions");

@@ -2,7 +2,7 @@
 
 use maud::{Markup, html};
 
-use super::markup::{chip, facts, fixed, numbers, percent, plain_table, protocol, words};
+use super::markup::{chip, facts, finite, fixed, numbers, percent, plain_table, protocol, words};
 use crate::{
     error::short,
     report::{
@@ -19,11 +19,11 @@ pub(super) fn section(evaluations: &[Evaluation]) -> Markup {
 fn one(evaluation: &Evaluation) -> Markup {
     let ahead = evaluation.looks_ahead;
     let number = |shown: String| html! { (shown) @if ahead { " " (chip("LOOKS AHEAD")) } };
-    let mut rows = vec![("perplexity", number(format!("{:.4}", evaluation.perplexity)))];
+    let mut rows = vec![("perplexity", number(finite(evaluation.perplexity, |value| format!("{value:.4}"))))];
     if let Some(baseline) = &evaluation.baseline {
         rows.extend([
-            ("baseline perplexity", number(format!("{:.4}", baseline.baseline_ppl))),
-            ("increase", number(percent(baseline.ppl_increase_percent, 3))),
+            ("baseline perplexity", number(finite(baseline.baseline_ppl, |value| format!("{value:.4}")))),
+            ("increase", number(finite(baseline.ppl_increase_percent, |value| percent(value, 3)))),
             ("KL divergence, mean", number(format!("{:.6}", baseline.kld_mean))),
             ("KL divergence, median", number(format!("{:.6}", baseline.kld_median))),
             ("KL divergence, 99.9 %", number(format!("{:.6}", baseline.kld_p999))),

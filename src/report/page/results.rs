@@ -130,6 +130,7 @@ impl Measurements {
             vec![
                 Cell::new(long(&result.model).to_string()),
                 Cell::number(Some(result.width.bits), |_| width_name(result.width)),
+                Cell::new(details.encoding.as_deref().map_or_else(|| html! {}, fixed)),
                 perplexity(result.perplexity, details).with(marks(result.looks_ahead, result.simulated)),
                 Cell::number(details.increase_percent, |value| percent(value, 3)),
                 Cell::number(details.kld_mean, |value| format!("{value:.6}")),
@@ -149,6 +150,7 @@ impl Measurements {
             columns: &[
                 words("model"),
                 numbers("width"),
+                words("encoding"),
                 numbers("perplexity"),
                 numbers("increase"),
                 numbers("mean KLD"),
