@@ -67,14 +67,18 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<F
     let dtype = options.dtype.unwrap_or(FloatType::F16);
     let modules = Modules::of(packed);
     let (mut jobs, mut layers, mut ignore) = (Vec::new(), Vec::new(), Vec::new());
+    let mut schemes = Schemes::default();
     let mamba = packed.config().and_then(Architecture::from_config) == Some(Architecture::Mamba);
     for tensor in exported_tensors(packed) {
         match modules.role(tensor) {
             // transformers multiplies with this matrix itself, past the layer that would unpack it.
             Role::Linear(module) if mamba && module.ends_with(".dt_proj") => ignore.push(module.to_owned()),
             Role::Linear(module) => match Integers::holding(&packed.tensor(&tensor.name)?.matrix(), &WIDTHS) {
-                Some(integers) => layers.push((jobs.len(), module, integers)),
-                None => ignore.push(module.to_owned()),
+                Ok(integers) => layers.push((jobs.len(), module, integers)),
+                Err(why) => {
+                    schemes.leave_plain(tensor, why);
+                    ignore.push(module.to_owned());
+                }
             },
             Role::Router(module) => ignore.push(module.to_owned()),
             Role::Embedding(_) | Role::Other => {}
@@ -83,7 +87,6 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<F
     }
     // Some ways to load a folder in transformers and vLLM know but one scheme for all layers.
     Integers::unify(&mut layers.iter_mut().map(|(_, _, integers)| integers).collect::<Vec<_>>());
-    let mut schemes = Schemes::default();
     for (job, module, integers) in layers {
         schemes.add(module, integers, jobs[job].tensor);
         jobs[job].conversion = Conversion::CompressedTensors(integers, dtype);

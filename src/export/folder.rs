@@ -18,7 +18,7 @@ use super::{
     integers::Integers,
     mlx,
     modules::is_activation_scale,
-    plain::{plain_bytes, plain_rounding},
+    plain::{plain_bytes, plain_fidelity},
 };
 use crate::{
     checkpoint::header::Header,
@@ -118,18 +118,11 @@ impl<'a> Job<'a> {
         let tensor = packed.tensor(&self.tensor.name)?;
         let matrix = tensor.matrix();
         Ok(match &self.conversion {
-            Conversion::Plain(dtype) => {
-                let what = if self.tensor.encoding.layout().is_some() { "dequantized" } else { "converted" };
-                plain_rounding(cpu, &matrix, *dtype).fidelity(what, *dtype)
-            }
+            Conversion::Plain(dtype) => plain_fidelity(cpu, self.tensor, &matrix, *dtype),
             Conversion::Complex => Ok(Fidelity::Lossless),
-            Conversion::CompressedTensors(integers, dtype) => {
-                integers.scale_rounding(&matrix, *dtype).fidelity("scales", *dtype)
-            }
+            Conversion::CompressedTensors(integers, dtype) => integers.scale_fidelity(&matrix, *dtype),
             Conversion::Mlx(integers, dtype) => mlx::fidelity(&matrix, integers, *dtype),
-            Conversion::Gptq(integers) => {
-                integers.scale_rounding(&matrix, FloatType::F16).fidelity("scales", FloatType::F16)
-            }
+            Conversion::Gptq(integers) => integers.scale_fidelity(&matrix, FloatType::F16),
         })
     }
 }

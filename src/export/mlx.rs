@@ -51,9 +51,10 @@ fn biases(matrix: &Matrix, integers: &Integers, scales: &[f32]) -> Vec<f32> {
 /// Whether `scale * u + bias` is the packed weight.
 pub(super) fn fidelity(matrix: &Matrix, integers: &Integers, dtype: FloatType) -> Result<Fidelity, String> {
     let scales = integers.scales(matrix);
-    let fidelity = match rounding(&scales, dtype) {
-        Rounding::Exact => rounding(&biases(matrix, integers, &scales), dtype).fidelity("biases", dtype)?,
-        rounded => rounded.fidelity("scales", dtype)?,
+    let of_biases = rounding(&biases(matrix, integers, &scales), dtype).fidelity("biases", "a bias of ", dtype)?;
+    let fidelity = match integers.scale_fidelity(matrix, dtype)? {
+        Fidelity::Lossless => of_biases,
+        rounded => rounded,
     };
     // The products of an F32 scale are rounded before they are added, those of an F16 scale fit into F32.
     match (matrix.data(), fidelity) {
@@ -79,12 +80,15 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<F
             continue;
         }
         let mut conversion = Conversion::Plain(dtype);
-        if let Role::Linear(module) | Role::Embedding(module) | Role::Router(module) = modules.role(tensor)
-            && let Some(integers) = Integers::holding(&packed.tensor(&tensor.name)?.matrix(), &WIDTHS)
-            && let Some(integers) = integers.in_groups_of(&GROUPS)
-        {
-            conversion = Conversion::Mlx(integers, dtype);
-            schemes.add(module, integers, tensor);
+        if let Role::Linear(module) | Role::Embedding(module) | Role::Router(module) = modules.role(tensor) {
+            let matrix = packed.tensor(&tensor.name)?;
+            match Integers::holding(&matrix.matrix(), &WIDTHS).and_then(|integers| integers.in_groups_of(&GROUPS)) {
+                Ok(integers) => {
+                    conversion = Conversion::Mlx(integers, dtype);
+                    schemes.add(module, integers, tensor);
+                }
+                Err(why) => schemes.leave_plain(tensor, why),
+            }
         }
         jobs.push(Job { tensor, conversion });
     }

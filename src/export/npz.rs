@@ -14,7 +14,7 @@ use super::{
     ExportedTensor, Fidelity, Options, Plan, Refusal, Target,
     folder::exported_tensors,
     modules::is_activation_scale,
-    plain::{plain_bytes, plain_rounding},
+    plain::{plain_bytes, plain_fidelity},
 };
 use crate::{
     encoding::Encoding,
@@ -281,8 +281,7 @@ fn contents(cpu: Cpu, packed: &PackedFile, tensor: &PackedTensor, form: Form) ->
 fn fidelity(cpu: Cpu, packed: &PackedFile, tensor: &PackedTensor, form: Form) -> Result<Result<Fidelity, String>> {
     let Form::Plain(dtype) = form else { return Ok(Ok(Fidelity::Lossless)) };
     let stored = packed.tensor(&tensor.name)?;
-    let what = if tensor.encoding.layout().is_some() { "dequantized" } else { "converted" };
-    Ok(plain_rounding(cpu, &stored.matrix(), dtype).fidelity(what, dtype))
+    Ok(plain_fidelity(cpu, tensor, &stored.matrix(), dtype))
 }
 
 /// Begins an array; the times in the archive are those of no clock, so that the same input gives the same bytes.

@@ -9,6 +9,7 @@ use bkpack::{
     progress::Silent,
 };
 use bkpack_kernels::FloatType;
+use half::bf16;
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -77,6 +78,89 @@ fn a_value_beyond_f16_is_refused_by_its_name() {
     let brain = Options { dtype: Some(FloatType::BF16), ..Options::default() };
     let brain = export::plan(&packed, Target::Safetensors, &brain).unwrap();
     assert_eq!(brain.tensors[0].fidelity, Fidelity::Rounded { why: "converted to BF16".into() });
+}
+
+/// The fixture with the weights named so multiplied by a power of two.
+fn scaled(part: &str, factor: f32) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    for (name, bytes) in files(&fixture()) {
+        std::fs::write(folder.path().join(name), bytes).unwrap();
+    }
+    let path = folder.path().join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let scaled: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
+        .iter()
+        .map(|(name, tensor)| {
+            assert_eq!(tensor.dtype(), safetensors::Dtype::BF16);
+            let factor = if name.contains(part) { factor } else { 1.0 };
+            let scale = |bytes: &[u8]| bf16::from_f32(factor * bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32());
+            let values = tensor.data().chunks(2).flat_map(|bytes| scale(bytes).to_le_bytes()).collect();
+            (name.to_owned(), tensor.shape().to_vec(), values)
+        })
+        .collect();
+    let views = scaled
+        .iter()
+        .map(|(name, shape, values)| (name, TensorView::new(safetensors::Dtype::BF16, shape.clone(), values).unwrap()));
+    std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+    folder
+}
+
+#[test]
+fn scales_that_f16_loses_are_refused_like_those_beyond_it() {
+    let wide = Options { dtype: Some(FloatType::F32), ..Options::default() };
+    let brain = Options { dtype: Some(FloatType::BF16), ..Options::default() };
+    for (factor, word) in [(2f32.powi(-27), "too small for F16"), (2f32.powi(30), "too large for F16")] {
+        let source = scaled("layers.1.mlp.up_proj", factor);
+        let (folder, packed) = packed(source.path(), &["--bits", "8", "--group-size", "32"]);
+        for target in [Target::CompressedTensors, Target::Mlx] {
+            let words = ["layers.1.mlp.up_proj", "holds a ", word, "--dtype fp32"];
+            impossible(&packed, &folder, target, &Options::default(), &words);
+            assert!(export::plan(&packed, target, &wide).unwrap().refusals.is_empty());
+        }
+        // Plain values of this size are lost in F16 as well.
+        impossible(
+            &packed,
+            &folder,
+            Target::Gptq,
+            &Options::default(),
+            &["up_proj.weight holds", word, "--dtype fp32"],
+        );
+        let plan = export::plan(&packed, Target::Gptq, &brain).unwrap();
+        assert!(plan.refusals.is_empty(), "{:?}", plan.refusals);
+        let layer = plan.tensors.iter().find(|tensor| tensor.name.contains("layers.1.mlp.up_proj")).unwrap();
+        assert_eq!((layer.names.len(), layer.target.as_str()), (1, "BF16"));
+        assert!(
+            plan.notices.iter().any(|notice| notice.contains("up_proj") && notice.contains("too small or too large"))
+        );
+        let gguf = plan_of(&packed, Target::Gguf);
+        let layer = gguf.tensors.iter().find(|tensor| tensor.name.contains("layers.1.mlp.up_proj")).unwrap();
+        assert_eq!((layer.target.as_str(), &layer.fidelity), ("F32", &Fidelity::Lossless));
+    }
+}
+
+#[test]
+fn biases_are_looked_at_where_scales_are_merely_rounded() {
+    // Scales stay below 65504; a bias is up to 255 times its scale.
+    let source = scaled("layers.1.mlp.up_proj", 2f32.powi(23));
+    let (folder, packed) = packed(source.path(), &["--bits", "8", "--group-size", "32", "--asymmetric"]);
+    let plan = plan_of(&packed, Target::CompressedTensors);
+    let layer = plan.tensors.iter().find(|tensor| tensor.name.contains("layers.1.mlp.up_proj")).unwrap();
+    assert_eq!(layer.fidelity, Fidelity::Rounded { why: "scales to F16".into() });
+    impossible(&packed, &folder, Target::Mlx, &Options::default(), &["up_proj", "a bias of", "too large for F16"]);
+}
+
+#[test]
+fn groups_are_not_split_into_crumbs() {
+    // Groups of 32 on the 48 columns of w2 would become ones of 16.
+    let (_folder, packed) = packed(&architecture("mixtral"), &["--bits", "4", "--group-size", "32"]);
+    for target in [Target::CompressedTensors, Target::Gptq, Target::Mlx] {
+        let plan = plan_of(&packed, target);
+        let of = |part: &str| plan.tensors.iter().find(|tensor| tensor.name.contains(part)).unwrap().names.len();
+        assert_eq!((of("experts.0.w2") > 1, of("experts.0.w1") > 1), (false, true), "{}", target.name());
+        let said = |notice: &String| notice.contains("w2.weight: its columns do not split");
+        assert!(plan.notices.iter().any(said), "{:?}", plan.notices);
+    }
 }
 
 #[test]

@@ -30,12 +30,13 @@ use self::{
     entry::{Content, Description, Entry, Order, Piece},
     fit::{CodedRow, Fit},
 };
-use super::{ExportedTensor, Fidelity, Options, Plan, Refusal, Target};
+use super::{ExportedTensor, Fidelity, Options, Plan, Refusal, Target, plain::float_bytes};
 use crate::{
     error::{Error, Result},
     format::{PackedFile, check_output, persist, temporary_beside},
     model::{self, Architecture},
     progress::{Observer, Unit},
+    quant::write_floats,
     tensor::TensorSource,
 };
 
@@ -176,9 +177,7 @@ impl<'a> Prepared<'a> {
 }
 
 fn encode_floats(kind: BlockType, values: &[f32]) -> Vec<u8> {
-    let mut out = vec![0; kind.row_bytes(values.len())];
-    blocks::write_floats(kind, values, &mut out);
-    out
+    float_bytes(values, kind.float().expect("only floats are encoded without blocks"))
 }
 
 /// A vector whose elements move as the rows of its matrix do.
@@ -211,11 +210,9 @@ fn write_rows(
                 || vec![0.0; cols],
                 |values, (out, &row)| {
                     cpu.dequantize(w, row, values);
-                    match fit.kind {
-                        BlockType::F32 | BlockType::F16 | BlockType::Bf16 => {
-                            blocks::write_floats(fit.kind, values, out)
-                        }
-                        kind => kquants::write_row(kind, values, out),
+                    match fit.kind.float() {
+                        Some(dtype) => write_floats(values, dtype, out),
+                        None => kquants::write_row(fit.kind, values, out),
                     }
                 },
             );
