@@ -13,7 +13,7 @@ use bkpack::{
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::{CHECK_FAILED, Common, print, refuse_same_file};
+use super::{CHECK_FAILED, Common, print};
 
 const EXPORT_EXAMPLES: &str = "\
 Examples:
@@ -84,7 +84,7 @@ pub struct ExportArgs {
     #[arg(long)]
     dry_run: bool,
 
-    /// Replace the output if it exists: a file, or a folder of an earlier export
+    /// Replace the output if it exists: a file of the same kind, or a folder of an earlier export
     #[arg(long)]
     force: bool,
 }
@@ -156,9 +156,9 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     let start = Instant::now();
     let observer = request.common.observer();
     let (target, options) = (Target::from(request.to), request.options());
-    refuse_same_file(&request.packed, output)?;
     let packed = PackedFile::open(&request.packed)?;
     let plan = if args.dry_run {
+        export::check_output(&packed, target, output, true)?;
         let plan = export::plan(&packed, target, &options)?;
         plan.check(&request.packed, target)?;
         plan

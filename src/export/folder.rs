@@ -24,7 +24,10 @@ use crate::{
     checkpoint::header::Header,
     encoding::FloatName,
     error::{Error, Result},
-    folder::{CONFIG, INDEX, PartialFolder, Shard, Shards, StoredTensor, to_json, weight_files},
+    folder::{
+        CONFIG, INDEX, PartialFolder, Shard, Shards, StoredTensor, TRAVELLING_FILES, check_target, to_json,
+        weight_files,
+    },
     format::{PackedFile, PackedTensor},
     mmap::FileMap,
     progress::{Observer, Unit},
@@ -36,6 +39,9 @@ const SHARD_BYTES: u64 = 5_000_000_000;
 
 /// The metadata key of the files of an export; its value is the layout.
 const MARK: &str = "bkpack_export";
+
+/// Where the header of a safetensors file has what is no tensor.
+const METADATA: &str = "__metadata__";
 
 /// The config of GPTQ, which another layout must not leave behind.
 pub(super) const GPTQ_CONFIG: &str = "quantize_config.json";
@@ -131,7 +137,6 @@ impl<'a> Job<'a> {
 pub(super) struct FolderExport<'a> {
     pub plan: Plan,
     packed: &'a PackedFile,
-    target: Target,
     jobs: Vec<Job<'a>>,
     shards: Shards,
     files: Vec<(String, Cow<'a, [u8]>)>,
@@ -150,6 +155,10 @@ impl<'a> FolderExport<'a> {
         let mut names = HashSet::new();
         if let Some(twice) = stored.iter().flatten().find(|tensor| !names.insert(&tensor.name)) {
             let why = format!("two tensors of the export would be named {}; rename one of them", twice.name);
+            refusals.push(Refusal { runtime: target.name().into(), why });
+        }
+        if names.iter().any(|name| *name == METADATA) {
+            let why = format!("a tensor is named {METADATA}, a word of safetensors' own; rename it");
             refusals.push(Refusal { runtime: target.name().into(), why });
         }
         let cpu = Cpu::detect();
@@ -191,12 +200,12 @@ impl<'a> FolderExport<'a> {
             notices.push("no config.json is inside, so the folder will hold weights alone".into());
         }
         let plan = Plan { tensors, file_bytes, refusals, warnings: Vec::new(), notices };
-        Ok(Self { plan, packed, target, jobs, shards, files })
+        Ok(Self { plan, packed, jobs, shards, files })
     }
 
     /// Writes it; all of it appears, or nothing.
     pub fn write(&self, output: &Path, force: bool, observer: &dyn Observer) -> Result<()> {
-        self.plan.check(self.packed.path(), self.target)?;
+        let replaceable = |folder: &Path| replaceable(folder, self.packed);
         let partial = PartialFolder::create(output, force, self.plan.file_bytes, &replaceable)?;
         observer.begin("Writing", self.shards.file_bytes(), Unit::Bytes);
         for shard in &self.shards.files {
@@ -214,7 +223,9 @@ impl<'a> FolderExport<'a> {
             partial.write(INDEX, index)?;
             names.push(INDEX);
         }
-        partial.finish(&names, &[GPTQ_CONFIG])
+        // An older model's tokenizer does not belong to this one.
+        let others: Vec<&str> = TRAVELLING_FILES.into_iter().chain([GPTQ_CONFIG]).collect();
+        partial.finish(&names, &others)
     }
 
     fn write_shard(&self, shard: &Shard, file: &mut File, path: &Path, observer: &dyn Observer) -> Result<()> {
@@ -263,18 +274,29 @@ fn is_weights(name: &str) -> bool {
     name == INDEX || (name.starts_with("model") && name.ends_with(".safetensors"))
 }
 
-/// Whether a folder may be replaced: one whose weights an export wrote, or without weights and config.
-fn replaceable(folder: &Path) -> Result<(), String> {
+/// Refuses a folder that an export must not be written to.
+///
+/// # Errors
+/// As [`PartialFolder::create`].
+pub(super) fn check_folder(packed: &PackedFile, output: &Path, force: bool) -> Result<()> {
+    check_target(output, force, &|folder| replaceable(folder, packed)).map(drop)
+}
+
+/// Whether a folder may be replaced: one whose weights an export wrote, or without any file that could be of a model.
+fn replaceable(folder: &Path, packed: &PackedFile) -> Result<(), String> {
     let files = weight_files(folder).map_err(|error| error.to_string())?;
-    for name in files.iter().filter(|name| *name != INDEX) {
+    let weights: Vec<&String> = files.iter().filter(|name| *name != INDEX).collect();
+    for &name in &weights {
         let path = folder.join(name);
         let marked = FileMap::open(&path).and_then(|map| Header::read(&path, &map));
         if !marked.is_ok_and(|header| header.metadata.contains_key(MARK)) {
             return Err(format!("holds {name}, which is not of an export"));
         }
     }
-    if files.is_empty() && folder.join(CONFIG).exists() {
-        return Err("holds the config.json of another model".into());
+    let travelling = packed.files().map(|(name, _)| name);
+    let mut others = [INDEX, GPTQ_CONFIG].into_iter().chain(TRAVELLING_FILES).chain(travelling);
+    match others.find(|name| weights.is_empty() && folder.join(name).exists()) {
+        Some(name) => Err(format!("holds {name}, but no weights of an export")),
+        None => Ok(()),
     }
-    Ok(())
 }

@@ -19,7 +19,7 @@ use super::{
 use crate::{
     encoding::Encoding,
     error::{Error, Result, short},
-    format::{PackedFile, PackedTensor, check_output, persist, temporary_beside},
+    format::{PackedFile, PackedTensor, persist, temporary_beside},
     progress::{Observer, Unit},
     tensor::{ComplexPart, TensorSource, matrix_shape},
 };
@@ -117,6 +117,9 @@ impl<'a> NpzExport<'a> {
                 if !names.insert(array.name.clone()) {
                     refuse(format!("two arrays would be named {}; rename a tensor", array.name));
                 }
+                if array.name.starts_with(['/', '\\']) || array.name.split(['/', '\\']).any(|part| part == "..") {
+                    refuse(format!("the name {} leads out of an archive; rename the tensor", short(&array.name)));
+                }
                 if array.name.len() > MAX_NAME {
                     refuse(format!(
                         "the name {} has more than {MAX_NAME} bytes; rename the tensor",
@@ -160,8 +163,6 @@ impl<'a> NpzExport<'a> {
 
     /// Writes it; it appears as a whole, or not at all.
     pub fn write(&self, output: &Path, force: bool, observer: &dyn Observer) -> Result<()> {
-        self.plan.check(self.packed.path(), Target::Npz)?;
-        check_output(output, force)?;
         let cpu = Cpu::detect();
         let mut temporary = temporary_beside(output)?;
         let failed = |error: zip::result::ZipError| Error::io(output)(error.into());

@@ -30,10 +30,10 @@ use self::{
     entry::{Content, Description, Entry, Order, Piece},
     fit::{CodedRow, Fit},
 };
-use super::{ExportedTensor, Fidelity, Options, Plan, Refusal, Target, plain::float_bytes};
+use super::{ExportedTensor, Fidelity, Options, Plan, Refusal, plain::float_bytes};
 use crate::{
     error::{Error, Result},
-    format::{PackedFile, check_output, persist, temporary_beside},
+    format::{PackedFile, persist, temporary_beside},
     model::{self, Architecture},
     progress::{Observer, Unit},
     quant::write_floats,
@@ -125,11 +125,8 @@ impl<'a> Prepared<'a> {
     /// Writes the file: all of it appears under its name, or nothing. Memory is bounded by a few megabytes of rows.
     ///
     /// # Errors
-    /// [`Error::Export`] if the plan has refusals; [`Error::Exists`] unless `force`; [`Error::BadOutput`], [`Error::Io`],
-    /// [`Error::Cancelled`].
+    /// [`Error::Exists`] unless `force`; [`Error::Io`], [`Error::Cancelled`].
     pub(super) fn write(&self, output: &Path, force: bool, observer: &dyn Observer) -> Result<()> {
-        self.plan.check(self.packed.path(), Target::Gguf)?;
-        check_output(output, force)?;
         let temporary = temporary_beside(output)?;
         let mut file = BufWriter::with_capacity(1 << 20, temporary);
         observer.begin("Exporting", self.plan.file_bytes - self.header.len() as u64, Unit::Bytes);
