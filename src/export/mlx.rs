@@ -15,7 +15,11 @@ use super::{
     schemes::Schemes,
 };
 use crate::{
-    encoding::FloatName, error::Result, folder::StoredTensor, format::PackedFile, model::Architecture,
+    encoding::FloatName,
+    error::Result,
+    folder::StoredTensor,
+    format::PackedFile,
+    model::{Architecture, config::LlamaConfig},
     tensor::TensorSource,
 };
 
@@ -171,12 +175,13 @@ fn warnings(packed: &PackedFile, modules: &Modules) -> Vec<Refusal> {
             let name = modules.architecture().unwrap_or("(none)");
             warn(format!("architecture {name} is not known here: mlx_lm may want other names"));
         }
-        Some(Architecture::Mistral) => {
-            let window = packed.config().and_then(|config| config["sliding_window"].as_u64());
-            if let Some(window) = window {
-                warn(format!(
-                    "mlx_lm runs Mistral as Llama, without its window of {window} tokens; longer texts differ"
-                ));
+        Some(
+            architecture @ (Architecture::Mistral | Architecture::Mixtral | Architecture::Qwen2 | Architecture::Qwen3),
+        ) => {
+            let config = packed.config().map(|config| LlamaConfig::parse(packed.path(), architecture, config));
+            if let Some(window) = config.and_then(|config| config.ok()?.narrowest_window()) {
+                let name = modules.architecture().unwrap_or("(none)");
+                warn(format!("mlx_lm runs {name} without its window of {window} tokens; longer texts differ"));
             }
         }
         _ => {}

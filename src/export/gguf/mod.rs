@@ -58,13 +58,17 @@ pub(super) struct Prepared<'a> {
 /// Says what an export would be. Values are read where the encodings alone do not decide what is lossless; nothing is
 /// written.
 ///
-/// A model that llama.cpp has no architecture for gives a plan with a refusal.
+/// A model that llama.cpp has no architecture for, or whose config.json or tokenizer GGUF cannot express, gives a plan
+/// with a refusal.
 ///
 /// # Errors
-/// A config.json or a tokenizer.json that is broken, a tensor that is missing or has another shape than config.json says.
+/// A tokenizer.json that is broken, a tensor that is missing or has another shape than config.json says.
 pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<Prepared<'a>> {
-    let config = packed.config().ok_or_else(|| Error::MissingConfig { path: packed.path().to_owned() })?;
-    let description = match Architecture::from_config(config) {
+    let Some(config) = packed.config() else {
+        let why = "no config.json is inside, which says what the tensors are; see convert --config".into();
+        return Ok(Prepared::impossible(packed, why));
+    };
+    let architecture = match Architecture::from_config(config) {
         Some(Architecture::ResNetBk) => {
             return Ok(Prepared::impossible(packed, "llama.cpp has no architecture for ResNet-BK".into()));
         }
@@ -72,14 +76,19 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<P
             let why = "the architecture that config.json names is none that bkpack knows to be llama.cpp's".into();
             return Ok(Prepared::impossible(packed, why));
         }
-        Some(architecture) => {
-            // Before anything is made of what config.json claims.
-            model::check_shapes(packed)?;
-            match architecture {
-                Architecture::Mamba => mamba::describe(packed, config)?,
-                family => llama::describe(packed, family, config)?,
-            }
+        Some(architecture) => architecture,
+    };
+    // Shapes are checked before anything is made of what config.json claims.
+    let described = model::check_shapes(packed).and_then(|()| match architecture {
+        Architecture::Mamba => mamba::describe(packed, config),
+        family => llama::describe(packed, family, config),
+    });
+    let description = match described {
+        // The other layouts hand config.json on; this one has to know what it means.
+        Err(Error::Config { field, why, .. }) => {
+            return Ok(Prepared::impossible(packed, format!("config.json: {field}: {why}")));
         }
+        described => described?,
     };
     let tokenizer = tokenizer::describe(packed, description.vocab_size)?;
     let Description { mut metadata, entries, refusals, warnings, .. } = description;
