@@ -77,7 +77,7 @@ fn export(packed: &PackedFile, options: &Options, output: &Path) -> (Plan, Gguf)
 }
 
 fn plan(packed: &PackedFile) -> Result<Plan, Error> {
-    export::plan(packed, Target::Gguf, &Options::default())
+    export::plan(packed, Target::Gguf, &Options::default(), &Silent)
 }
 
 fn write(packed: &PackedFile, output: &Path, force: bool) -> Result<Plan, Error> {

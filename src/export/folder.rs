@@ -150,6 +150,7 @@ impl<'a> FolderExport<'a> {
         jobs: Vec<Job<'a>>,
         configs: Vec<(&str, Vec<u8>)>,
         mut refusals: Vec<Refusal>,
+        observer: &dyn Observer,
     ) -> Result<Self> {
         let stored: Vec<Vec<StoredTensor>> = jobs.iter().map(Job::stored).collect();
         let mut names = HashSet::new();
@@ -163,7 +164,7 @@ impl<'a> FolderExport<'a> {
         }
         let cpu = Cpu::detect();
         let fidelities: Vec<Result<Result<Fidelity, String>>> =
-            jobs.par_iter().map(|job| job.fidelity(cpu, packed)).collect();
+            jobs.par_iter().map(|job| observer.check().and_then(|()| job.fidelity(cpu, packed))).collect();
         let mut tensors = Vec::with_capacity(jobs.len());
         for ((job, stored), fidelity) in jobs.iter().zip(&stored).zip(fidelities) {
             let fidelity = fidelity?.unwrap_or_else(|why| {

@@ -16,9 +16,11 @@ use super::{
     schemes::Schemes,
 };
 use crate::{
+    error::Result,
     folder::{StoredTensor, to_json},
     format::PackedFile,
     model::Architecture,
+    progress::Observer,
     tensor::TensorSource,
 };
 
@@ -62,12 +64,17 @@ pub(super) fn bytes<'a>(matrix: &Matrix<'a>, integers: &Integers) -> Vec<Cow<'a,
 }
 
 /// Plans the folder.
-pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> crate::error::Result<FolderExport<'a>> {
+pub(super) fn prepare<'a>(
+    packed: &'a PackedFile,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<FolderExport<'a>> {
     let target = Target::Gptq;
     let dtype = options.dtype.unwrap_or(FloatType::F16);
     let modules = Modules::of(packed);
     let (mut jobs, mut schemes, mut plain) = (Vec::new(), Schemes::default(), Vec::new());
     for tensor in exported_tensors(packed) {
+        observer.check()?;
         let mut conversion = Conversion::Plain(dtype);
         if let Role::Linear(module) = modules.role(tensor) {
             match integers(&packed.tensor(&tensor.name)?.matrix()) {
@@ -91,7 +98,7 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> crate::e
         config.insert("quantization_config".into(), quantization);
         config_file(config)
     }));
-    let mut export = FolderExport::new(packed, target, jobs, configs, refusals)?;
+    let mut export = FolderExport::new(packed, target, jobs, configs, refusals, observer)?;
     export.plan.warnings = warnings(packed, &modules, &schemes, &plain);
     export.plan.notices.extend(schemes.notices());
     Ok(export)

@@ -20,6 +20,7 @@ use crate::{
     folder::StoredTensor,
     format::PackedFile,
     model::{Architecture, config::LlamaConfig},
+    progress::Observer,
     tensor::TensorSource,
 };
 
@@ -72,12 +73,17 @@ pub(super) fn fidelity(matrix: &Matrix, integers: &Integers, dtype: FloatType) -
 }
 
 /// Plans the folder.
-pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<FolderExport<'a>> {
+pub(super) fn prepare<'a>(
+    packed: &'a PackedFile,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<FolderExport<'a>> {
     let target = Target::Mlx;
     let dtype = options.dtype.unwrap_or(FloatType::F16);
     let modules = Modules::of(packed);
     let (mut jobs, mut schemes, mut tied_head) = (Vec::new(), Schemes::default(), false);
     for tensor in exported_tensors(packed) {
+        observer.check()?;
         // mlx_lm drops the weight of a tied head, but not its scales.
         if is_tied(packed) && tensor.name == "lm_head.weight" {
             tied_head = true;
@@ -105,7 +111,7 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<F
         config.insert("quantization_config".into(), quantization);
         config_file(config)
     });
-    let mut export = FolderExport::new(packed, target, jobs, configs.into_iter().collect(), refusals)?;
+    let mut export = FolderExport::new(packed, target, jobs, configs.into_iter().collect(), refusals, observer)?;
     export.plan.warnings = warnings(packed, &modules);
     export.plan.notices.extend(schemes.notices());
     if tied_head {

@@ -95,7 +95,7 @@ pub struct ExportedTensor {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Fidelity {
-    /// Every value is the same, bit for bit, once it is dequantized in f32.
+    /// Every value is the same once it is dequantized in f32, but for the sign of a zero in MLX.
     Lossless,
     /// Values are rounded; `why` in a few words.
     Rounded { why: String },
@@ -149,13 +149,13 @@ impl Plan {
 /// Says what an export would be: every tensor, every byte, every runtime that would refuse it. Nothing is written.
 ///
 /// # Errors
-/// A packed file that cannot be read; an option that the target has no use for.
-pub fn plan(packed: &PackedFile, target: Target, options: &Options) -> Result<Plan> {
+/// A packed file that cannot be read; an option that the target has no use for; [`Error::Cancelled`].
+pub fn plan(packed: &PackedFile, target: Target, options: &Options, observer: &dyn Observer) -> Result<Plan> {
     check_options(target, options)?;
     match target {
-        Target::Gguf => Ok(gguf::prepare(packed, options)?.plan),
-        Target::Npz => Ok(npz::NpzExport::new(packed, options)?.plan),
-        _ => Ok(prepare_folder(packed, target, options)?.plan),
+        Target::Gguf => Ok(gguf::prepare(packed, options, observer)?.plan),
+        Target::Npz => Ok(npz::NpzExport::new(packed, options, observer)?.plan),
+        _ => Ok(prepare_folder(packed, target, options, observer)?.plan),
     }
 }
 
@@ -208,19 +208,19 @@ pub fn export(
     };
     match target {
         Target::Gguf => {
-            let export = gguf::prepare(packed, options)?;
+            let export = gguf::prepare(packed, options, observer)?;
             ready(&export.plan)?;
             export.write(output, force, observer)?;
             Ok(export.plan)
         }
         Target::Npz => {
-            let export = npz::NpzExport::new(packed, options)?;
+            let export = npz::NpzExport::new(packed, options, observer)?;
             ready(&export.plan)?;
             export.write(output, force, observer)?;
             Ok(export.plan)
         }
         _ => {
-            let export = prepare_folder(packed, target, options)?;
+            let export = prepare_folder(packed, target, options, observer)?;
             ready(&export.plan)?;
             export.write(output, force, observer)?;
             Ok(export.plan)
@@ -228,12 +228,17 @@ pub fn export(
     }
 }
 
-fn prepare_folder<'a>(packed: &'a PackedFile, target: Target, options: &Options) -> Result<FolderExport<'a>> {
+fn prepare_folder<'a>(
+    packed: &'a PackedFile,
+    target: Target,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<FolderExport<'a>> {
     match target {
-        Target::CompressedTensors => compressed_tensors::prepare(packed, options),
-        Target::Mlx => mlx::prepare(packed, options),
-        Target::Gptq => gptq::prepare(packed, options),
-        Target::Safetensors => safetensors::prepare(packed, options),
+        Target::CompressedTensors => compressed_tensors::prepare(packed, options, observer),
+        Target::Mlx => mlx::prepare(packed, options, observer),
+        Target::Gptq => gptq::prepare(packed, options, observer),
+        Target::Safetensors => safetensors::prepare(packed, options, observer),
         Target::Gguf | Target::Npz => unreachable!("one file, not a folder"),
     }
 }

@@ -100,15 +100,17 @@ pub(super) struct NpzExport<'a> {
 
 impl<'a> NpzExport<'a> {
     /// Plans the file.
-    pub fn new(packed: &'a PackedFile, options: &Options) -> Result<Self> {
+    pub fn new(packed: &'a PackedFile, options: &Options, observer: &dyn Observer) -> Result<Self> {
         if options.dtype == Some(FloatType::BF16) {
             return Err(Error::Option { option: "--dtype", why: "NumPy has no BF16; fp16 or fp32".into() });
         }
         let jobs = jobs(packed, options);
         let cpu = Cpu::detect();
         let mut refusals = Vec::new();
-        let roundings: Vec<Result<Result<Fidelity, String>>> =
-            jobs.par_iter().map(|(tensor, form)| fidelity(cpu, packed, tensor, *form)).collect();
+        let roundings: Vec<Result<Result<Fidelity, String>>> = jobs
+            .par_iter()
+            .map(|(tensor, form)| observer.check().and_then(|()| fidelity(cpu, packed, tensor, *form)))
+            .collect();
         let mut refuse = |why: String| refusals.push(Refusal { runtime: Target::Npz.name().into(), why });
         let (mut tensors, mut names) = (Vec::with_capacity(jobs.len()), HashSet::new());
         for ((tensor, form), fidelity) in jobs.iter().zip(roundings) {

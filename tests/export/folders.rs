@@ -37,8 +37,9 @@ fn stopped_in_the_middle_it_leaves_nothing() {
     let (folder, packed) = packed(&fixture(), &["--bits", "4"]);
     for (target, name) in [(Target::Mlx, "out"), (Target::Safetensors, "out"), (Target::Npz, "out.npz")] {
         let output = folder.path().join(name);
-        for step in ["Verifying", "Writing"] {
-            let stop = Stop { step, reached: AtomicBool::new(false), left: AtomicUsize::new(20) };
+        for step in ["planning", "Verifying", "Writing"] {
+            // Planning has no stage of its own: it is what comes before the first.
+            let stop = Stop { step, reached: AtomicBool::new(step == "planning"), left: AtomicUsize::new(20) };
             let stopped = export::export(&packed, target, &Options::default(), &output, false, &stop);
             assert!(matches!(stopped, Err(Error::Cancelled)), "{step}");
             assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1, "{}", target.name());

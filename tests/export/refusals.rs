@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use super::{architecture, exported, files, fixture, output::refused, packed, run};
 
 fn plan_of(packed: &PackedFile, target: Target) -> Plan {
-    export::plan(packed, target, &Options::default()).unwrap()
+    export::plan(packed, target, &Options::default(), &Silent).unwrap()
 }
 
 /// Asserts that an export is refused with these words, and that nothing is written.
@@ -73,10 +73,10 @@ fn a_value_beyond_f16_is_refused_by_its_name() {
     let (folder, packed) = packed(&path, &["--bits", "4"]);
     let half = Options { dtype: Some(FloatType::F16), ..Options::default() };
     impossible(&packed, &folder, Target::Safetensors, &half, &["norm.weight", "70000", "F16", "--dtype"]);
-    let wide = export::plan(&packed, Target::Safetensors, &Options::default()).unwrap();
+    let wide = export::plan(&packed, Target::Safetensors, &Options::default(), &Silent).unwrap();
     assert_eq!(wide.tensors[0].fidelity, Fidelity::Lossless);
     let brain = Options { dtype: Some(FloatType::BF16), ..Options::default() };
-    let brain = export::plan(&packed, Target::Safetensors, &brain).unwrap();
+    let brain = export::plan(&packed, Target::Safetensors, &brain, &Silent).unwrap();
     assert_eq!(brain.tensors[0].fidelity, Fidelity::Rounded { why: "converted to BF16".into() });
 }
 
@@ -116,7 +116,7 @@ fn scales_that_f16_loses_are_refused_like_those_beyond_it() {
         for target in [Target::CompressedTensors, Target::Mlx] {
             let words = ["layers.1.mlp.up_proj", "holds a ", word, "--dtype fp32"];
             impossible(&packed, &folder, target, &Options::default(), &words);
-            assert!(export::plan(&packed, target, &wide).unwrap().refusals.is_empty());
+            assert!(export::plan(&packed, target, &wide, &Silent).unwrap().refusals.is_empty());
         }
         // Plain values of this size are lost in F16 as well.
         impossible(
@@ -126,7 +126,7 @@ fn scales_that_f16_loses_are_refused_like_those_beyond_it() {
             &Options::default(),
             &["up_proj.weight holds", word, "--dtype fp32"],
         );
-        let plan = export::plan(&packed, Target::Gptq, &brain).unwrap();
+        let plan = export::plan(&packed, Target::Gptq, &brain, &Silent).unwrap();
         assert!(plan.refusals.is_empty(), "{:?}", plan.refusals);
         let layer = plan.tensors.iter().find(|tensor| tensor.name.contains("layers.1.mlp.up_proj")).unwrap();
         assert_eq!((layer.names.len(), layer.target.as_str()), (1, "BF16"));

@@ -63,7 +63,7 @@ pub(super) struct Prepared<'a> {
 ///
 /// # Errors
 /// A tokenizer.json that is broken, a tensor that is missing or has another shape than config.json says.
-pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<Prepared<'a>> {
+pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options, observer: &dyn Observer) -> Result<Prepared<'a>> {
     let Some(config) = packed.config() else {
         let why = "no config.json is inside, which says what the tensors are; see convert --config".into();
         return Ok(Prepared::impossible(packed, why));
@@ -98,6 +98,7 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<P
 
     let mut tensors = Vec::with_capacity(entries.len());
     for entry in entries {
+        observer.check()?;
         let fit = match &entry.content {
             Content::Rows(pieces) if !entry.wide => fit::fit(packed, pieces, entry.cols(), options)?,
             _ => Fit::wide(),
