@@ -20,6 +20,7 @@ use crate::{
     checkpoint::Checkpoint,
     encoding::{Encoding, FloatName, Request},
     error::{Error, Result},
+    folder::TRAVELLING_FILES,
     format::{self, FilePlan, PlannedFile, PlannedTensor, Source, SourceFile},
     policy::{
         Alternative, Choice, Decision, Line, Policy, Recipe, SizedAlternative, TensorInfo,
@@ -31,21 +32,6 @@ use crate::{
 };
 
 pub use self::{rival::Rival, write::Writing};
-
-/// Files of a model's folder that travel inside the packed file.
-const TRAVELLING_FILES: [&str; 11] = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-];
 
 /// A ternary weight is zero below this share of its scale, unless told otherwise.
 pub const DEFAULT_TERNARY_THRESHOLD: f32 = 0.5;

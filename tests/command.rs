@@ -514,3 +514,23 @@ fn inspect_shows_complex_halves_and_quantized_activations() {
     assert_eq!(object["parameters"], 40);
     assert_eq!(object["tensors"].as_array().unwrap().len(), 3);
 }
+
+#[test]
+fn no_file_of_a_sharded_input_is_replaced() {
+    let folder = TempDir::new().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let mut convert = bkpack();
+    convert.arg("convert").arg(fixture()).arg("-o").arg(path("m.bkpack"));
+    succeeded(&run(convert.args(["-q", "--rounding", "rtn", "--shard-size", "1MB"])));
+    let before: Vec<(String, Vec<u8>)> =
+        names(folder.path()).into_iter().map(|name| (name.clone(), std::fs::read(path(&name)).unwrap())).collect();
+    assert!(before.len() > 2);
+    for input in ["m.bkpack", "m.bkpack.index.json"] {
+        for output in before.iter().map(|(name, _)| name.as_str()).chain(["m.bkpack"]) {
+            let mut report = bkpack();
+            report.arg("report").arg(path(input)).arg("-o").arg(path(output)).arg("--force");
+            refused(&run(&mut report), &["--output", "is the input itself"]);
+        }
+    }
+    assert!(before.iter().all(|(name, bytes)| std::fs::read(path(name)).unwrap() == *bytes));
+}

@@ -77,7 +77,7 @@ fn export(packed: &PackedFile, options: &Options, output: &Path) -> (Plan, Gguf)
 }
 
 fn plan(packed: &PackedFile) -> Result<Plan, Error> {
-    export::plan(packed, Target::Gguf, &Options::default())
+    export::plan(packed, Target::Gguf, &Options::default(), &Silent)
 }
 
 fn write(packed: &PackedFile, output: &Path, force: bool) -> Result<Plan, Error> {
@@ -321,6 +321,44 @@ fn what_llama_cpp_cannot_run_is_refused_before_anything_is_written() {
     assert_eq!(left.len(), 2, "{left:?}");
 }
 
+#[test]
+fn what_gguf_cannot_say_is_a_failed_check_and_no_bad_input() {
+    let folder = TempDir::new().unwrap();
+    let output = folder.path().join("m.bkpack");
+    model(folder.path(), 32, &weights(32 * HIDDEN));
+    pack(&folder.path().join("model.safetensors"), &output, "--bits 8");
+    let done = Command::new(cargo_bin("bkpack")).args(["check-export", "--to", "gguf"]).arg(&output).output().unwrap();
+    let (code, text) = (done.status.code(), String::from_utf8(done.stdout).unwrap());
+    assert!(code == Some(1) && text.contains("no config.json") && text.contains("--config"), "{text}");
+}
+
+#[test]
+fn layers_whose_experts_are_stored_in_another_way_than_the_first_are_no_panic() {
+    let folder = TempDir::new().unwrap();
+    let source = architecture("mixtral");
+    std::fs::copy(source.join("config.json"), folder.path().join("config.json")).unwrap();
+    let bytes = std::fs::read(source.join("model.safetensors")).unwrap();
+    let tensors = ::safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let zeros = [0; 8 * 4];
+    let view = |shape: &[usize]| {
+        ::safetensors::tensor::TensorView::new(::safetensors::Dtype::F32, shape.to_vec(), &zeros).unwrap()
+    };
+    let mut all: Vec<_> = tensors.iter().map(|(name, view)| (name.to_owned(), view)).collect();
+    for (name, shape) in
+        [("experts.gate_up_proj", &[1, 1, 8][..]), ("experts.down_proj", &[1, 1, 8]), ("gate.weight", &[1, 8])]
+    {
+        all.push((format!("model.layers.1.mlp.{name}"), view(shape)));
+    }
+    std::fs::write(folder.path().join("model.safetensors"), ::safetensors::serialize(all, None).unwrap()).unwrap();
+    let packed = pack(folder.path(), &folder.path().join("m.bkpack"), "--bits 32");
+    let (plan, file) = export(&packed, &Options::default(), &folder.path().join("m.gguf"));
+    assert!(plan.notices.iter().any(|notice| notice.contains("left out")), "{:?}", plan.notices);
+    let whole = pack(&source, &folder.path().join("w.bkpack"), "--bits 32");
+    let (_, wanted) = export(&whole, &Options::default(), &folder.path().join("w.gguf"));
+    assert_eq!(file.tensors.len(), wanted.tensors.len());
+    assert!(wanted.tensors.keys().all(|name| file.tensors.contains_key(name)));
+}
+
 /// The plan, or the error, of the small model with a tokenizer.json.
 fn with_tokenizer(tokenizer: &str) -> Result<(Plan, Option<Gguf>), Error> {
     let folder = TempDir::new().unwrap();
@@ -353,17 +391,12 @@ fn hostile_tokenizers_are_refused() {
         bpe(json!(["a"]), json!([])),
         bpe(json!({"a": -1}), json!([])),
         bpe(json!({"a": "0"}), json!([])),
-        bpe(json!({"a": VOCAB}), json!([])),
-        bpe(json!({"a": u64::MAX}), json!([])),
         bpe(json!({"a": 0, "b": 0}), json!([])),
         bpe(json!({"a": 0}), json!(["a"])),
         bpe(json!({"a": 0}), json!(["a b c"])),
         bpe(json!({"a": 0}), json!([["a"]])),
         bpe(json!({"a": 0}), json!([["a", 1]])),
         bpe(json!({"a": 0}), json!({"a": "b"})),
-        json!({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": bytes,
-            "added_tokens": [{"id": 1u64 << 40, "content": "x"}]})
-        .to_string(),
         json!({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "pre_tokenizer": bytes,
             "added_tokens": [{"id": 0, "content": "x"}]})
         .to_string(),
@@ -375,11 +408,22 @@ fn hostile_tokenizers_are_refused() {
             other => panic!("{text}: {:?}", other.map(|(plan, _)| plan)),
         }
     }
-    for (model, word) in [
-        (json!({"type": "Unigram", "vocab": [["a", -1.0]]}), "Unigram"),
-        (json!({"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "</w>"}), "end_of_word_suffix"),
+    let added = json!([{"id": 1u64 << 40, "content": "x"}]);
+    let bpe = |vocab: Json, merges: Json| json!({"type": "BPE", "vocab": vocab, "merges": merges});
+    for (model, added, word) in [
+        (bpe(json!({"a": VOCAB}), json!([])), json!([]), "24 ids"),
+        (bpe(json!({"a": u64::MAX}), json!([])), json!([]), "24 ids"),
+        (bpe(json!({"a": 0}), json!([])), added, "24 ids"),
+        (bpe(json!({"a": 0}), json!([["a", "b c"]])), json!([]), "spaces"),
+        (json!({"type": "Unigram", "vocab": [["a", -1.0]]}), json!([]), "Unigram"),
+        (
+            json!({"type": "BPE", "vocab": {}, "merges": [], "end_of_word_suffix": "</w>"}),
+            json!([]),
+            "end_of_word_suffix",
+        ),
     ] {
-        let (plan, _) = with_tokenizer(&with(model)).unwrap();
+        let tokenizer = json!({"model": model, "pre_tokenizer": bytes, "added_tokens": added});
+        let (plan, _) = with_tokenizer(&tokenizer.to_string()).unwrap();
         assert!(plan.refusals.iter().any(|refusal| refusal.why.contains(word)), "{plan:?}");
     }
     let characters = json!({"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": null}).to_string();
@@ -437,6 +481,11 @@ fn characters_with_bytes_to_fall_back_on_are_sentencepiece() {
     assert_eq!(types[..8], [2, 3, 1, 1, 1, 6, 1, 1].map(|kind| Value::Number(kind.into())));
     let Value::List(scores) = &metadata["tokenizer.ggml.scores"] else { panic!() };
     assert_eq!(scores[..8], [-4, -4, -4, -4, 0, -4, -1, -2].map(|score| Value::Number(score.into())));
+
+    // A long token is not cut everywhere, or this would take hours.
+    let mut long = tokenizer.clone();
+    long["model"]["vocab"]["x".repeat(1 << 22)] = json!(8);
+    assert_eq!(with_tokenizer(&long.to_string()).unwrap().0.warnings.len(), 2);
 
     let mut some = tokenizer;
     some["model"]["merges"].as_array_mut().unwrap().pop();

@@ -13,7 +13,7 @@ use bkpack::{
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::{CHECK_FAILED, Common, print, refuse_same_file};
+use super::{CHECK_FAILED, Common, print};
 
 const EXPORT_EXAMPLES: &str = "\
 Examples:
@@ -49,11 +49,12 @@ struct Request {
     to: Layout,
 
     /// Type of plain values, and of the scales of compressed-tensors and mlx [default: fp32 for safetensors and
-    /// --dequantize; for npz as packed, with BF16 as fp32; else fp16]
+    /// --dequantize; for npz as packed, with BF16 as fp32; for gguf fp16, with BF16 as it is and vectors always fp32; else
+    /// fp16]
     #[arg(long, value_enum)]
     dtype: Option<Dtype>,
 
-    /// Round what GGUF cannot hold as it is to the nearest of its own types
+    /// Round what GGUF cannot hold as it is to its Q4_K, Q5_0, Q6_K or Q8_0
     #[arg(long)]
     requantize: bool,
 
@@ -84,7 +85,7 @@ pub struct ExportArgs {
     #[arg(long)]
     dry_run: bool,
 
-    /// Replace the output if it exists: a file, or a folder of an earlier export
+    /// Replace the output if it exists: a file of the same kind, or a folder of an earlier export
     #[arg(long)]
     force: bool,
 }
@@ -156,10 +157,10 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     let start = Instant::now();
     let observer = request.common.observer();
     let (target, options) = (Target::from(request.to), request.options());
-    refuse_same_file(&request.packed, output)?;
     let packed = PackedFile::open(&request.packed)?;
     let plan = if args.dry_run {
-        let plan = export::plan(&packed, target, &options)?;
+        export::check_output(&packed, target, output, true)?;
+        let plan = export::plan(&packed, target, &options, &observer)?;
         plan.check(&request.packed, target)?;
         plan
     } else {
@@ -184,9 +185,9 @@ pub fn run(args: &ExportArgs) -> Result<()> {
 pub fn check(args: &CheckExportArgs) -> Result<ExitCode> {
     let request = &args.request;
     let target = Target::from(request.to);
-    request.common.observer();
+    let observer = request.common.observer();
     let packed = PackedFile::open(&request.packed)?;
-    let plan = export::plan(&packed, target, &request.options())?;
+    let plan = export::plan(&packed, target, &request.options(), &observer)?;
     if request.json {
         print(&serde_json::to_string_pretty(&machine(&plan, target)).expect("plain data is JSON"))?;
     } else {

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     encoding::FloatName, error::Result, folder::StoredTensor, format::PackedFile, model::Architecture,
-    tensor::TensorSource,
+    progress::Observer, tensor::TensorSource,
 };
 
 /// Widths that both runtimes take.
@@ -62,19 +62,28 @@ pub(super) fn bytes<'a>(matrix: &Matrix<'a>, integers: &Integers, dtype: FloatTy
 }
 
 /// Plans the folder.
-pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<FolderExport<'a>> {
+pub(super) fn prepare<'a>(
+    packed: &'a PackedFile,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<FolderExport<'a>> {
     let target = Target::CompressedTensors;
     let dtype = options.dtype.unwrap_or(FloatType::F16);
     let modules = Modules::of(packed);
     let (mut jobs, mut layers, mut ignore) = (Vec::new(), Vec::new(), Vec::new());
+    let mut schemes = Schemes::default();
     let mamba = packed.config().and_then(Architecture::from_config) == Some(Architecture::Mamba);
     for tensor in exported_tensors(packed) {
+        observer.check()?;
         match modules.role(tensor) {
             // transformers multiplies with this matrix itself, past the layer that would unpack it.
             Role::Linear(module) if mamba && module.ends_with(".dt_proj") => ignore.push(module.to_owned()),
             Role::Linear(module) => match Integers::holding(&packed.tensor(&tensor.name)?.matrix(), &WIDTHS) {
-                Some(integers) => layers.push((jobs.len(), module, integers)),
-                None => ignore.push(module.to_owned()),
+                Ok(integers) => layers.push((jobs.len(), module, integers)),
+                Err(why) => {
+                    schemes.leave_plain(tensor, why);
+                    ignore.push(module.to_owned());
+                }
             },
             Role::Router(module) => ignore.push(module.to_owned()),
             Role::Embedding(_) | Role::Other => {}
@@ -83,7 +92,6 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<F
     }
     // Some ways to load a folder in transformers and vLLM know but one scheme for all layers.
     Integers::unify(&mut layers.iter_mut().map(|(_, _, integers)| integers).collect::<Vec<_>>());
-    let mut schemes = Schemes::default();
     for (job, module, integers) in layers {
         schemes.add(module, integers, jobs[job].tensor);
         jobs[job].conversion = Conversion::CompressedTensors(integers, dtype);
@@ -98,7 +106,7 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<F
         config.insert("quantization_config".into(), quantization_config(&schemes, &ignore));
         config_file(config)
     });
-    let mut export = FolderExport::new(packed, target, jobs, configs.into_iter().collect(), refusals)?;
+    let mut export = FolderExport::new(packed, target, jobs, configs.into_iter().collect(), refusals, observer)?;
     export.plan.warnings = warnings(packed, &modules, &schemes, &ignore, dtype);
     export.plan.notices.extend(schemes.notices());
     Ok(export)

@@ -18,13 +18,16 @@ use super::{
     integers::Integers,
     mlx,
     modules::is_activation_scale,
-    plain::{plain_bytes, plain_rounding},
+    plain::{plain_bytes, plain_fidelity},
 };
 use crate::{
     checkpoint::header::Header,
     encoding::FloatName,
     error::{Error, Result},
-    folder::{CONFIG, INDEX, PartialFolder, Shard, Shards, StoredTensor, to_json, weight_files},
+    folder::{
+        CONFIG, INDEX, PartialFolder, Shard, Shards, StoredTensor, TRAVELLING_FILES, check_target, to_json,
+        weight_files,
+    },
     format::{PackedFile, PackedTensor},
     mmap::FileMap,
     progress::{Observer, Unit},
@@ -36,6 +39,9 @@ const SHARD_BYTES: u64 = 5_000_000_000;
 
 /// The metadata key of the files of an export; its value is the layout.
 const MARK: &str = "bkpack_export";
+
+/// Where the header of a safetensors file has what is no tensor.
+const METADATA: &str = "__metadata__";
 
 /// The config of GPTQ, which another layout must not leave behind.
 pub(super) const GPTQ_CONFIG: &str = "quantize_config.json";
@@ -118,18 +124,11 @@ impl<'a> Job<'a> {
         let tensor = packed.tensor(&self.tensor.name)?;
         let matrix = tensor.matrix();
         Ok(match &self.conversion {
-            Conversion::Plain(dtype) => {
-                let what = if self.tensor.encoding.layout().is_some() { "dequantized" } else { "converted" };
-                plain_rounding(cpu, &matrix, *dtype).fidelity(what, *dtype)
-            }
+            Conversion::Plain(dtype) => plain_fidelity(cpu, self.tensor, &matrix, *dtype),
             Conversion::Complex => Ok(Fidelity::Lossless),
-            Conversion::CompressedTensors(integers, dtype) => {
-                integers.scale_rounding(&matrix, *dtype).fidelity("scales", *dtype)
-            }
+            Conversion::CompressedTensors(integers, dtype) => integers.scale_fidelity(&matrix, *dtype),
             Conversion::Mlx(integers, dtype) => mlx::fidelity(&matrix, integers, *dtype),
-            Conversion::Gptq(integers) => {
-                integers.scale_rounding(&matrix, FloatType::F16).fidelity("scales", FloatType::F16)
-            }
+            Conversion::Gptq(integers) => integers.scale_fidelity(&matrix, FloatType::F16),
         })
     }
 }
@@ -138,7 +137,6 @@ impl<'a> Job<'a> {
 pub(super) struct FolderExport<'a> {
     pub plan: Plan,
     packed: &'a PackedFile,
-    target: Target,
     jobs: Vec<Job<'a>>,
     shards: Shards,
     files: Vec<(String, Cow<'a, [u8]>)>,
@@ -152,6 +150,7 @@ impl<'a> FolderExport<'a> {
         jobs: Vec<Job<'a>>,
         configs: Vec<(&str, Vec<u8>)>,
         mut refusals: Vec<Refusal>,
+        observer: &dyn Observer,
     ) -> Result<Self> {
         let stored: Vec<Vec<StoredTensor>> = jobs.iter().map(Job::stored).collect();
         let mut names = HashSet::new();
@@ -159,9 +158,13 @@ impl<'a> FolderExport<'a> {
             let why = format!("two tensors of the export would be named {}; rename one of them", twice.name);
             refusals.push(Refusal { runtime: target.name().into(), why });
         }
+        if names.iter().any(|name| *name == METADATA) {
+            let why = format!("a tensor is named {METADATA}, a word of safetensors' own; rename it");
+            refusals.push(Refusal { runtime: target.name().into(), why });
+        }
         let cpu = Cpu::detect();
         let fidelities: Vec<Result<Result<Fidelity, String>>> =
-            jobs.par_iter().map(|job| job.fidelity(cpu, packed)).collect();
+            jobs.par_iter().map(|job| observer.check().and_then(|()| job.fidelity(cpu, packed))).collect();
         let mut tensors = Vec::with_capacity(jobs.len());
         for ((job, stored), fidelity) in jobs.iter().zip(&stored).zip(fidelities) {
             let fidelity = fidelity?.unwrap_or_else(|why| {
@@ -198,12 +201,12 @@ impl<'a> FolderExport<'a> {
             notices.push("no config.json is inside, so the folder will hold weights alone".into());
         }
         let plan = Plan { tensors, file_bytes, refusals, warnings: Vec::new(), notices };
-        Ok(Self { plan, packed, target, jobs, shards, files })
+        Ok(Self { plan, packed, jobs, shards, files })
     }
 
     /// Writes it; all of it appears, or nothing.
     pub fn write(&self, output: &Path, force: bool, observer: &dyn Observer) -> Result<()> {
-        self.plan.check(self.packed.path(), self.target)?;
+        let replaceable = |folder: &Path| replaceable(folder, self.packed);
         let partial = PartialFolder::create(output, force, self.plan.file_bytes, &replaceable)?;
         observer.begin("Writing", self.shards.file_bytes(), Unit::Bytes);
         for shard in &self.shards.files {
@@ -221,7 +224,9 @@ impl<'a> FolderExport<'a> {
             partial.write(INDEX, index)?;
             names.push(INDEX);
         }
-        partial.finish(&names, &[GPTQ_CONFIG])
+        // An older model's tokenizer does not belong to this one.
+        let others: Vec<&str> = TRAVELLING_FILES.into_iter().chain([GPTQ_CONFIG]).collect();
+        partial.finish(&names, &others)
     }
 
     fn write_shard(&self, shard: &Shard, file: &mut File, path: &Path, observer: &dyn Observer) -> Result<()> {
@@ -270,18 +275,29 @@ fn is_weights(name: &str) -> bool {
     name == INDEX || (name.starts_with("model") && name.ends_with(".safetensors"))
 }
 
-/// Whether a folder may be replaced: one whose weights an export wrote, or without weights and config.
-fn replaceable(folder: &Path) -> Result<(), String> {
+/// Refuses a folder that an export must not be written to.
+///
+/// # Errors
+/// As [`PartialFolder::create`].
+pub(super) fn check_folder(packed: &PackedFile, output: &Path, force: bool) -> Result<()> {
+    check_target(output, force, &|folder| replaceable(folder, packed)).map(drop)
+}
+
+/// Whether a folder may be replaced: one whose weights an export wrote, or without any file that could be of a model.
+fn replaceable(folder: &Path, packed: &PackedFile) -> Result<(), String> {
     let files = weight_files(folder).map_err(|error| error.to_string())?;
-    for name in files.iter().filter(|name| *name != INDEX) {
+    let weights: Vec<&String> = files.iter().filter(|name| *name != INDEX).collect();
+    for &name in &weights {
         let path = folder.join(name);
         let marked = FileMap::open(&path).and_then(|map| Header::read(&path, &map));
         if !marked.is_ok_and(|header| header.metadata.contains_key(MARK)) {
             return Err(format!("holds {name}, which is not of an export"));
         }
     }
-    if files.is_empty() && folder.join(CONFIG).exists() {
-        return Err("holds the config.json of another model".into());
+    let travelling = packed.files().map(|(name, _)| name);
+    let mut others = [INDEX, GPTQ_CONFIG].into_iter().chain(TRAVELLING_FILES).chain(travelling);
+    match others.find(|name| weights.is_empty() && folder.join(name).exists()) {
+        Some(name) => Err(format!("holds {name}, but no weights of an export")),
+        None => Ok(()),
     }
-    Ok(())
 }

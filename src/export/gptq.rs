@@ -20,6 +20,7 @@ use crate::{
     folder::{StoredTensor, to_json},
     format::PackedFile,
     model::Architecture,
+    progress::Observer,
     tensor::TensorSource,
 };
 
@@ -63,21 +64,28 @@ pub(super) fn bytes<'a>(matrix: &Matrix<'a>, integers: &Integers) -> Vec<Cow<'a,
 }
 
 /// Plans the folder.
-pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<FolderExport<'a>> {
+pub(super) fn prepare<'a>(
+    packed: &'a PackedFile,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<FolderExport<'a>> {
     let target = Target::Gptq;
     let dtype = options.dtype.unwrap_or(FloatType::F16);
     let modules = Modules::of(packed);
     let (mut jobs, mut schemes, mut plain) = (Vec::new(), Schemes::default(), Vec::new());
     for tensor in exported_tensors(packed) {
+        observer.check()?;
         let mut conversion = Conversion::Plain(dtype);
         if let Role::Linear(module) = modules.role(tensor) {
-            let whole = tensor.shape.iter().all(|size| size.is_multiple_of(MULTIPLE));
-            match Integers::holding(&packed.tensor(&tensor.name)?.matrix(), &WIDTHS).filter(|_| whole) {
-                Some(integers) => {
+            match integers(&packed.tensor(&tensor.name)?.matrix()) {
+                Ok(integers) => {
                     conversion = Conversion::Gptq(integers);
                     schemes.add(module, integers, tensor);
                 }
-                None => plain.push(module.to_owned()),
+                Err(why) => {
+                    schemes.leave_plain(tensor, why);
+                    plain.push(module.to_owned());
+                }
             }
         }
         jobs.push(Job { tensor, conversion });
@@ -90,10 +98,22 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<F
         config.insert("quantization_config".into(), quantization);
         config_file(config)
     }));
-    let mut export = FolderExport::new(packed, target, jobs, configs, refusals)?;
+    let mut export = FolderExport::new(packed, target, jobs, configs, refusals, observer)?;
     export.plan.warnings = warnings(packed, &modules, &schemes, &plain);
     export.plan.notices.extend(schemes.notices());
     Ok(export)
+}
+
+/// How a matrix stands in this layout; `Err` says why it stays plain.
+fn integers(matrix: &Matrix) -> Result<Integers, &'static str> {
+    let integers = Integers::holding(matrix, &WIDTHS)?;
+    if ![matrix.rows(), matrix.cols()].iter().all(|size| size.is_multiple_of(MULTIPLE)) {
+        return Err("its rows or columns are no multiple of 32");
+    }
+    if !integers.scale_rounding(matrix, FloatType::F16).holds() {
+        return Err("a scale is too small or too large for F16, which this layout has for scales");
+    }
+    Ok(integers)
 }
 
 fn quantization_config(schemes: &Schemes, plain: &[String]) -> Value {

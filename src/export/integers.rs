@@ -5,7 +5,15 @@ use std::{borrow::Cow, fmt};
 use bkpack_kernels::{Data, FloatType, Grid, Matrix, bits, matrix::stream_bytes, reference};
 use rayon::prelude::*;
 
-use super::plain::{Rounding, rounding};
+use super::{
+    Fidelity,
+    plain::{Rounding, rounding},
+};
+
+/// The smallest group that larger ones are split into.
+const LEAST_GROUP: usize = 32;
+
+const SMALL_GROUPS: &str = "its columns do not split into equal groups of 32 or more";
 
 /// How the matrix of a linear layer stands in another layout: unsigned codes `u` in dense streams, weight
 /// `(u - 2^(bits-1)) * scale` or `(u - zero point) * scale`.
@@ -30,34 +38,38 @@ impl fmt::Display for Integers {
 }
 
 impl Integers {
-    /// The narrowest of `widths` that holds the codes of a quantized matrix; `None` for plain values and codes that are
-    /// too wide.
+    /// The narrowest of `widths` that holds the codes of a quantized matrix; `Err` says why it stays plain.
     ///
-    /// Groups that do not divide the columns, and those of more than 128, are split into equal ones that share a scale.
-    pub fn holding(matrix: &Matrix, widths: &[u32]) -> Option<Self> {
-        let Data::Quantized { layout, .. } = matrix.data() else { return None };
+    /// Groups that do not divide the columns, and those of more than 128, are split into equal ones that share a scale,
+    /// but into none of less than [`LEAST_GROUP`].
+    pub fn holding(matrix: &Matrix, widths: &[u32]) -> Result<Self, &'static str> {
+        let Data::Quantized { layout, .. } = matrix.data() else { return Err("its values are plain") };
         let (needed, symmetric) = match layout.grid {
             Grid::Int { bits, symmetric } => (bits, symmetric),
             // -1, 0 and +1 are codes of two bits.
             Grid::Ternary | Grid::Binary => (2, true),
         };
-        let bits = *widths.iter().find(|&&width| width >= needed)?;
+        let bits = *widths.iter().find(|&&width| width >= needed).ok_or("its codes are too wide")?;
         let cols = matrix.cols();
         let whole_row = layout.group >= cols;
         let group = match greatest_common_divisor(layout.group.min(cols), cols) {
             group if !whole_row && group > 128 && group.is_multiple_of(128) => 128,
             group => group,
         };
-        Some(Self { bits, group, whole_row, symmetric })
+        if group < layout.group.min(cols).min(LEAST_GROUP) {
+            return Err(SMALL_GROUPS);
+        }
+        Ok(Self { bits, group, whole_row, symmetric })
     }
 
     /// The same in groups of the largest of `sizes` that divides its own.
-    pub fn in_groups_of(self, sizes: &[usize]) -> Option<Self> {
-        let group = *sizes.iter().find(|&&size| self.group.is_multiple_of(size))?;
-        Some(Self { group, whole_row: false, ..self })
+    pub fn in_groups_of(self, sizes: &[usize]) -> Result<Self, &'static str> {
+        let group = *sizes.iter().find(|&&size| self.group.is_multiple_of(size)).ok_or(SMALL_GROUPS)?;
+        Ok(Self { group, whole_row: false, ..self })
     }
 
-    /// Gives layers that differ in their groups alone one group size, if there is one of at least 32 that divides all.
+    /// Gives layers that differ in their groups alone one group size, if there is one of at least [`LEAST_GROUP`] that
+    /// divides all.
     pub fn unify(layers: &mut [&mut Self]) {
         let scheme = |layer: &Self| (layer.bits, layer.symmetric);
         let alike = layers.windows(2).all(|pair| scheme(pair[0]) == scheme(pair[1]));
@@ -65,7 +77,7 @@ impl Integers {
             return;
         }
         let group = layers.iter().fold(0, |group, layer| greatest_common_divisor(layer.group, group));
-        if group >= 32 {
+        if group >= LEAST_GROUP {
             let group = if group.is_multiple_of(128) { 128 } else { group };
             layers.iter_mut().for_each(|layer| **layer = Self { group, whole_row: false, ..**layer });
         }
@@ -165,7 +177,15 @@ impl Integers {
 
     /// What becomes of the scales in another type.
     pub fn scale_rounding(&self, matrix: &Matrix, to: FloatType) -> Rounding {
-        rounding(&self.scales(matrix), to)
+        match matrix.data() {
+            Data::Quantized { scale_type, .. } if scale_type == to => Rounding::Exact,
+            _ => rounding(&self.scales(matrix), to),
+        }
+    }
+
+    /// The same as the plan of an export says it.
+    pub fn scale_fidelity(&self, matrix: &Matrix, to: FloatType) -> Result<Fidelity, String> {
+        self.scale_rounding(matrix, to).fidelity("scales", "a scale of ", to)
     }
 }
 

@@ -15,7 +15,12 @@ use super::{
     schemes::Schemes,
 };
 use crate::{
-    encoding::FloatName, error::Result, folder::StoredTensor, format::PackedFile, model::Architecture,
+    encoding::FloatName,
+    error::Result,
+    folder::StoredTensor,
+    format::PackedFile,
+    model::{Architecture, config::LlamaConfig},
+    progress::Observer,
     tensor::TensorSource,
 };
 
@@ -51,9 +56,10 @@ fn biases(matrix: &Matrix, integers: &Integers, scales: &[f32]) -> Vec<f32> {
 /// Whether `scale * u + bias` is the packed weight.
 pub(super) fn fidelity(matrix: &Matrix, integers: &Integers, dtype: FloatType) -> Result<Fidelity, String> {
     let scales = integers.scales(matrix);
-    let fidelity = match rounding(&scales, dtype) {
-        Rounding::Exact => rounding(&biases(matrix, integers, &scales), dtype).fidelity("biases", dtype)?,
-        rounded => rounded.fidelity("scales", dtype)?,
+    let of_biases = rounding(&biases(matrix, integers, &scales), dtype).fidelity("biases", "a bias of ", dtype)?;
+    let fidelity = match integers.scale_fidelity(matrix, dtype)? {
+        Fidelity::Lossless => of_biases,
+        rounded => rounded,
     };
     // The products of an F32 scale are rounded before they are added, those of an F16 scale fit into F32.
     match (matrix.data(), fidelity) {
@@ -67,24 +73,32 @@ pub(super) fn fidelity(matrix: &Matrix, integers: &Integers, dtype: FloatType) -
 }
 
 /// Plans the folder.
-pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<FolderExport<'a>> {
+pub(super) fn prepare<'a>(
+    packed: &'a PackedFile,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<FolderExport<'a>> {
     let target = Target::Mlx;
     let dtype = options.dtype.unwrap_or(FloatType::F16);
     let modules = Modules::of(packed);
     let (mut jobs, mut schemes, mut tied_head) = (Vec::new(), Schemes::default(), false);
     for tensor in exported_tensors(packed) {
+        observer.check()?;
         // mlx_lm drops the weight of a tied head, but not its scales.
         if is_tied(packed) && tensor.name == "lm_head.weight" {
             tied_head = true;
             continue;
         }
         let mut conversion = Conversion::Plain(dtype);
-        if let Role::Linear(module) | Role::Embedding(module) | Role::Router(module) = modules.role(tensor)
-            && let Some(integers) = Integers::holding(&packed.tensor(&tensor.name)?.matrix(), &WIDTHS)
-            && let Some(integers) = integers.in_groups_of(&GROUPS)
-        {
-            conversion = Conversion::Mlx(integers, dtype);
-            schemes.add(module, integers, tensor);
+        if let Role::Linear(module) | Role::Embedding(module) | Role::Router(module) = modules.role(tensor) {
+            let matrix = packed.tensor(&tensor.name)?;
+            match Integers::holding(&matrix.matrix(), &WIDTHS).and_then(|integers| integers.in_groups_of(&GROUPS)) {
+                Ok(integers) => {
+                    conversion = Conversion::Mlx(integers, dtype);
+                    schemes.add(module, integers, tensor);
+                }
+                Err(why) => schemes.leave_plain(tensor, why),
+            }
         }
         jobs.push(Job { tensor, conversion });
     }
@@ -97,7 +111,7 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<F
         config.insert("quantization_config".into(), quantization);
         config_file(config)
     });
-    let mut export = FolderExport::new(packed, target, jobs, configs.into_iter().collect(), refusals)?;
+    let mut export = FolderExport::new(packed, target, jobs, configs.into_iter().collect(), refusals, observer)?;
     export.plan.warnings = warnings(packed, &modules);
     export.plan.notices.extend(schemes.notices());
     if tied_head {
@@ -167,12 +181,13 @@ fn warnings(packed: &PackedFile, modules: &Modules) -> Vec<Refusal> {
             let name = modules.architecture().unwrap_or("(none)");
             warn(format!("architecture {name} is not known here: mlx_lm may want other names"));
         }
-        Some(Architecture::Mistral) => {
-            let window = packed.config().and_then(|config| config["sliding_window"].as_u64());
-            if let Some(window) = window {
-                warn(format!(
-                    "mlx_lm runs Mistral as Llama, without its window of {window} tokens; longer texts differ"
-                ));
+        Some(
+            architecture @ (Architecture::Mistral | Architecture::Mixtral | Architecture::Qwen2 | Architecture::Qwen3),
+        ) => {
+            let config = packed.config().map(|config| LlamaConfig::parse(packed.path(), architecture, config));
+            if let Some(window) = config.and_then(|config| config.ok()?.narrowest_window()) {
+                let name = modules.architecture().unwrap_or("(none)");
+                warn(format!("mlx_lm runs {name} without its window of {window} tokens; longer texts differ"));
             }
         }
         _ => {}

@@ -15,7 +15,7 @@ mod plain;
 mod safetensors;
 mod schemes;
 
-use std::path::Path;
+use std::{fs::File, io::Read, path::Path};
 
 use bkpack_kernels::FloatType;
 use serde::Serialize;
@@ -24,8 +24,9 @@ use self::folder::FolderExport;
 use crate::{
     encoding::Encoding,
     error::{Error, Result},
-    format::PackedFile,
+    format::{self, PackedFile, refuse_file_of_packed},
     progress::Observer,
+    tensor::TensorSource,
 };
 
 /// A layout that a packed model can be written in.
@@ -94,7 +95,7 @@ pub struct ExportedTensor {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Fidelity {
-    /// Every value is the same, bit for bit, once it is dequantized in f32.
+    /// Every value is the same once it is dequantized in f32, but for the sign of a zero in MLX.
     Lossless,
     /// Values are rounded; `why` in a few words.
     Rounded { why: String },
@@ -148,21 +149,49 @@ impl Plan {
 /// Says what an export would be: every tensor, every byte, every runtime that would refuse it. Nothing is written.
 ///
 /// # Errors
-/// A packed file that cannot be read; an option that the target has no use for.
-pub fn plan(packed: &PackedFile, target: Target, options: &Options) -> Result<Plan> {
+/// A packed file that cannot be read; an option that the target has no use for; [`Error::Cancelled`].
+pub fn plan(packed: &PackedFile, target: Target, options: &Options, observer: &dyn Observer) -> Result<Plan> {
     check_options(target, options)?;
     match target {
-        Target::Gguf => Ok(gguf::prepare(packed, options)?.plan),
-        Target::Npz => Ok(npz::NpzExport::new(packed, options)?.plan),
-        _ => Ok(prepare_folder(packed, target, options)?.plan),
+        Target::Gguf => Ok(gguf::prepare(packed, options, observer)?.plan),
+        Target::Npz => Ok(npz::NpzExport::new(packed, options, observer)?.plan),
+        _ => Ok(prepare_folder(packed, target, options, observer)?.plan),
     }
+}
+
+/// Refuses an output that an export must not take the place of.
+///
+/// With `force` it may be a file of the same kind, or a folder that an export wrote.
+///
+/// # Errors
+/// [`Error::Option`] if it is the input itself; [`Error::Exists`] unless `force`; [`Error::BadOutput`], [`Error::Io`].
+pub fn check_output(packed: &PackedFile, target: Target, output: &Path, force: bool) -> Result<()> {
+    refuse_file_of_packed(packed, output)?;
+    let magic: &[u8] = match target {
+        Target::Gguf => b"GGUF",
+        Target::Npz => b"PK",
+        _ => return folder::check_folder(packed, output, force),
+    };
+    format::check_output(output, force)?;
+    if output.exists() {
+        let mut start = Vec::new();
+        let file = File::open(output).map_err(Error::io(output))?;
+        file.take(magic.len() as u64).read_to_end(&mut start).map_err(Error::io(output))?;
+        if start != magic {
+            let why = format!("is no {} file, and --force replaces nothing else", target.name());
+            return Err(Error::BadOutput { path: output.to_owned(), why });
+        }
+    }
+    Ok(())
 }
 
 /// Writes a packed model in another layout: all of it appears under its name, or nothing. Returns what was planned.
 ///
+/// The packed file's contents are checked first, so that no damage is written anew.
+///
 /// # Errors
-/// [`Error::Export`] if the target cannot hold the model, before anything is written; [`Error::Exists`] unless `force`;
-/// [`Error::BadOutput`], [`Error::Io`], [`Error::Cancelled`].
+/// What [`check_output`] refuses and [`PackedFile::check_contents`] finds; [`Error::Export`] if the target cannot hold
+/// the model; [`Error::Io`], [`Error::Cancelled`]. All but the last two come before anything is written.
 pub fn export(
     packed: &PackedFile,
     target: Target,
@@ -172,31 +201,44 @@ pub fn export(
     observer: &dyn Observer,
 ) -> Result<Plan> {
     check_options(target, options)?;
+    check_output(packed, target, output, force)?;
+    let ready = |plan: &Plan| {
+        plan.check(packed.path(), target)?;
+        packed.check_contents(observer)
+    };
     match target {
         Target::Gguf => {
-            let export = gguf::prepare(packed, options)?;
+            let export = gguf::prepare(packed, options, observer)?;
+            ready(&export.plan)?;
             export.write(output, force, observer)?;
             Ok(export.plan)
         }
         Target::Npz => {
-            let export = npz::NpzExport::new(packed, options)?;
+            let export = npz::NpzExport::new(packed, options, observer)?;
+            ready(&export.plan)?;
             export.write(output, force, observer)?;
             Ok(export.plan)
         }
         _ => {
-            let export = prepare_folder(packed, target, options)?;
+            let export = prepare_folder(packed, target, options, observer)?;
+            ready(&export.plan)?;
             export.write(output, force, observer)?;
             Ok(export.plan)
         }
     }
 }
 
-fn prepare_folder<'a>(packed: &'a PackedFile, target: Target, options: &Options) -> Result<FolderExport<'a>> {
+fn prepare_folder<'a>(
+    packed: &'a PackedFile,
+    target: Target,
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<FolderExport<'a>> {
     match target {
-        Target::CompressedTensors => compressed_tensors::prepare(packed, options),
-        Target::Mlx => mlx::prepare(packed, options),
-        Target::Gptq => gptq::prepare(packed, options),
-        Target::Safetensors => safetensors::prepare(packed, options),
+        Target::CompressedTensors => compressed_tensors::prepare(packed, options, observer),
+        Target::Mlx => mlx::prepare(packed, options, observer),
+        Target::Gptq => gptq::prepare(packed, options, observer),
+        Target::Safetensors => safetensors::prepare(packed, options, observer),
         Target::Gguf | Target::Npz => unreachable!("one file, not a folder"),
     }
 }

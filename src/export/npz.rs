@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashSet,
-    io::{Seek, SeekFrom, Write},
+    io::{Seek, Write},
     path::Path,
 };
 
@@ -14,18 +14,21 @@ use super::{
     ExportedTensor, Fidelity, Options, Plan, Refusal, Target,
     folder::exported_tensors,
     modules::is_activation_scale,
-    plain::{plain_bytes, plain_rounding},
+    plain::{plain_bytes, plain_fidelity},
 };
 use crate::{
     encoding::Encoding,
     error::{Error, Result, short},
-    format::{PackedFile, PackedTensor, check_output, persist, temporary_beside},
+    format::{PackedFile, PackedTensor, persist, temporary_beside},
     progress::{Observer, Unit},
     tensor::{ComplexPart, TensorSource, matrix_shape},
 };
 
 /// What a zip archive takes for a name, with room for `.npy`.
 const MAX_NAME: usize = 60_000;
+
+/// From here on an archive's sizes and places take 64 bits.
+const ZIP64: u64 = u32::MAX as u64;
 
 /// What NumPy takes for a shape.
 const MAX_DIMENSIONS: usize = 64;
@@ -100,15 +103,17 @@ pub(super) struct NpzExport<'a> {
 
 impl<'a> NpzExport<'a> {
     /// Plans the file.
-    pub fn new(packed: &'a PackedFile, options: &Options) -> Result<Self> {
+    pub fn new(packed: &'a PackedFile, options: &Options, observer: &dyn Observer) -> Result<Self> {
         if options.dtype == Some(FloatType::BF16) {
             return Err(Error::Option { option: "--dtype", why: "NumPy has no BF16; fp16 or fp32".into() });
         }
         let jobs = jobs(packed, options);
         let cpu = Cpu::detect();
         let mut refusals = Vec::new();
-        let roundings: Vec<Result<Result<Fidelity, String>>> =
-            jobs.par_iter().map(|(tensor, form)| fidelity(cpu, packed, tensor, *form)).collect();
+        let roundings: Vec<Result<Result<Fidelity, String>>> = jobs
+            .par_iter()
+            .map(|(tensor, form)| observer.check().and_then(|()| fidelity(cpu, packed, tensor, *form)))
+            .collect();
         let mut refuse = |why: String| refusals.push(Refusal { runtime: Target::Npz.name().into(), why });
         let (mut tensors, mut names) = (Vec::with_capacity(jobs.len()), HashSet::new());
         for ((tensor, form), fidelity) in jobs.iter().zip(roundings) {
@@ -116,6 +121,9 @@ impl<'a> NpzExport<'a> {
             for array in &arrays {
                 if !names.insert(array.name.clone()) {
                     refuse(format!("two arrays would be named {}; rename a tensor", array.name));
+                }
+                if array.name.starts_with(['/', '\\']) || array.name.split(['/', '\\']).any(|part| part == "..") {
+                    refuse(format!("the name {} leads out of an archive; rename the tensor", short(&array.name)));
                 }
                 if array.name.len() > MAX_NAME {
                     refuse(format!(
@@ -153,15 +161,14 @@ impl<'a> NpzExport<'a> {
         if !packed.activations().is_empty() {
             notices.push("scales of quantized activations are left out: only bkpack runs them".into());
         }
-        let file_bytes = if refusals.is_empty() { planned_bytes(&jobs) } else { 0 };
+        let planned: Vec<Array> = jobs.iter().flat_map(|(tensor, form)| arrays(tensor, *form)).collect();
+        let file_bytes = if refusals.is_empty() { planned_bytes(planned.iter()) } else { 0 };
         let plan = Plan { tensors, file_bytes, refusals, warnings: Vec::new(), notices };
         Ok(Self { plan, packed, jobs })
     }
 
     /// Writes it; it appears as a whole, or not at all.
     pub fn write(&self, output: &Path, force: bool, observer: &dyn Observer) -> Result<()> {
-        self.plan.check(self.packed.path(), Target::Npz)?;
-        check_output(output, force)?;
         let cpu = Cpu::detect();
         let mut temporary = temporary_beside(output)?;
         let failed = |error: zip::result::ZipError| Error::io(output)(error.into());
@@ -281,8 +288,7 @@ fn contents(cpu: Cpu, packed: &PackedFile, tensor: &PackedTensor, form: Form) ->
 fn fidelity(cpu: Cpu, packed: &PackedFile, tensor: &PackedTensor, form: Form) -> Result<Result<Fidelity, String>> {
     let Form::Plain(dtype) = form else { return Ok(Ok(Fidelity::Lossless)) };
     let stored = packed.tensor(&tensor.name)?;
-    let what = if tensor.encoding.layout().is_some() { "dequantized" } else { "converted" };
-    Ok(plain_rounding(cpu, &stored.matrix(), dtype).fidelity(what, dtype))
+    Ok(plain_fidelity(cpu, tensor, &stored.matrix(), dtype))
 }
 
 /// Begins an array; the times in the archive are those of no clock, so that the same input gives the same bytes.
@@ -290,57 +296,89 @@ fn start<W: Write + Seek>(zip: &mut ZipWriter<W>, array: &Array) -> zip::result:
     let options = SimpleFileOptions::default()
         .compression_method(CompressionMethod::Stored)
         .last_modified_time(zip::DateTime::default())
-        .large_file(array.bytes() > u32::MAX.into());
+        .large_file(array.bytes() >= ZIP64);
     zip.start_file(format!("{}.npy", array.name), options)
 }
 
-/// Bytes of the archive: it is written, with zeros for values, to where nothing is kept.
-fn planned_bytes(jobs: &[(&PackedTensor, Form)]) -> u64 {
-    let zeros = vec![0; 1 << 20];
-    let mut zip = ZipWriter::new(Nowhere::default());
-    let mut write = || -> zip::result::ZipResult<()> {
-        for array in jobs.iter().flat_map(|(tensor, form)| arrays(tensor, *form)) {
-            start(&mut zip, &array)?;
+/// Bytes of the archive, by the rules of zip: a header before each entry and one in the directory, which ends the file;
+/// fields of 32 bits move into an extra one of 64 where they overflow.
+fn planned_bytes<'a>(arrays: impl Iterator<Item = &'a Array>) -> u64 {
+    let (mut entries, mut position, mut directory) = (0, 0, 0);
+    for array in arrays {
+        let (bytes, name) = (array.bytes(), (array.name.len() + ".npy".len()) as u64);
+        let sizes = if bytes >= ZIP64 { 16 } else { 0 };
+        let start = if position >= ZIP64 { 8 } else { 0 };
+        let extra = |fields: u64| if fields > 0 { 4 + fields } else { 0 };
+        directory += 46 + name + extra(sizes + start);
+        position += 30 + name + extra(sizes) + bytes;
+        entries += 1;
+    }
+    let wide = entries > u64::from(u16::MAX) || directory.max(position) > ZIP64;
+    position + directory + if wide { 56 + 20 } else { 0 } + 22
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::SeekFrom;
+
+    use super::*;
+
+    #[test]
+    fn archives_are_planned_to_the_byte_beyond_four_gigabytes() {
+        let array = |name: &str, bytes: usize| Array::new(name, "", "|u1", &[bytes]);
+        let small = [array("a", 0), array("\u{e4}.codes", 1000)];
+        let many: Vec<Array> = (0..70_000).map(|index| array(&index.to_string(), 1)).collect();
+        let far = [array("a", 3 << 30), array("b", 2 << 30), array("c", 1)];
+        let large = [array("a", 5 << 30), array("b", 7)];
+        for arrays in [&small[..], &many, &far, &large] {
+            assert_eq!(planned_bytes(arrays.iter()), written_bytes(arrays));
+        }
+    }
+
+    /// Bytes of the archive as the library writes it, with zeros for values.
+    fn written_bytes(arrays: &[Array]) -> u64 {
+        let zeros = vec![0; 1 << 20];
+        let mut zip = ZipWriter::new(Nowhere::default());
+        for array in arrays {
+            start(&mut zip, array).unwrap();
             let mut left = array.bytes();
             while left > 0 {
                 let step = left.min(zeros.len() as u64);
-                zip.write_all(&zeros[..step as usize])?;
+                zip.write_all(&zeros[..step as usize]).unwrap();
                 left -= step;
             }
         }
-        Ok(())
-    };
-    write().expect("counting does not fail");
-    zip.finish().expect("counting does not fail").end
-}
-
-/// Counts bytes.
-#[derive(Debug, Default)]
-struct Nowhere {
-    position: u64,
-    end: u64,
-}
-
-impl Write for Nowhere {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.position += bytes.len() as u64;
-        self.end = self.end.max(self.position);
-        Ok(bytes.len())
+        zip.finish().unwrap().end
     }
 
-    fn flush(&mut self) -> std::io::Result<()> {
-        Ok(())
+    /// Counts bytes.
+    #[derive(Debug, Default)]
+    struct Nowhere {
+        position: u64,
+        end: u64,
     }
-}
 
-impl Seek for Nowhere {
-    fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
-        let place = match to {
-            SeekFrom::Start(place) => Some(place),
-            SeekFrom::End(by) => self.end.checked_add_signed(by),
-            SeekFrom::Current(by) => self.position.checked_add_signed(by),
-        };
-        self.position = place.ok_or(std::io::ErrorKind::InvalidInput)?;
-        Ok(self.position)
+    impl Write for Nowhere {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.position += bytes.len() as u64;
+            self.end = self.end.max(self.position);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Seek for Nowhere {
+        fn seek(&mut self, to: SeekFrom) -> std::io::Result<u64> {
+            let place = match to {
+                SeekFrom::Start(place) => Some(place),
+                SeekFrom::End(by) => self.end.checked_add_signed(by),
+                SeekFrom::Current(by) => self.position.checked_add_signed(by),
+            };
+            self.position = place.ok_or(std::io::ErrorKind::InvalidInput)?;
+            Ok(self.position)
+        }
     }
 }

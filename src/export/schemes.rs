@@ -1,6 +1,6 @@
 //! Which linear layer of an export is quantized how.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use super::{Refusal, integers::Integers};
 use crate::{encoding::Encoding, format::PackedTensor};
@@ -20,6 +20,8 @@ pub(super) struct Scheme {
 pub(super) struct Schemes {
     layers: Vec<Scheme>,
     by_module: HashMap<String, usize>,
+    /// Why quantized tensors are dequantized: how many for each reason, and the first.
+    plain: BTreeMap<&'static str, (usize, String)>,
 }
 
 impl Schemes {
@@ -28,6 +30,13 @@ impl Schemes {
         let [rows, cols] = tensor.shape[..] else { unreachable!("only matrices are added") };
         self.by_module.insert(module.to_owned(), self.layers.len());
         self.layers.push(Scheme { module: module.to_owned(), integers, rows, cols, encoding: tensor.encoding });
+    }
+
+    /// Notes why a tensor is dequantized, if it is quantized at all.
+    pub fn leave_plain(&mut self, tensor: &PackedTensor, why: &'static str) {
+        if tensor.encoding.layout().is_some() {
+            self.plain.entry(why).or_insert_with(|| (0, tensor.name.clone())).0 += 1;
+        }
     }
 
     pub fn get(&self, module: &str) -> Option<&Integers> {
@@ -66,7 +75,7 @@ impl Schemes {
         self.layers.is_empty().then(|| Refusal { runtime: layout.into(), why })
     }
 
-    /// What the layout made larger without changing a value.
+    /// What the layout made larger, with the values as they are or dequantized.
     pub fn notices(&self) -> Vec<String> {
         let bits = |encoding: &Encoding| match encoding {
             Encoding::Int { bits, .. } => Some(*bits),
@@ -91,6 +100,10 @@ impl Schemes {
                 self.layers.len()
             ));
         }
+        notices.extend(self.plain.iter().map(|(why, (count, name))| match count {
+            1 => format!("tensor {name} is dequantized: {why}"),
+            _ => format!("{count} tensors are dequantized, the first {name}: {why}"),
+        }));
         notices
     }
 }

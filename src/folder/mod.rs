@@ -21,6 +21,21 @@ pub(crate) const CONFIG: &str = "config.json";
 pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
+/// Files of a model's folder that travel inside the packed file.
+pub(crate) const TRAVELLING_FILES: [&str; 11] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
 /// Whether the model in a folder may be replaced; `Err` of a sentence says why not.
 pub(crate) type Replaceable<'a> = &'a dyn Fn(&Path) -> Result<(), String>;
 
@@ -106,7 +121,10 @@ impl<'a> PartialFolder<'a> {
 }
 
 /// Whether the target exists; refuses one that must not be written to.
-fn check_target(target: &Path, force: bool, replaceable: Replaceable) -> Result<bool> {
+///
+/// # Errors
+/// As [`PartialFolder::create`].
+pub(crate) fn check_target(target: &Path, force: bool, replaceable: Replaceable) -> Result<bool> {
     let refuse = |why: String| Err(Error::BadOutput { path: target.to_owned(), why });
     match std::fs::metadata(target) {
         Err(error) if error.kind() == ErrorKind::NotFound => {

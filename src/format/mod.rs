@@ -23,7 +23,7 @@ mod write;
 pub use layout::{FilePlan, PlannedFile, PlannedTensor, Role, plan};
 pub use manifest::{Manifest, Part, ShardInfo, Source, SourceFile};
 pub use opened::Opened;
-pub use output::{refuse_file_of_checkpoint, refuse_same_file};
+pub use output::{refuse_file_of_checkpoint, refuse_file_of_packed, refuse_same_file};
 pub use read::{PackedFile, PackedPart, PackedTensor, ShardView};
 pub(crate) use write::without_temporary_name;
 pub use write::{PackedWriter, check_output, persist, planned_bytes, temporary_beside, write_file};

@@ -62,7 +62,7 @@ impl<'a, O: Ops> Gated<'a, O> {
 
 /// How the experts of a mixture are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum ExpertNames {
+pub(crate) enum ExpertNames {
     /// A matrix each: `block_sparse_moe.experts.E.w1`, `w2`, `w3`.
     Single,
     /// All in one tensor: `mlp.experts.gate_up_proj` `[experts, 2 * intermediate, hidden]` and `down_proj`.
@@ -70,14 +70,16 @@ enum ExpertNames {
 }
 
 impl ExpertNames {
-    fn of(source: &dyn TensorSource) -> Self {
+    /// What the first layer has, which is taken for all.
+    pub(crate) fn of(source: &dyn TensorSource) -> Self {
         match source.shape("model.layers.0.mlp.experts.gate_up_proj") {
             Some(_) => ExpertNames::Stacked,
             None => ExpertNames::Single,
         }
     }
 
-    const fn router(self) -> &'static str {
+    /// The weight of a layer that chooses among experts.
+    pub(crate) const fn router(self) -> &'static str {
         match self {
             ExpertNames::Single => "block_sparse_moe.gate.weight",
             ExpertNames::Stacked => "mlp.gate.weight",

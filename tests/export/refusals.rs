@@ -1,6 +1,6 @@
 //! What a layout cannot hold is told before anything is written; what one runtime would refuse is a warning.
 
-use std::path::Path;
+use std::{io::Write, path::Path};
 
 use bkpack::{
     Error,
@@ -9,6 +9,7 @@ use bkpack::{
     progress::Silent,
 };
 use bkpack_kernels::FloatType;
+use half::bf16;
 use safetensors::tensor::TensorView;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -16,7 +17,7 @@ use tempfile::TempDir;
 use super::{architecture, exported, files, fixture, output::refused, packed, run};
 
 fn plan_of(packed: &PackedFile, target: Target) -> Plan {
-    export::plan(packed, target, &Options::default()).unwrap()
+    export::plan(packed, target, &Options::default(), &Silent).unwrap()
 }
 
 /// Asserts that an export is refused with these words, and that nothing is written.
@@ -72,11 +73,94 @@ fn a_value_beyond_f16_is_refused_by_its_name() {
     let (folder, packed) = packed(&path, &["--bits", "4"]);
     let half = Options { dtype: Some(FloatType::F16), ..Options::default() };
     impossible(&packed, &folder, Target::Safetensors, &half, &["norm.weight", "70000", "F16", "--dtype"]);
-    let wide = export::plan(&packed, Target::Safetensors, &Options::default()).unwrap();
+    let wide = export::plan(&packed, Target::Safetensors, &Options::default(), &Silent).unwrap();
     assert_eq!(wide.tensors[0].fidelity, Fidelity::Lossless);
     let brain = Options { dtype: Some(FloatType::BF16), ..Options::default() };
-    let brain = export::plan(&packed, Target::Safetensors, &brain).unwrap();
+    let brain = export::plan(&packed, Target::Safetensors, &brain, &Silent).unwrap();
     assert_eq!(brain.tensors[0].fidelity, Fidelity::Rounded { why: "converted to BF16".into() });
+}
+
+/// The fixture with the weights named so multiplied by a power of two.
+fn scaled(part: &str, factor: f32) -> TempDir {
+    let folder = TempDir::new().unwrap();
+    for (name, bytes) in files(&fixture()) {
+        std::fs::write(folder.path().join(name), bytes).unwrap();
+    }
+    let path = folder.path().join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let scaled: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
+        .iter()
+        .map(|(name, tensor)| {
+            assert_eq!(tensor.dtype(), safetensors::Dtype::BF16);
+            let factor = if name.contains(part) { factor } else { 1.0 };
+            let scale = |bytes: &[u8]| bf16::from_f32(factor * bf16::from_le_bytes([bytes[0], bytes[1]]).to_f32());
+            let values = tensor.data().chunks(2).flat_map(|bytes| scale(bytes).to_le_bytes()).collect();
+            (name.to_owned(), tensor.shape().to_vec(), values)
+        })
+        .collect();
+    let views = scaled
+        .iter()
+        .map(|(name, shape, values)| (name, TensorView::new(safetensors::Dtype::BF16, shape.clone(), values).unwrap()));
+    std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+    folder
+}
+
+#[test]
+fn scales_that_f16_loses_are_refused_like_those_beyond_it() {
+    let wide = Options { dtype: Some(FloatType::F32), ..Options::default() };
+    let brain = Options { dtype: Some(FloatType::BF16), ..Options::default() };
+    for (factor, word) in [(2f32.powi(-27), "too small for F16"), (2f32.powi(30), "too large for F16")] {
+        let source = scaled("layers.1.mlp.up_proj", factor);
+        let (folder, packed) = packed(source.path(), &["--bits", "8", "--group-size", "32"]);
+        for target in [Target::CompressedTensors, Target::Mlx] {
+            let words = ["layers.1.mlp.up_proj", "holds a ", word, "--dtype fp32"];
+            impossible(&packed, &folder, target, &Options::default(), &words);
+            assert!(export::plan(&packed, target, &wide, &Silent).unwrap().refusals.is_empty());
+        }
+        // Plain values of this size are lost in F16 as well.
+        impossible(
+            &packed,
+            &folder,
+            Target::Gptq,
+            &Options::default(),
+            &["up_proj.weight holds", word, "--dtype fp32"],
+        );
+        let plan = export::plan(&packed, Target::Gptq, &brain, &Silent).unwrap();
+        assert!(plan.refusals.is_empty(), "{:?}", plan.refusals);
+        let layer = plan.tensors.iter().find(|tensor| tensor.name.contains("layers.1.mlp.up_proj")).unwrap();
+        assert_eq!((layer.names.len(), layer.target.as_str()), (1, "BF16"));
+        assert!(
+            plan.notices.iter().any(|notice| notice.contains("up_proj") && notice.contains("too small or too large"))
+        );
+        let gguf = plan_of(&packed, Target::Gguf);
+        let layer = gguf.tensors.iter().find(|tensor| tensor.name.contains("layers.1.mlp.up_proj")).unwrap();
+        assert_eq!((layer.target.as_str(), &layer.fidelity), ("F32", &Fidelity::Lossless));
+    }
+}
+
+#[test]
+fn biases_are_looked_at_where_scales_are_merely_rounded() {
+    // Scales stay below 65504; a bias is up to 255 times its scale.
+    let source = scaled("layers.1.mlp.up_proj", 2f32.powi(23));
+    let (folder, packed) = packed(source.path(), &["--bits", "8", "--group-size", "32", "--asymmetric"]);
+    let plan = plan_of(&packed, Target::CompressedTensors);
+    let layer = plan.tensors.iter().find(|tensor| tensor.name.contains("layers.1.mlp.up_proj")).unwrap();
+    assert_eq!(layer.fidelity, Fidelity::Rounded { why: "scales to F16".into() });
+    impossible(&packed, &folder, Target::Mlx, &Options::default(), &["up_proj", "a bias of", "too large for F16"]);
+}
+
+#[test]
+fn groups_are_not_split_into_crumbs() {
+    // Groups of 32 on the 48 columns of w2 would become ones of 16.
+    let (_folder, packed) = packed(&architecture("mixtral"), &["--bits", "4", "--group-size", "32"]);
+    for target in [Target::CompressedTensors, Target::Gptq, Target::Mlx] {
+        let plan = plan_of(&packed, target);
+        let of = |part: &str| plan.tensors.iter().find(|tensor| tensor.name.contains(part)).unwrap().names.len();
+        assert_eq!((of("experts.0.w2") > 1, of("q_proj") > 1), (false, true), "{}", target.name());
+        let said = |notice: &String| notice.contains("w2.weight: its columns do not split");
+        assert!(plan.notices.iter().any(said), "{:?}", plan.notices);
+    }
 }
 
 #[test]
@@ -153,6 +237,30 @@ fn layers_that_do_not_fit_stay_plain() {
     assert_eq!((dt.names.len(), dt.target.as_str()), (1, "F16"));
     let warning = plan.warnings.iter().find(|warning| warning.runtime == "transformers").unwrap();
     assert!(warning.why.ends_with("(dequantize=True)"), "{}", warning.why);
+}
+
+#[test]
+fn names_that_a_container_would_misread_are_refused() {
+    let scratch = TempDir::new().unwrap();
+    let path = scratch.path().join("model.npz");
+    for (name, target, words) in [
+        ("../../up", Target::Npz, "leads out of an archive"),
+        ("/etc/up", Target::Npz, "leads out of an archive"),
+        ("a\\..\\up", Target::Npz, "leads out of an archive"),
+        ("__metadata__", Target::Safetensors, "safetensors' own"),
+    ] {
+        let mut zip = zip::ZipWriter::new(std::fs::File::create(&path).unwrap());
+        zip.start_file(format!("{name}.npy"), zip::write::SimpleFileOptions::default()).unwrap();
+        let mut array =
+            b"\x93NUMPY\x01\x00\x76\x00{'descr': '<f4', 'fortran_order': False, 'shape': (64, 64), }".to_vec();
+        array.resize(127, b' ');
+        array.push(b'\n');
+        array.resize(128 + 64 * 64 * 4, 0);
+        zip.write_all(&array).unwrap();
+        zip.finish().unwrap();
+        let (folder, packed) = packed(&path, &["--bits", "4"]);
+        impossible(&packed, &folder, target, &Options::default(), &[name, words]);
+    }
 }
 
 #[test]

@@ -299,7 +299,8 @@ fn complex_tensors_are_whole_again() {
         Cpu::detect().dequantize(&found.matrix(), 0, &mut floats);
         assert_eq!(floats, [10.0, 11.0, 12.0, 13.0, 14.0, 15.0]);
     }
-    let refused = bkpack::export::plan(&packed, Target::Mlx, &Options::default()).unwrap().refusals;
+    let refused =
+        bkpack::export::plan(&packed, Target::Mlx, &Options::default(), &bkpack::progress::Silent).unwrap().refusals;
     assert!(refused.iter().any(|refusal| refusal.why.contains("complex")), "{refused:?}");
 }
 
@@ -327,7 +328,8 @@ fn sizes_are_exact_beforehand() {
         let (folder, packed) = packed(&source, options);
         for target in [Target::CompressedTensors, Target::Mlx, Target::Gptq, Target::Safetensors, Target::Npz] {
             let output = folder.path().join(target.name());
-            let planned = bkpack::export::plan(&packed, target, &Options::default()).unwrap();
+            let planned =
+                bkpack::export::plan(&packed, target, &Options::default(), &bkpack::progress::Silent).unwrap();
             assert!(planned.refusals.is_empty(), "{:?}", planned.refusals);
             bkpack::export::export(&packed, target, &Options::default(), &output, false, &bkpack::progress::Silent)
                 .unwrap();

@@ -2,7 +2,8 @@
 //!
 //! Page: `ggml-common.h` and `ggml-quants.c` of ggml. A row is cut into blocks; no block runs over the end of a row.
 
-use half::{bf16, f16};
+use bkpack_kernels::FloatType;
+use half::f16;
 
 /// How ggml stores a tensor's rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,6 +27,16 @@ pub(super) enum BlockType {
     Q4K,
     /// 6 bits with a scale of 8 bits for every 16 weights.
     Q6K,
+}
+
+impl From<FloatType> for BlockType {
+    fn from(dtype: FloatType) -> Self {
+        match dtype {
+            FloatType::F32 => BlockType::F32,
+            FloatType::F16 => BlockType::F16,
+            FloatType::BF16 => BlockType::Bf16,
+        }
+    }
 }
 
 impl BlockType {
@@ -110,6 +121,16 @@ impl BlockType {
         cols / self.columns() * self.bytes()
     }
 
+    /// The float type that it is, if it is one.
+    pub(super) const fn float(self) -> Option<FloatType> {
+        match self {
+            BlockType::F32 => Some(FloatType::F32),
+            BlockType::F16 => Some(FloatType::F16),
+            BlockType::Bf16 => Some(FloatType::BF16),
+            _ => None,
+        }
+    }
+
     /// The integers that a scale alone can multiply, if the type is one of scales without minima.
     pub(super) const fn levels(self) -> Option<(i32, i32)> {
         match self {
@@ -184,18 +205,4 @@ pub(super) fn minimum(zero: i32, scale: f16) -> f16 {
 pub(super) fn minimum_is_exact(zero: i32, scale: f16) -> bool {
     let exact = -(zero as f32) * scale.to_f32();
     scale.is_sign_positive() && minimum(zero, scale).to_f32() == exact
-}
-
-/// Writes values as F32, F16 or BF16, rounded to nearest even.
-///
-/// # Panics
-/// If the type is none of these.
-pub(super) fn write_floats(kind: BlockType, values: &[f32], out: &mut [u8]) {
-    let pairs = values.iter().zip(out.chunks_exact_mut(kind.bytes()));
-    match kind {
-        BlockType::F32 => pairs.for_each(|(value, out)| out.copy_from_slice(&value.to_le_bytes())),
-        BlockType::F16 => pairs.for_each(|(&value, out)| out.copy_from_slice(&f16::from_f32(value).to_le_bytes())),
-        BlockType::Bf16 => pairs.for_each(|(&value, out)| out.copy_from_slice(&bf16::from_f32(value).to_le_bytes())),
-        _ => unreachable!("{kind:?} is no float"),
-    }
 }

@@ -1,7 +1,7 @@
 //! Which of ggml's types holds a tensor: the smallest that keeps every value, or else the one that it is rounded to.
 
 use bkpack_kernels::{Cpu, Data, FloatType, Grid, Layout, Matrix, bits, reference};
-use half::{bf16, f16};
+use half::f16;
 use rayon::prelude::*;
 
 use super::{
@@ -11,7 +11,10 @@ use super::{
 };
 use crate::{
     error::Result,
-    export::Fidelity,
+    export::{
+        Fidelity,
+        plain::{Rounding, TensorRounding},
+    },
     format::PackedFile,
     tensor::{Tensor, TensorSource},
 };
@@ -185,7 +188,7 @@ fn exact(tensors: &Pieces, cols: usize) -> Result<BlockType, String> {
         extent = extent.and(Extent::of(&tensor.matrix(), piece).unwrap_or(Extent::NONE));
     }
     if !extent.scales {
-        return Err("F16 cannot hold its scales".into());
+        return Err("its scales need F32, which no block type has".into());
     }
     let holds = |kind: &BlockType| {
         let levels = kind.levels().is_some_and(|(low, high)| low <= extent.lowest && extent.highest <= high);
@@ -213,8 +216,8 @@ fn requantized(tensors: &Pieces, cols: usize) -> Option<BlockType> {
     };
     // A block's scale is an F16 no larger than its largest weight, and as small as a four-thousandth of it.
     const LEAST: f32 = 1.0 / 256.0;
-    let (rounding, largest) = rounding(tensors, BlockType::F16);
-    let fits = cols.is_multiple_of(kind.columns()) && rounding != Rounding::OutOfRange && largest >= LEAST;
+    let largest = rounding(tensors, FloatType::F16).largest;
+    let fits = cols.is_multiple_of(kind.columns()) && (LEAST..=f16::MAX.to_f32()).contains(&largest);
     fits.then_some(kind)
 }
 
@@ -223,22 +226,16 @@ fn plain(tensors: &Pieces, options: &Options, why: Option<String>) -> Fit {
     let is = |wanted: FloatType| {
         tensors.iter().all(|(tensor, _)| matches!(tensor.matrix().data(), Data::Float { dtype, .. } if dtype == wanted))
     };
-    let kind = match options.dtype {
-        Some(FloatType::F32) => BlockType::F32,
-        Some(FloatType::F16) => BlockType::F16,
-        Some(FloatType::BF16) => BlockType::Bf16,
-        None if is(FloatType::BF16) => BlockType::Bf16,
-        None => BlockType::F16,
+    let dtype = options.dtype.unwrap_or(if is(FloatType::BF16) { FloatType::BF16 } else { FloatType::F16 });
+    let kind = BlockType::from(dtype);
+    let verdict = match dtype {
+        dtype if is(dtype) => Rounding::Exact,
+        dtype => rounding(tensors, dtype).verdict(dtype),
     };
-    let same = kind == BlockType::F16 && is(FloatType::F16) || kind == BlockType::Bf16 && is(FloatType::BF16);
-    let (rounding, largest) =
-        if same || kind == BlockType::F32 { (Rounding::None, 1.0) } else { rounding(tensors, kind) };
-    let fidelity = match rounding {
-        Rounding::None => Fidelity::Lossless,
-        Rounding::OutOfRange => return Fit::wide(),
-        // Below its smallest normal number F16 keeps few digits, or none.
-        Rounding::Some if kind == BlockType::F16 && largest < f16::MIN_POSITIVE.to_f32() => return Fit::wide(),
-        Rounding::Some => Fidelity::Rounded {
+    let fidelity = match verdict {
+        Rounding::Exact => Fidelity::Lossless,
+        Rounding::Vanishes(_) | Rounding::Overflows(_) => return Fit::wide(),
+        Rounding::Rounded => Fidelity::Rounded {
             why: match why {
                 Some(why) => format!("{why}, so it is rounded to {}", kind.name()),
                 None => format!("rounded to {}", kind.name()),
@@ -248,39 +245,18 @@ fn plain(tensors: &Pieces, options: &Options, why: Option<String>) -> Fit {
     Fit { kind, moved: false, fidelity }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Rounding {
-    None,
-    Some,
-    /// A value is no finite number of the type.
-    OutOfRange,
-}
-
-/// What a float type makes of the values, and the largest magnitude among them.
-fn rounding(tensors: &Pieces, kind: BlockType) -> (Rounding, f32) {
-    let of_value = |value: f32| {
-        let stored = match kind {
-            BlockType::F16 => f16::from_f32(value).to_f32(),
-            BlockType::Bf16 => bf16::from_f32(value).to_f32(),
-            _ => value,
-        };
-        match stored {
-            stored if !stored.is_finite() => Rounding::OutOfRange,
-            stored if stored.to_bits() != value.to_bits() => Rounding::Some,
-            _ => Rounding::None,
-        }
-    };
-    let none = || (Rounding::None, 0f32);
-    let worse = |a: (Rounding, f32), b: (Rounding, f32)| (a.0.max(b.0), a.1.max(b.1));
+/// What a float type makes of the values.
+fn rounding(tensors: &Pieces, to: FloatType) -> TensorRounding {
     let cpu = Cpu::detect();
+    let none = || TensorRounding::NONE;
     let of_piece = |(tensor, piece): &(Tensor, &Piece)| {
         let w = tensor.matrix();
         let of_row = |values: &mut Vec<f32>, row: usize| {
             values.resize(w.cols(), 0.0);
             cpu.dequantize(&w, row, values);
-            values.iter().map(|&value| (of_value(value), value.abs())).fold(none(), worse)
+            TensorRounding::of(values, to)
         };
-        piece.rows.clone().into_par_iter().map_init(Vec::new, of_row).reduce(none, worse)
+        piece.rows.clone().into_par_iter().map_init(Vec::new, of_row).reduce(none, TensorRounding::merge)
     };
-    tensors.iter().map(of_piece).fold(none(), worse)
+    tensors.iter().map(of_piece).fold(none(), TensorRounding::merge)
 }

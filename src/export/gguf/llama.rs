@@ -12,6 +12,7 @@ use crate::{
     model::{
         Architecture,
         config::{Experts, LlamaConfig},
+        llama::ExpertNames,
         rope::{Rope, RopeScaling},
     },
     tensor::TensorSource,
@@ -135,11 +136,10 @@ fn mixture(packed: &PackedFile, config: &LlamaConfig, experts: Experts, layer: u
         content: Content::Rows(pieces),
         wide: false,
     };
-    let stacked = packed.shape(&ours("mlp.experts.gate_up_proj")).is_some();
-    let router = ours(if stacked { "mlp.gate.weight" } else { "block_sparse_moe.gate.weight" });
-    let router = Entry::matrix(theirs("ffn_gate_inp"), router, [experts.count, hidden], Order::AsTheyAre);
+    let names = ExpertNames::of(packed);
+    let router = Entry::matrix(theirs("ffn_gate_inp"), ours(names.router()), [experts.count, hidden], Order::AsTheyAre);
     entries.push(Entry { wide: true, ..router });
-    if stacked {
+    if names == ExpertNames::Stacked {
         let half = |which: usize| {
             let rows = |expert| (2 * expert + which) * intermediate..(2 * expert + which + 1) * intermediate;
             (0..experts.count).map(|expert| piece(ours("mlp.experts.gate_up_proj"), rows(expert))).collect()
@@ -188,10 +188,7 @@ fn refusals(name: &str, config: &LlamaConfig) -> Vec<String> {
 }
 
 fn warnings(config: &LlamaConfig) -> Vec<String> {
-    let narrowest = config.windows.iter().min().copied().unwrap_or(usize::MAX);
-    if narrowest >= config.max_positions {
-        return Vec::new();
-    }
+    let Some(narrowest) = config.narrowest_window() else { return Vec::new() };
     vec![format!(
         "has no sliding window for this architecture: beyond {narrowest} tokens its attention sees more than the model was \
          made for; keep contexts at {narrowest} tokens or below"

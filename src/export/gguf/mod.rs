@@ -30,12 +30,13 @@ use self::{
     entry::{Content, Description, Entry, Order, Piece},
     fit::{CodedRow, Fit},
 };
-use super::{ExportedTensor, Fidelity, Options, Plan, Refusal, Target};
+use super::{ExportedTensor, Fidelity, Options, Plan, Refusal, plain::float_bytes};
 use crate::{
     error::{Error, Result},
-    format::{PackedFile, check_output, persist, temporary_beside},
+    format::{PackedFile, persist, temporary_beside},
     model::{self, Architecture},
     progress::{Observer, Unit},
+    quant::write_floats,
     tensor::TensorSource,
 };
 
@@ -57,13 +58,17 @@ pub(super) struct Prepared<'a> {
 /// Says what an export would be. Values are read where the encodings alone do not decide what is lossless; nothing is
 /// written.
 ///
-/// A model that llama.cpp has no architecture for gives a plan with a refusal.
+/// A model that llama.cpp has no architecture for, or whose config.json or tokenizer GGUF cannot express, gives a plan
+/// with a refusal.
 ///
 /// # Errors
-/// A config.json or a tokenizer.json that is broken, a tensor that is missing or has another shape than config.json says.
-pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<Prepared<'a>> {
-    let config = packed.config().ok_or_else(|| Error::MissingConfig { path: packed.path().to_owned() })?;
-    let description = match Architecture::from_config(config) {
+/// A tokenizer.json that is broken, a tensor that is missing or has another shape than config.json says.
+pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options, observer: &dyn Observer) -> Result<Prepared<'a>> {
+    let Some(config) = packed.config() else {
+        let why = "no config.json is inside, which says what the tensors are; see convert --config".into();
+        return Ok(Prepared::impossible(packed, why));
+    };
+    let architecture = match Architecture::from_config(config) {
         Some(Architecture::ResNetBk) => {
             return Ok(Prepared::impossible(packed, "llama.cpp has no architecture for ResNet-BK".into()));
         }
@@ -71,14 +76,19 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<P
             let why = "the architecture that config.json names is none that bkpack knows to be llama.cpp's".into();
             return Ok(Prepared::impossible(packed, why));
         }
-        Some(architecture) => {
-            // Before anything is made of what config.json claims.
-            model::check_shapes(packed)?;
-            match architecture {
-                Architecture::Mamba => mamba::describe(packed, config)?,
-                family => llama::describe(packed, family, config)?,
-            }
+        Some(architecture) => architecture,
+    };
+    // Shapes are checked before anything is made of what config.json claims.
+    let described = model::check_shapes(packed).and_then(|()| match architecture {
+        Architecture::Mamba => mamba::describe(packed, config),
+        family => llama::describe(packed, family, config),
+    });
+    let description = match described {
+        // The other layouts hand config.json on; this one has to know what it means.
+        Err(Error::Config { field, why, .. }) => {
+            return Ok(Prepared::impossible(packed, format!("config.json: {field}: {why}")));
         }
+        described => described?,
     };
     let tokenizer = tokenizer::describe(packed, description.vocab_size)?;
     let Description { mut metadata, entries, refusals, warnings, .. } = description;
@@ -88,6 +98,7 @@ pub(super) fn prepare<'a>(packed: &'a PackedFile, options: &Options) -> Result<P
 
     let mut tensors = Vec::with_capacity(entries.len());
     for entry in entries {
+        observer.check()?;
         let fit = match &entry.content {
             Content::Rows(pieces) if !entry.wide => fit::fit(packed, pieces, entry.cols(), options)?,
             _ => Fit::wide(),
@@ -124,11 +135,8 @@ impl<'a> Prepared<'a> {
     /// Writes the file: all of it appears under its name, or nothing. Memory is bounded by a few megabytes of rows.
     ///
     /// # Errors
-    /// [`Error::Export`] if the plan has refusals; [`Error::Exists`] unless `force`; [`Error::BadOutput`], [`Error::Io`],
-    /// [`Error::Cancelled`].
+    /// [`Error::Exists`] unless `force`; [`Error::Io`], [`Error::Cancelled`].
     pub(super) fn write(&self, output: &Path, force: bool, observer: &dyn Observer) -> Result<()> {
-        self.plan.check(self.packed.path(), Target::Gguf)?;
-        check_output(output, force)?;
         let temporary = temporary_beside(output)?;
         let mut file = BufWriter::with_capacity(1 << 20, temporary);
         observer.begin("Exporting", self.plan.file_bytes - self.header.len() as u64, Unit::Bytes);
@@ -176,9 +184,7 @@ impl<'a> Prepared<'a> {
 }
 
 fn encode_floats(kind: BlockType, values: &[f32]) -> Vec<u8> {
-    let mut out = vec![0; kind.row_bytes(values.len())];
-    blocks::write_floats(kind, values, &mut out);
-    out
+    float_bytes(values, kind.float().expect("only floats are encoded without blocks"))
 }
 
 /// A vector whose elements move as the rows of its matrix do.
@@ -211,11 +217,9 @@ fn write_rows(
                 || vec![0.0; cols],
                 |values, (out, &row)| {
                     cpu.dequantize(w, row, values);
-                    match fit.kind {
-                        BlockType::F32 | BlockType::F16 | BlockType::Bf16 => {
-                            blocks::write_floats(fit.kind, values, out)
-                        }
-                        kind => kquants::write_row(kind, values, out),
+                    match fit.kind.float() {
+                        Some(dtype) => write_floats(values, dtype, out),
+                        None => kquants::write_row(fit.kind, values, out),
                     }
                 },
             );

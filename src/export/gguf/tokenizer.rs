@@ -30,6 +30,9 @@ const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
 
+/// Bytes of the longest token that is looked at at every cut, which takes their square.
+const LONGEST: usize = 1024;
+
 /// The sign that stands for a space in SentencePiece's tokens.
 const SPACE_SIGN: &str = "\u{2581}";
 
@@ -40,6 +43,20 @@ pub(super) struct TokenizerPart {
     pub refusals: Vec<String>,
     pub warnings: Vec<String>,
     pub notices: Vec<String>,
+}
+
+/// Why a tokenizer.json cannot be told to llama.cpp.
+enum Fault {
+    /// It breaks its own format.
+    Broken(String),
+    /// It is valid, but GGUF has no way to say it.
+    Inexpressible(String),
+}
+
+impl<T: Into<String>> From<T> for Fault {
+    fn from(why: T) -> Self {
+        Fault::Broken(why.into())
+    }
 }
 
 /// A token list whose length is the model's number of ids.
@@ -77,8 +94,15 @@ pub(super) fn describe(packed: &PackedFile, vocab_size: usize) -> Result<Tokeniz
         }
         None => return Err(broken("model.type is absent or no string".into())),
     }
-    let tokens = Tokens::read(&tokenizer, vocab_size).map_err(broken)?;
-    let merges = read_merges(model).map_err(broken)?;
+    let read = Tokens::read(&tokenizer, vocab_size).and_then(|tokens| Ok((tokens, read_merges(model)?)));
+    let (tokens, merges) = match read {
+        Ok(read) => read,
+        Err(Fault::Broken(why)) => return Err(broken(why)),
+        Err(Fault::Inexpressible(why)) => {
+            part.refusals.push(format!("tokenizer.json: {why}"));
+            return Ok(part);
+        }
+    };
     for key in ["continuing_subword_prefix", "end_of_word_suffix"] {
         if model[key].as_str().is_some_and(|text| !text.is_empty()) {
             part.refusals.push(format!("a tokenizer with {key} is none that llama.cpp has"));
@@ -102,7 +126,7 @@ pub(super) fn describe(packed: &PackedFile, vocab_size: usize) -> Result<Tokeniz
 }
 
 impl Tokens {
-    fn read(tokenizer: &Json, vocab_size: usize) -> Result<Self, String> {
+    fn read(tokenizer: &Json, vocab_size: usize) -> Result<Self, Fault> {
         let vocab = tokenizer["model"]["vocab"].as_object().ok_or("model.vocab is absent or no object")?;
         let mut texts: Vec<Option<String>> = vec![None; vocab_size];
         let mut types = vec![UNUSED; vocab_size];
@@ -112,13 +136,14 @@ impl Tokens {
             let id = id.as_u64().ok_or_else(|| format!("the id of token {text:?} is no number"))?;
             let slot = usize::try_from(id).ok().and_then(|id| texts.get_mut(id));
             let Some(slot) = slot else {
-                return Err(format!("token {text:?} has the id {id}, but the model has {vocab_size} ids"));
+                let why = format!("token {text:?} has the id {id}, but the model has {vocab_size} ids");
+                return Err(Fault::Inexpressible(why));
             };
             if slot.as_deref().is_some_and(|other| other != text) {
-                return Err(format!("the id {id} belongs to two tokens, one of them {text:?}"));
+                return Err(format!("the id {id} belongs to two tokens, one of them {text:?}").into());
             }
             if ids.insert(text.to_owned(), id as u32).is_some_and(|other| u64::from(other) != id) {
-                return Err(format!("token {text:?} has two ids"));
+                return Err(format!("token {text:?} has two ids").into());
             }
             *slot = Some(text.to_owned());
             types[id as usize] = kind;
@@ -154,22 +179,25 @@ impl Tokens {
 }
 
 /// The pairs that are merged, the first the earliest.
-fn read_merges(model: &Json) -> Result<Vec<(&str, &str)>, String> {
+fn read_merges(model: &Json) -> Result<Vec<(&str, &str)>, Fault> {
     let merges = model["merges"].as_array().ok_or("model.merges is absent or no list")?;
-    let whole = |text: &str| !text.is_empty() && !text.contains(' ');
-    merges
-        .iter()
-        .enumerate()
-        .map(|(rank, merge)| {
-            let pair = match merge {
-                Json::String(text) => text.split_once(' '),
-                Json::Array(pair) => pair.first().zip(pair.get(1)).filter(|_| pair.len() == 2).and_then(both_texts),
-                _ => None,
-            };
-            let pair = pair.filter(|(left, right)| whole(left) && whole(right));
-            pair.ok_or_else(|| format!("merge {rank} is no pair of texts without spaces"))
-        })
-        .collect()
+    merges.iter().enumerate().map(|(rank, merge)| read_merge(merge, rank)).collect()
+}
+
+fn read_merge(merge: &Json, rank: usize) -> Result<(&str, &str), Fault> {
+    let pair = match merge {
+        // Written so by older versions, which had no spaces in tokens.
+        Json::String(text) => text.split_once(' ').filter(|(_, right)| !right.contains(' ')),
+        Json::Array(pair) => pair.first().zip(pair.get(1)).filter(|_| pair.len() == 2).and_then(both_texts),
+        _ => None,
+    };
+    match pair.filter(|(left, right)| !left.is_empty() && !right.is_empty()) {
+        None => Err(format!("merge {rank} is no pair of texts").into()),
+        Some((left, right)) if left.contains(' ') || right.contains(' ') => {
+            Err(Fault::Inexpressible(format!("merge {rank} is of texts with spaces, which part them in GGUF")))
+        }
+        Some(pair) => Ok(pair),
+    }
 }
 
 fn both_texts<'a>((left, right): (&'a Json, &'a Json)) -> Option<(&'a str, &'a str)> {
@@ -331,6 +359,9 @@ impl TokenizerPart {
 fn merges_are_complete(merges: &[(&str, &str)], ranks: &HashMap<String, usize>, tokens: &Tokens) -> bool {
     let listed: HashSet<(&str, &str)> = merges.iter().copied().collect();
     let complete = tokens.texts.iter().zip(&tokens.types).filter(|(_, kind)| **kind == NORMAL).all(|(text, _)| {
+        if text.len() > LONGEST {
+            return false;
+        }
         let mut cuts = text.char_indices().skip(1).map(|(place, _)| text.split_at(place));
         cuts.all(|(left, right)| {
             !tokens.ids.contains_key(left) || !tokens.ids.contains_key(right) || listed.contains(&(left, right))

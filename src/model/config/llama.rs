@@ -54,6 +54,11 @@ pub struct Experts {
 }
 
 impl LlamaConfig {
+    /// Tokens of the narrowest sliding window, if there is one that a text within the model's positions outgrows.
+    pub fn narrowest_window(&self) -> Option<usize> {
+        self.windows.iter().min().copied().filter(|&window| window < self.max_positions)
+    }
+
     /// Reads and checks the configuration of an architecture of this family; `path` is the model's, for errors.
     ///
     /// # Errors
