@@ -221,14 +221,14 @@ impl<'a> Packing<'a> {
         notices
     }
 
-    /// A tensor may be named like a part of another one, or like a travelling file; one file cannot hold both.
+    /// A tensor may be named like a part of another one, like a travelling file, or like what safetensors keeps its
+    /// metadata under; one file cannot hold both.
     fn check_unique_names(&self) -> Result<()> {
-        let mut names = HashSet::new();
+        let mut names = HashSet::from(["__metadata__"]);
         match self.files.iter().flat_map(|file| &file.parts).find(|part| !names.insert(part.name.as_str())) {
             None => Ok(()),
             Some(part) => {
-                let why = "a part of another tensor or a travelling file needs this name; rename it, or keep the other"
-                    .into();
+                let why = "the header, a part of another tensor or a travelling file needs this name; rename it".into();
                 Err(Error::Parts { path: self.checkpoint.path().to_owned(), tensor: part.name.clone(), why })
             }
         }

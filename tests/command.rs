@@ -534,3 +534,14 @@ fn no_file_of_a_sharded_input_is_replaced() {
     }
     assert!(before.iter().all(|(name, bytes)| std::fs::read(path(name)).unwrap() == *bytes));
 }
+
+#[test]
+fn a_tensor_cannot_have_the_name_of_the_metadata() {
+    let folder = TempDir::new().unwrap();
+    let (source, output) = (folder.path().join("w.safetensors"), folder.path().join("w.bkpack"));
+    std::fs::write(&source, safetensors(&[Stored::random("w", "F32", &[64], 1.0, &mut Random(1))])).unwrap();
+    let mut convert = bkpack();
+    convert.arg("convert").arg(&source).arg("-o").arg(&output).args(["-q", "--rename", "^w$=__metadata__"]);
+    refused(&run(&mut convert), &["__metadata__", "the header", "rename it"]);
+    assert!(!output.exists());
+}
