@@ -24,6 +24,7 @@ use self::folder::FolderExport;
 use crate::{
     encoding::Encoding,
     error::{Error, Result},
+    folder::check_disk,
     format::{self, PackedFile, refuse_file_of_packed},
     progress::Observer,
     tensor::TensorSource,
@@ -204,6 +205,10 @@ pub fn export(
     check_output(packed, target, output, force)?;
     let ready = |plan: &Plan| {
         plan.check(packed.path(), target)?;
+        if matches!(target, Target::Gguf | Target::Npz) {
+            let home = output.parent().filter(|home| !home.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            check_disk(output, home, plan.file_bytes)?;
+        }
         packed.check_contents(observer)
     };
     match target {

@@ -60,10 +60,7 @@ impl<'a> PartialFolder<'a> {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         };
-        // Where the system cannot say, writing finds out.
-        if let Ok(free) = fs4::available_space(home) {
-            check_space(target, needed, free)?;
-        }
+        check_disk(target, home, needed)?;
         let mut builder = tempfile::Builder::new();
         builder.prefix(".bkpack-").suffix(".partial");
         #[cfg(unix)]
@@ -169,7 +166,16 @@ pub(crate) fn to_json(value: &Value) -> Vec<u8> {
     bytes
 }
 
-/// Refuses to begin what cannot end: a full disk would stop everyone's work on it.
+/// Refuses to begin what cannot end: a full disk would stop everyone's work on it. `home` is the folder that `target` is to
+/// lie in.
+pub(crate) fn check_disk(target: &Path, home: &Path, needed: u64) -> Result<()> {
+    match fs4::available_space(home) {
+        Ok(free) => check_space(target, needed, free),
+        // Where the system cannot say, writing finds out.
+        Err(_) => Ok(()),
+    }
+}
+
 fn check_space(target: &Path, needed: u64, free: u64) -> Result<()> {
     if needed <= free {
         return Ok(());

@@ -33,7 +33,7 @@ use self::{
 use super::{ExportedTensor, Fidelity, Options, Plan, Refusal, plain::float_bytes};
 use crate::{
     error::{Error, Result},
-    format::{PackedFile, persist, temporary_beside},
+    format::{PackedFile, persist, temporary_beside, without_temporary_name},
     model::{self, Architecture},
     progress::{Observer, Unit},
     quant::write_floats,
@@ -137,20 +137,21 @@ impl<'a> Prepared<'a> {
     /// # Errors
     /// [`Error::Exists`] unless `force`; [`Error::Io`], [`Error::Cancelled`].
     pub(super) fn write(&self, output: &Path, force: bool, observer: &dyn Observer) -> Result<()> {
+        let failed = |error| Error::io(output)(without_temporary_name(error));
         let temporary = temporary_beside(output)?;
         let mut file = BufWriter::with_capacity(1 << 20, temporary);
         observer.begin("Exporting", self.plan.file_bytes - self.header.len() as u64, Unit::Bytes);
-        file.write_all(&self.header).map_err(Error::io(output))?;
+        file.write_all(&self.header).map_err(failed)?;
         for (entry, fit) in &self.tensors {
             self.write_tensor(entry, fit, &mut |bytes| {
                 observer.check()?;
-                file.write_all(bytes).map_err(Error::io(output))?;
+                file.write_all(bytes).map_err(failed)?;
                 observer.advance(bytes.len() as u64);
                 Ok(())
             })?;
         }
         observer.end();
-        let temporary = file.into_inner().map_err(|error| Error::io(output)(error.into_error()))?;
+        let temporary = file.into_inner().map_err(|error| failed(error.into_error()))?;
         temporary.as_file().sync_data().map_err(Error::io(output))?;
         persist(temporary, output, force)
     }
