@@ -380,6 +380,9 @@ pub enum Error {
     /// `BKPACK_ISA` names an instruction set that does not run here.
     #[error(transparent)]
     Isa(#[from] bkpack_kernels::cpu::IsaError),
+    /// The GPU cannot be used, or its memory is full.
+    #[error(transparent)]
+    Cuda(#[from] bkpack_kernels::cuda::CudaError),
 }
 
 impl Error {

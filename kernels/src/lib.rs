@@ -6,6 +6,7 @@
 
 pub mod bits;
 pub mod cpu;
+pub mod cuda;
 pub mod matrix;
 pub mod reference;
 pub mod reference_ops;

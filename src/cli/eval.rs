@@ -6,16 +6,17 @@ use bkpack::{
     Error, Result,
     eval::{
         components::{DEFAULT_WINDOWS, component_costs},
-        perplexity::{Evaluation, evaluate},
+        perplexity::{Evaluation, evaluate_on},
         record::EvaluationRecord,
     },
+    ops::device::{Device, DeviceChoice},
     report::table::{count, facts},
-    tensor::CalibrationText,
+    tensor::{CalibrationText, TensorSource},
 };
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, components, print, source::SourceArgs, text::MeasureArgs};
+use super::{Common, components, device::DeviceArgs, print, source::SourceArgs, text::MeasureArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -28,7 +29,9 @@ Examples:
   bkpack eval model.bkpack --text test.txt --ctx 512 --skip 257
       The protocol of llama.cpp: 255 tokens of each window are scored
   bkpack eval model.bkpack --tokens ids.json --activations int8 --json
-      Token ids of your own, 8-bit activations, figures as JSON";
+      Token ids of your own, 8-bit activations, figures as JSON
+  bkpack eval model.bkpack --text test.txt --device auto
+      On the GPU if there is one; the figures say on which device they were measured";
 
 /// Measure perplexity, and the cost of packing against a baseline
 #[derive(Args, Debug)]
@@ -39,6 +42,9 @@ pub struct EvalArgs {
 
     #[command(flatten)]
     measure: MeasureArgs,
+
+    #[command(flatten)]
+    device: DeviceArgs,
 
     /// Packed file or checkpoint to compare with, on the same windows
     #[arg(long, value_name = "MODEL")]
@@ -80,7 +86,18 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let (tokens, options) = (args.measure.tokens(&**source)?, args.measure.options());
     let text = CalibrationText::of(args.measure.path())?;
     let cpu = Cpu::from_environment()?;
-    let evaluation = evaluate(cpu, &**source, baseline, &tokens, &options, &observer)?;
+    let device = match (args.by_component, args.device.choice()) {
+        (true, DeviceChoice::Cuda) => {
+            let why = "the components are measured on the CPU alone; pass --device cpu".into();
+            return Err(Error::Option { option: "--by-component", why });
+        }
+        // One device for all figures of a record.
+        (true, _) => Device::Cpu,
+        (false, _) => {
+            args.device.open(std::iter::once(&**source as &dyn TensorSource).chain(baseline), &args.common)?
+        }
+    };
+    let evaluation = evaluate_on(&device, cpu, &**source, baseline, &tokens, &options, &observer)?;
     let mut record = EvaluationRecord::new(evaluation, Some(text), source.packed());
     if let (true, Some(packed), Some(baseline)) = (args.by_component, source.packed(), baseline) {
         let windows = args.component_windows as usize;
@@ -115,6 +132,7 @@ fn render(evaluation: &Evaluation) -> String {
         ("tokens/s".into(), format!("{:.1}", evaluation.tokens_per_second)),
         ("scored tokens".into(), format!("{scored} ({} windows of {})", evaluation.windows, evaluation.ctx)),
         ("activations".into(), activations(evaluation)),
+        ("device".into(), evaluation.device.to_string()),
     ]);
     if let Some(error) = &evaluation.core_error {
         let percent = |error: f64| format!("{:.3} %", 100.0 * error);

@@ -9,17 +9,23 @@ use std::{
 use bkpack::{
     Error, Result,
     eval::{
-        generate::{Limits, generate},
+        generate::{Generated, Limits, generate},
         text::Tokenizer,
     },
     model::{Model, config::eos_tokens, sample::Sampler},
-    ops::cpu::{Activations, CpuOps},
+    ops::{
+        Ops,
+        cpu::{Activations, CpuOps},
+        cuda::CudaOps,
+        device::Device,
+    },
     progress::Observer,
+    tensor::TensorSource,
 };
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, source::SourceArgs};
+use super::{Common, device::DeviceArgs, progress::ProgressObserver, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -61,6 +67,9 @@ pub struct GenerateArgs {
     #[arg(long, value_enum, default_value_t)]
     activations: Activations,
 
+    #[command(flatten)]
+    device: DeviceArgs,
+
     /// Check every hash of the packed file before it is used
     #[arg(long)]
     verify_hashes: bool,
@@ -80,24 +89,13 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let mut sampler = Sampler::new(cpu, args.temperature, args.top_p, seed)?;
     let verify = args.verify_hashes.then_some(&observer);
     let source = args.checkpoint.open(&[&args.model], verify, &args.common)?.remove(0);
-    let tokenizer = Tokenizer::load(&*source)?;
-    let ops = CpuOps::new(cpu, args.activations);
-    let model = Model::load(&*source, &ops)?;
-    model.check_sequential()?;
-    let prompt = tokenizer.encode_prompt(&*source, &args.prompt)?;
-    let eos = eos_tokens(&*source)?;
-    let limits = Limits { max_tokens: args.max_tokens, eos: &eos };
-
-    let write = |text: &str| {
-        let mut stdout = stdout().lock();
-        stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::io(Path::new("standard output")))
+    let written = match args.device.open([&*source as &dyn TensorSource], &args.common)? {
+        Device::Cpu => {
+            args.activations.check_cpu()?;
+            write(args, &*source, &CpuOps::new(cpu, args.activations), &mut sampler, &observer)
+        }
+        Device::Cuda(cuda) => write(args, &*source, &CudaOps::new(cuda, args.activations)?, &mut sampler, &observer),
     };
-    let written = write(&args.prompt).and_then(|()| {
-        let generated = generate((&model, &ops), &tokenizer, &prompt, &mut sampler, limits, &observer, write)?;
-        write("\n")?;
-        Observer::check(&observer)?;
-        Ok(generated)
-    });
     let generated = match written {
         // The reader of the text has gone away: it has enough.
         Err(Error::Io { source, .. }) if source.kind() == ErrorKind::BrokenPipe => return Ok(()),
@@ -114,4 +112,29 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Writes the prompt and what follows it, as it is drawn.
+fn write<O: Ops>(
+    args: &GenerateArgs,
+    source: &dyn TensorSource,
+    ops: &O,
+    sampler: &mut Sampler,
+    observer: &ProgressObserver,
+) -> Result<Generated> {
+    let tokenizer = Tokenizer::load(source)?;
+    let model = Model::load(source, ops)?;
+    model.check_sequential()?;
+    let prompt = tokenizer.encode_prompt(source, &args.prompt)?;
+    let eos = eos_tokens(source)?;
+    let limits = Limits { max_tokens: args.max_tokens, eos: &eos };
+    let write = |text: &str| {
+        let mut stdout = stdout().lock();
+        stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(Error::io(Path::new("standard output")))
+    };
+    write(&args.prompt)?;
+    let generated = generate((&model, ops), &tokenizer, &prompt, sampler, limits, observer, write)?;
+    write("\n")?;
+    Observer::check(observer)?;
+    Ok(generated)
 }

@@ -6,12 +6,19 @@ use bkpack::{
     Result,
     eval::{logits::write_logits, text::read_tokens},
     model::Model,
-    ops::cpu::{Activations, CpuOps},
+    ops::{
+        Ops,
+        cpu::{Activations, CpuOps},
+        cuda::CudaOps,
+        device::Device,
+    },
+    progress::Observer,
+    tensor::TensorSource,
 };
 use bkpack_kernels::Cpu;
 use clap::Args;
 
-use super::{Common, refuse_same_file, source::SourceArgs};
+use super::{Common, device::DeviceArgs, refuse_same_file, source::SourceArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -39,6 +46,9 @@ pub struct LogitsArgs {
     #[arg(long, value_enum, default_value_t)]
     activations: Activations,
 
+    #[command(flatten)]
+    device: DeviceArgs,
+
     /// Replace the output file if it exists
     #[arg(long)]
     force: bool,
@@ -62,7 +72,23 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     let verify = args.verify_hashes.then_some(&observer);
     let source = args.checkpoint.open(&[&args.model], verify, &args.common)?.remove(0);
     let tokens = read_tokens(&args.tokens)?;
-    let ops = CpuOps::new(Cpu::from_environment()?, args.activations);
-    let model = Model::load(&*source, &ops)?;
-    write_logits(&model, &ops, &tokens, &args.output, args.force, &observer)
+    let cpu = Cpu::from_environment()?;
+    match args.device.open([&*source as &dyn TensorSource], &args.common)? {
+        Device::Cpu => {
+            args.activations.check_cpu()?;
+            write(args, &*source, &CpuOps::new(cpu, args.activations), &tokens, &observer)
+        }
+        Device::Cuda(cuda) => write(args, &*source, &CudaOps::new(cuda, args.activations)?, &tokens, &observer),
+    }
+}
+
+fn write<O: Ops>(
+    args: &LogitsArgs,
+    source: &dyn TensorSource,
+    ops: &O,
+    tokens: &[u32],
+    observer: &dyn Observer,
+) -> Result<()> {
+    let model = Model::load(source, ops)?;
+    write_logits(&model, ops, tokens, &args.output, args.force, observer)
 }

@@ -4,6 +4,7 @@ mod archive;
 mod calibrate;
 mod components;
 mod convert;
+mod device;
 mod diff;
 mod eval;
 mod explain;

@@ -86,6 +86,7 @@ pub fn component_costs(
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<ComponentCosts> {
+    options.activations.check_cpu()?;
     check_not_synthetic(packed)?;
     check_not_synthetic(baseline)?;
     let (ops, exact) = (CpuOps::new(cpu, options.activations), CpuOps::new(cpu, Activations::Exact));

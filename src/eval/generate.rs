@@ -82,8 +82,7 @@ pub fn generate<O: Ops>(
         }
         emit(&detokenizer.push(token)?)?;
         if tokens < max_tokens {
-            let hidden = model.forward(&[token], &mut state)?;
-            ops.read(&model.logits(&hidden, 0, 1)?, &mut logits)?;
+            model.step(token, &mut state, &mut logits)?;
         }
     }
     Ok(Generated { prompt_tokens: prompt.len(), tokens, prefill, decode: start.elapsed() - prefill })

@@ -19,10 +19,13 @@ use crate::{
         config::check_not_synthetic,
         core_activations::{CoreTrace, core_record},
         reduce::Reduction,
+        weight_bytes,
     },
     ops::{
         Ops,
         cpu::{Activations, CpuOps},
+        cuda::CudaOps,
+        device::{Device, DeviceRecord},
     },
     progress::{Observer, Unit},
     tensor::TensorSource,
@@ -90,7 +93,9 @@ pub struct Evaluation {
     pub ctx: usize,
     pub skip: usize,
     pub windows: usize,
-    /// The instruction set that the kernels ran on.
+    #[serde(flatten)]
+    pub device: DeviceRecord,
+    /// The instruction set of the CPU, which scores whatever the device.
     pub isa: &'static str,
     pub threads: usize,
 }
@@ -170,7 +175,30 @@ pub fn evaluate(
     evaluate_reduced(cpu, (source, &Reduction::default()), baseline, tokens, options, observer)
 }
 
-/// The same of a model from which something is left out; the baseline is run whole.
+/// The same on any device.
+///
+/// # Errors
+/// As [`evaluate`]; [`Error::Cuda`], before anything is computed if the weights do not fit the card.
+pub fn evaluate_on(
+    device: &Device,
+    cpu: Cpu,
+    source: &dyn TensorSource,
+    baseline: Option<&dyn TensorSource>,
+    tokens: &[u32],
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<Evaluation> {
+    let Device::Cuda(cuda) = device else { return evaluate(cpu, source, baseline, tokens, options, observer) };
+    let weights: Vec<u64> = std::iter::once(source).chain(baseline).map(weight_bytes).collect::<Result<_>>()?;
+    device.check_room(weights.iter().sum())?;
+    let ops = CudaOps::new(cuda.clone(), options.activations)?;
+    let exact = CudaOps::new(cuda.clone(), Activations::Exact)?;
+    let whole = Reduction::default();
+    let measured = measure(cpu, (&ops, &exact), (source, &whole), baseline, tokens, options, observer)?;
+    Ok(Evaluation { device: device.record(), ..measured })
+}
+
+/// The same as [`evaluate`] of a model from which something is left out; the baseline is run whole.
 ///
 /// # Errors
 /// As [`evaluate`]; [`Error::Reduction`].
@@ -182,12 +210,26 @@ pub fn evaluate_reduced(
     options: &Options,
     observer: &dyn Observer,
 ) -> Result<Evaluation> {
-    std::iter::once(source).chain(baseline).try_for_each(check_not_synthetic)?;
+    options.activations.check_cpu()?;
     let (ops, exact) = (CpuOps::new(cpu, options.activations), CpuOps::new(cpu, Activations::Exact));
-    let mut model = Model::load(source, &ops)?;
+    measure(cpu, (&ops, &exact), (source, reduction), baseline, tokens, options, observer)
+}
+
+/// Measures with the model on `ops`, the baseline on `exact`, and the scores on the CPU.
+fn measure<O: Ops>(
+    cpu: Cpu,
+    (ops, exact): (&O, &O),
+    (source, reduction): (&dyn TensorSource, &Reduction),
+    baseline: Option<&dyn TensorSource>,
+    tokens: &[u32],
+    options: &Options,
+    observer: &dyn Observer,
+) -> Result<Evaluation> {
+    std::iter::once(source).chain(baseline).try_for_each(check_not_synthetic)?;
+    let mut model = Model::load(source, ops)?;
     model.reduce(reduction)?;
     let baseline = match baseline {
-        Some(baseline) => Some((baseline, Model::load(baseline, &exact)?)),
+        Some(baseline) => Some((baseline, Model::load(baseline, exact)?)),
         None => None,
     };
     let vocab_size = model.vocab_size();
@@ -207,16 +249,16 @@ pub fn evaluate_reduced(
         false => Ok(looks_ahead),
     };
     let probed = &tokens[..protocol.ctx];
-    let mut sees_later = probe(source.path(), looks_ahead(&model, &ops, probed)?)?;
+    let mut sees_later = probe(source.path(), looks_ahead(&model, ops, probed)?)?;
     if let Some((baseline, model)) = &baseline {
-        sees_later |= probe(baseline.path(), looks_ahead(model, &exact, probed)?)?;
+        sees_later |= probe(baseline.path(), looks_ahead(model, exact, probed)?)?;
     }
 
     let bos = window_bos(source)?;
     let rows = slice_rows(vocab_size, 1 + usize::from(baseline.is_some()));
-    let mut model = Runner::new(source, &ops, cpu, model, protocol.ctx)?;
+    let mut model = Runner::new(source, ops, cpu, model, protocol.ctx)?;
     let mut baseline = match baseline {
-        Some((source, model)) => Some(Runner::new(source, &exact, cpu, model, protocol.ctx)?),
+        Some((source, model)) => Some(Runner::new(source, exact, cpu, model, protocol.ctx)?),
         None => None,
     };
     // Errors of the core's activations are seen where a text begins, so that one is run in one call, too.
@@ -273,6 +315,7 @@ pub fn evaluate_reduced(
         ctx: protocol.ctx,
         skip: protocol.skip,
         windows,
+        device: Device::Cpu.record(),
         isa: cpu.isa().name(),
         threads: rayon::current_num_threads(),
     })
@@ -299,9 +342,9 @@ pub(super) fn slice_rows(vocab_size: usize, models: usize) -> usize {
 }
 
 /// Refuses a baseline whose logits are about other tokens.
-pub(super) fn check_comparable(
-    (source, model): (&dyn TensorSource, &Model<CpuOps>),
-    (baseline, baseline_model): (&dyn TensorSource, &Model<CpuOps>),
+pub(super) fn check_comparable<O: Ops>(
+    (source, model): (&dyn TensorSource, &Model<O>),
+    (baseline, baseline_model): (&dyn TensorSource, &Model<O>),
     ctx: usize,
 ) -> Result<()> {
     let (path, baseline_path) = (source.path().display(), baseline.path().display());

@@ -8,7 +8,11 @@ use super::{
     reduce::{Reduction, retain},
     rope,
 };
-use crate::{error::Result, ops::Ops, tensor::TensorSource};
+use crate::{
+    error::Result,
+    ops::{Ops, Step},
+    tensor::TensorSource,
+};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const FINAL_NORM: &str = "model.norm.weight";
@@ -197,6 +201,21 @@ impl<'a, O: Ops> Llama<'a, O> {
         let (cos, sin) = rope::rotations(&self.inverse_frequencies, first, tokens);
         let pairs = self.inverse_frequencies.len();
         Ok((self.ops.constant(cos, pairs)?, self.ops.constant(sin, pairs)?))
+    }
+
+    /// The input of the first block for one token, and the cosines and sines of its position, out of those of all.
+    pub(super) fn embed_step(
+        &self,
+        step: Step,
+        (cos, sin): &(O::Tensor, O::Tensor),
+    ) -> Result<(O::Tensor, (O::Tensor, O::Tensor))> {
+        let rotation = (self.ops.row_at_step(cos, step)?, self.ops.row_at_step(sin, step)?);
+        Ok((self.ops.embed_step(&self.embedding, step)?, rotation))
+    }
+
+    /// The back end.
+    pub(super) fn ops(&self) -> &'a O {
+        self.ops
     }
 
     /// One block: `[tokens, hidden]` to `[tokens, hidden]`.

@@ -3,7 +3,7 @@
 use super::{Architecture, LayerState, Visit, check_shapes, config::MambaConfig, linear::Linear, reduce::retain};
 use crate::{
     error::Result,
-    ops::{Ops, Scan},
+    ops::{Ops, Scan, Step},
     tensor::TensorSource,
 };
 
@@ -110,6 +110,16 @@ impl<'a, O: Ops> Mamba<'a, O> {
     /// The input of the first block, `[tokens, hidden]`.
     pub(super) fn embed(&self, tokens: &[u32]) -> Result<O::Tensor> {
         self.ops.embed(&self.embedding, tokens)
+    }
+
+    /// The input of the first block for one token, `[1, hidden]`.
+    pub(super) fn embed_step(&self, step: Step) -> Result<O::Tensor> {
+        self.ops.embed_step(&self.embedding, step)
+    }
+
+    /// The back end.
+    pub(super) fn ops(&self) -> &'a O {
+        self.ops
     }
 
     /// The final hidden states, `[tokens, hidden]`.

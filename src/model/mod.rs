@@ -24,7 +24,7 @@ use self::{
 };
 use crate::{
     error::{Error, Result},
-    ops::Ops,
+    ops::{Ops, Step},
     tensor::TensorSource,
 };
 
@@ -117,6 +117,20 @@ pub fn check_shapes(source: &dyn TensorSource) -> Result<()> {
     })
 }
 
+/// Bytes of the tensors that a model needs, as they are stored; a tied head counts once.
+///
+/// # Errors
+/// As [`visit_tensors`] and [`TensorSource::tensor`]; [`Error::MissingTensor`].
+pub fn weight_bytes(source: &dyn TensorSource) -> Result<u64> {
+    check_shapes(source)?;
+    let mut bytes = 0;
+    visit_tensors(source, &mut |name, _| {
+        bytes += source.tensor(&name)?.matrix().bytes() as u64;
+        Ok(())
+    })?;
+    Ok(bytes)
+}
+
 /// The longest context of a model, in tokens; `usize::MAX` where its architecture sets no limit.
 ///
 /// # Errors
@@ -178,6 +192,9 @@ pub struct State<O: Ops> {
     capacity: usize,
     /// What each layer's core computed in the last call, if that is recorded.
     core: Option<Vec<CoreTrace>>, // [layers]
+    /// Cosines and sines of every position that fits, once steps need them.
+    rotations: Option<(O::Tensor, O::Tensor)>, // [capacity, head_dim / 2]
+    step: O::StepGraph,
 }
 
 /// What one layer remembers.
@@ -294,7 +311,8 @@ impl<'a, O: Ops> Model<'a, O> {
             Network::ResNetBk(model) => Ok(model.layer_state()),
         };
         let layers = (0..self.layers()).map(layer_state).collect::<Result<_>>()?;
-        Ok(State { layers, positions: 0, capacity, core: None })
+        let step = O::StepGraph::default();
+        Ok(State { layers, positions: 0, capacity, core: None, rotations: None, step })
     }
 
     /// Runs the next tokens of a text: the final hidden states, `[tokens, hidden_size]`, for [`logits`](Self::logits).
@@ -306,6 +324,18 @@ impl<'a, O: Ops> Model<'a, O> {
     /// # Panics
     /// If the state is another model's.
     pub fn forward(&self, tokens: &[u32], state: &mut State<O>) -> Result<O::Tensor> {
+        self.check_next(tokens, state)?;
+        if let Some(core) = &mut state.core {
+            core.clear();
+        }
+        let (x, pass) = self.embed(tokens, state.positions)?;
+        let hidden = self.run(x, &pass, state)?;
+        state.positions += tokens.len();
+        Ok(hidden)
+    }
+
+    /// Checks that tokens can continue a text.
+    fn check_next(&self, tokens: &[u32], state: &State<O>) -> Result<()> {
         let source_name = || self.path.display().to_string();
         check_tokens(&source_name(), tokens, self.vocab_size())?;
         let seen = state.positions;
@@ -313,18 +343,68 @@ impl<'a, O: Ops> Model<'a, O> {
             let why = format!("{} tokens more than {seen} do not fit the context of {}", tokens.len(), state.capacity);
             return Err(Error::Tokens { source_name: source_name(), why });
         }
-        if seen > 0 {
-            self.check_sequential()?;
-        }
-        if let Some(core) = &mut state.core {
-            core.clear();
-        }
-        let (mut x, pass) = self.embed(tokens, seen)?;
+        if seen > 0 { self.check_sequential() } else { Ok(()) }
+    }
+
+    /// All blocks, and what comes after them.
+    fn run(&self, mut x: O::Tensor, pass: &Pass<O>, state: &mut State<O>) -> Result<O::Tensor> {
         for layer in 0..self.layers() {
-            x = self.block(layer, x, &pass, state)?;
+            x = self.block(layer, x, pass, state)?;
         }
-        state.positions += tokens.len();
         self.finish(&x)
+    }
+
+    /// Runs the next token of a text and copies its logits `[vocab_size]` to `out`: what [`forward`](Self::forward) and
+    /// [`logits`](Self::logits) give, in one piece that a back end may record and repeat.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    ///
+    /// # Panics
+    /// If the state is another model's.
+    pub fn step(&self, token: u32, state: &mut State<O>, out: &mut Vec<f32>) -> Result<()> {
+        let ops = self.ops();
+        // A mixture chooses its experts by values, and a core is told of its positions one by one.
+        let repeatable = match &self.network {
+            Network::Llama(model) => model.config().experts.is_none(),
+            Network::Mamba(_) => true,
+            Network::ResNetBk(_) => false,
+        };
+        if !(repeatable && ops.repeats_steps()) {
+            let hidden = self.forward(&[token], state)?;
+            return ops.read(&self.logits(&hidden, 0, 1)?, out);
+        }
+        self.check_next(&[token], state)?;
+        let rotations = match (&self.network, state.rotations.take()) {
+            (Network::Llama(model), None) => Some(model.rotation(0, state.capacity)?),
+            (_, rotations) => rotations,
+        };
+        let step = Step { token, position: state.positions };
+        let mut graph = std::mem::take(&mut state.step);
+        let mut run = || {
+            let (x, rotation) = match (&self.network, &rotations) {
+                (Network::Llama(model), Some(rotations)) => {
+                    let (x, rotation) = model.embed_step(step, rotations)?;
+                    (x, Some(rotation))
+                }
+                (Network::Mamba(model), _) => (model.embed_step(step)?, None),
+                _ => unreachable!("no other network is repeated"),
+            };
+            let hidden = self.run(x, &Pass { first: step.position, tokens: 1, rotation }, state)?;
+            self.logits(&hidden, 0, 1)
+        };
+        ops.step(&mut graph, step, &mut run, out)?;
+        (state.step, state.rotations) = (graph, rotations);
+        state.positions += 1;
+        Ok(())
+    }
+
+    fn ops(&self) -> &'a O {
+        match &self.network {
+            Network::Llama(model) => model.ops(),
+            Network::Mamba(model) => model.ops(),
+            Network::ResNetBk(model) => model.ops(),
+        }
     }
 
     /// The number of blocks.

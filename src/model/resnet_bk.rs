@@ -170,6 +170,11 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
         ops.add(x, ops.add_scaled(features, &mixed, &layer.scale)?)
     }
 
+    /// The back end.
+    pub(super) fn ops(&self) -> &'a O {
+        self.ops
+    }
+
     /// The final hidden states, `[tokens, hidden]`.
     pub(super) fn finish(&self, x: &O::Tensor) -> Result<O::Tensor> {
         self.final_norm.apply(self.ops, x, self.config.norm_eps)

@@ -83,6 +83,7 @@ impl Ops for CountOps {
     type Tensor = Shape;
     type Weight<'a> = CountWeight;
     type Cache = CountCache;
+    type StepGraph = ();
 
     fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<Self::Weight<'a>> {
         let tensor = source.tensor(name)?;

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::{Ops, Place, Routing, Scan, recorder::InputRecorder};
 use crate::{
-    error::Result,
+    error::{Error, Result},
     tensor::{Tensor, TensorSource},
 };
 
@@ -21,8 +21,10 @@ pub enum Activations {
     /// In f32: what is measured is the cost of the packed weights alone.
     #[default]
     Exact,
-    /// Rounded to 8-bit integers: faster, at a further small cost.
+    /// Rounded to 8-bit integers: faster, at a further small cost. On the CPU alone.
     Int8,
+    /// Rounded to BF16 where more than eight tokens run together: faster, at a further small cost. On the GPU alone.
+    Bf16,
 }
 
 impl Activations {
@@ -31,7 +33,17 @@ impl Activations {
         match self {
             Activations::Exact => "exact",
             Activations::Int8 => "int8",
+            Activations::Bf16 => "bf16",
         }
+    }
+
+    /// Refuses what the CPU does not compute.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for BF16.
+    pub fn check_cpu(self) -> Result<()> {
+        let why = || "bf16 is computed on the GPU alone; pass exact or int8, or --device cuda".into();
+        if self == Activations::Bf16 { Err(Error::Option { option: "--activations", why: why() }) } else { Ok(()) }
     }
 }
 
@@ -132,6 +144,7 @@ impl Ops for CpuOps {
     type Tensor = Values;
     type Weight<'a> = CpuWeight<'a>;
     type Cache = KeyValueCache;
+    type StepGraph = ();
 
     fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<CpuWeight<'a>> {
         Ok(CpuWeight { tensor: source.tensor(name)?, name: Some(name.to_owned()) })

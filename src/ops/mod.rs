@@ -3,6 +3,8 @@
 pub mod autograd;
 pub mod count;
 pub mod cpu;
+pub mod cuda;
+pub mod device;
 pub mod recorder;
 
 use crate::{error::Result, tensor::TensorSource};
@@ -24,6 +26,8 @@ pub trait Ops {
     type Weight<'a>;
     /// The keys and values of the positions that one attention layer has seen.
     type Cache;
+    /// What is kept of a step of decoding to repeat it.
+    type StepGraph: Default;
 
     /// Loads a matrix, as it is stored.
     fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<Self::Weight<'a>>;
@@ -168,6 +172,44 @@ pub trait Ops {
         places: &[Place],
         weights: &Self::Tensor,
     ) -> Result<Self::Tensor>;
+
+    /// Whether [`step`](Self::step) gains from a `run` that can be repeated.
+    fn repeats_steps(&self) -> bool {
+        false
+    }
+
+    /// Runs one step of decoding and copies its logits to `out`.
+    ///
+    /// The back end may record what `run` does and repeat it for a later token without calling it again. So `run` decides
+    /// nothing by values, and learns the token and the position through [`embed_step`](Self::embed_step) and
+    /// [`row_at_step`](Self::row_at_step) alone.
+    fn step(
+        &self,
+        _graph: &mut Self::StepGraph,
+        _step: Step,
+        run: &mut dyn FnMut() -> Result<Self::Tensor>,
+        out: &mut Vec<f32>,
+    ) -> Result<()> {
+        self.read(&run()?, out)
+    }
+
+    /// The row of `table` of the step's token: `[1, cols]`.
+    fn embed_step(&self, table: &Self::Weight<'_>, step: Step) -> Result<Self::Tensor> {
+        self.embed(table, &[step.token])
+    }
+
+    /// The row of `x` of the step's position: `[1, cols]`.
+    fn row_at_step(&self, x: &Self::Tensor, step: Step) -> Result<Self::Tensor> {
+        self.rows(x, step.position, 1)
+    }
+}
+
+/// One token that continues a text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    pub token: u32,
+    /// Positions before it.
+    pub position: usize,
 }
 
 /// The operands of [`Ops::selective_scan`].

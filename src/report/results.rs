@@ -100,6 +100,8 @@ pub struct Conditions {
     pub windows: Option<u64>,
     pub scored: Option<u64>,
     pub activations: Option<String>,
+    /// The card, where the model ran on one and not on the CPU.
+    pub card: Option<String>,
 }
 
 impl Conditions {
@@ -114,6 +116,7 @@ impl Conditions {
             windows: whole("windows"),
             scored: whole("scored"),
             activations: text_of(object.get("activations")),
+            card: text_of(object.get("card")),
         }
     }
 }

@@ -213,6 +213,7 @@ impl Ops for AutogradOps {
     type Tensor = Tensor;
     type Weight<'a> = Weight;
     type Cache = Cache;
+    type StepGraph = ();
 
     fn weight(&self, source: &dyn TensorSource, name: &str) -> Result<Weight> {
         Ok(Weight { name: name.to_owned(), matrix: self.load(source, name)? })

@@ -241,7 +241,7 @@ pub fn plain_table(caption: &str, columns: &[Column], rows: &[Vec<Markup>]) -> M
 /// How something was measured, in a sentence without its end.
 pub fn protocol(conditions: &Conditions) -> Markup {
     let number = |value: Option<u64>| value.map_or("?".to_owned(), count);
-    let Conditions { text, ctx, skip, windows, scored, activations } = conditions;
+    let Conditions { text, ctx, skip, windows, scored, activations, card } = conditions;
     html! {
         (number(*scored)) " positions scored in " (number(*windows)) " windows of " (number(*ctx)) " tokens, of each all but the first "
         (number(*skip)) "; text "
@@ -250,6 +250,7 @@ pub fn protocol(conditions: &Conditions) -> Markup {
             None => "not recorded",
         }
         "; activations " (long(activations.as_deref().unwrap_or("not recorded")))
+        @if let Some(card) = card { "; on the GPU " (long(card)) }
     }
 }
 

@@ -37,8 +37,11 @@ fn one(evaluation: &Evaluation) -> Markup {
     rows.push((
         "speed",
         html! {
-            (format!("{:.1}", evaluation.tokens_per_second)) " tokens/s on " (count(evaluation.threads)) " threads, "
-            (short(&evaluation.isa))
+            (format!("{:.1}", evaluation.tokens_per_second)) " tokens/s on "
+            @match &evaluation.conditions.card {
+                Some(card) => (short(card)),
+                None => { (count(evaluation.threads)) " threads, " (short(&evaluation.isa)) },
+            }
         },
     ));
     html! {

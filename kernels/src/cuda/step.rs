@@ -1,0 +1,188 @@
+//! A step of decoding that is recorded once and then run again as a whole.
+//!
+//! What changes from one step to the next, the token and its position, lies in two words of the card's memory that the
+//! kernels read, so that the same recorded work serves every step.
+
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+};
+
+use super::{
+    Cuda,
+    context::{Arguments, Context, Graph},
+    error::{CudaError, Result},
+    linear::embed_shape,
+    matrix::DeviceMatrix,
+    memory::{Buffer, Pool},
+    values::DeviceValues,
+};
+
+/// Where the kernels find the position and the token.
+pub(super) struct Slots {
+    /// Positions seen before, and the token of a step.
+    pub words: Buffer, // u32 [2]
+    past: Cell<Option<usize>>,
+    /// The numbers of positions of the caches that the step under way has used.
+    caches: RefCell<Option<Vec<Rc<Cell<usize>>>>>,
+}
+
+/// Where in the words the token lies, in bytes.
+const TOKEN: usize = size_of::<u32>();
+
+impl Slots {
+    pub(super) fn new(context: &Rc<Context>) -> Result<Self> {
+        let words = Buffer::new(context, 2 * size_of::<u32>())?;
+        Ok(Self { words, past: Cell::new(None), caches: RefCell::default() })
+    }
+
+    /// Notes a cache whose positions grow with each step.
+    pub(super) fn note(&self, positions: &Rc<Cell<usize>>) {
+        if let Some(caches) = &mut *self.caches.borrow_mut() {
+            caches.push(positions.clone());
+        }
+    }
+}
+
+/// What is kept of a step between one time and the next.
+#[derive(Default)]
+pub struct StepGraph(Stage);
+
+#[derive(Default)]
+enum Stage {
+    /// It has not run yet.
+    #[default]
+    New,
+    /// It has run once: its buffers are there and its kernels are compiled.
+    Run(Rc<Pool>),
+    Recorded {
+        graph: Graph,
+        output: DeviceValues,
+        caches: Vec<Rc<Cell<usize>>>,
+        /// The buffers that the graph writes to: nothing else may take them.
+        _pool: Rc<Pool>,
+    },
+    /// It cannot be recorded, so that it is run each time.
+    Refused,
+}
+
+impl Cuda {
+    /// Tells the kernels how many positions come before the tokens of this call.
+    pub(super) fn set_past(&self, past: usize) -> Result<()> {
+        if self.slots.past.get() != Some(past) {
+            self.set_words(past, &[self.position(past)?])?;
+        }
+        Ok(())
+    }
+
+    fn set_words(&self, past: usize, words: &[u32]) -> Result<()> {
+        self.slots.past.set(None);
+        self.context.upload(bytemuck::cast_slice(words), &self.slots.words, 0)?;
+        self.slots.past.set(Some(past));
+        Ok(())
+    }
+
+    fn position(&self, past: usize) -> Result<u32> {
+        super::size("a position", past)
+    }
+
+    /// Runs one step of decoding and copies its logits to `out`: the first time as `run` does, then recorded, then
+    /// replayed without it. Only [`embed_step`](Self::embed_step) and [`row_at_step`](Self::row_at_step) may use the token
+    /// and the position, and caches must hold `past` positions.
+    ///
+    /// # Errors
+    /// What `run` returns; [`CudaError::Call`].
+    pub fn step<E: From<CudaError>>(
+        &self,
+        step: &mut StepGraph,
+        (token, past): (u32, usize),
+        mut run: impl FnMut() -> Result<DeviceValues, E>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), E> {
+        self.context.enter()?;
+        self.set_words(past, &[self.position(past)?, token])?;
+        match std::mem::take(&mut step.0) {
+            Stage::New => {
+                let pool = Pool::new(&self.context);
+                let output = self.within(&pool, &mut run)?;
+                self.read(&output, out)?;
+                step.0 = Stage::Run(pool);
+            }
+            Stage::Run(pool) => step.0 = self.record(pool, past, run, out)?,
+            Stage::Recorded { graph, output, caches, _pool } => {
+                graph.run()?;
+                caches.iter().for_each(|positions| positions.set(past + 1));
+                self.read(&output, out)?;
+                step.0 = Stage::Recorded { graph, output, caches, _pool };
+            }
+            Stage::Refused => {
+                self.read(&run()?, out)?;
+                step.0 = Stage::Refused;
+            }
+        }
+        Ok(())
+    }
+
+    fn record<E: From<CudaError>>(
+        &self,
+        pool: Rc<Pool>,
+        past: usize,
+        mut run: impl FnMut() -> Result<DeviceValues, E>,
+        out: &mut Vec<f32>,
+    ) -> Result<Stage, E> {
+        self.slots.caches.replace(Some(Vec::new()));
+        let recorded = self.context.capture(|| self.within(&pool, &mut run));
+        let caches = self.slots.caches.take().unwrap_or_default();
+        match recorded {
+            Some((graph, output)) => {
+                graph.run()?;
+                self.read(&output, out)?;
+                Ok(Stage::Recorded { graph, output, caches, _pool: pool })
+            }
+            None => {
+                // Nothing of the recording has run.
+                caches.iter().for_each(|positions| positions.set(past));
+                self.read(&run()?, out)?;
+                Ok(Stage::Refused)
+            }
+        }
+    }
+
+    /// Runs with buffers from a pool of its own.
+    fn within<T>(&self, pool: &Rc<Pool>, run: impl FnOnce() -> T) -> T {
+        let outside = self.pool.replace(pool.clone());
+        let result = run();
+        self.pool.replace(outside);
+        result
+    }
+
+    /// The row of `table` of the token of the step under way: `[1, cols]`.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`], [`CudaError::Call`].
+    pub fn embed_step(&self, table: &DeviceMatrix) -> Result<DeviceValues> {
+        let out = self.scratch(1, table.cols())?;
+        let arguments =
+            Arguments::of_matrix(table.raw()).at(&self.slots.words, TOKEN).u64(0).buffer(&out.buffer).u32(1);
+        let names = table.names();
+        // SAFETY: embed(table, tokens, first, out, count) reads one token id, and writes a row of NaN for one beyond the
+        // table.
+        unsafe { self.launch("embed", ["embed_", names.encoding, ""], embed_shape(1, table.cols()), arguments)? };
+        Ok(out)
+    }
+
+    /// The row of `x` of the position of the step under way: `[1, cols]`.
+    ///
+    /// # Panics
+    /// If `x` has no row for the position that a step starts from.
+    ///
+    /// # Errors
+    /// As [`embed_step`](Self::embed_step).
+    pub fn row_at_step(&self, x: &DeviceValues) -> Result<DeviceValues> {
+        let past = self.slots.past.get().unwrap_or(usize::MAX);
+        assert!(past < x.rows(), "{} rows have none for position {past}", x.rows());
+        // SAFETY: the first word is the position, for which `x` has a row; a replay is given positions below the room of
+        // the state that the rows were made for.
+        unsafe { self.gather_by(x, Arguments::default().buffer(&x.buffer).buffer(&self.slots.words), 1) }
+    }
+}
