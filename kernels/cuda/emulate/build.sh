@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Builds the CUDA emulator, a libcuda.so.1 for tests on machines without a GPU: build.sh [FOLDER], default target/cuda-emulator
+# of the repository. Needs g++ on x86-64. Programs find it where LD_LIBRARY_PATH names the folder.
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+cuda="$(dirname "$here")"
+out="${1:-$here/../../../target/cuda-emulator}"
+mkdir -p "$out/objects"
+flags=(-std=c++20 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -DBKPACK_EMULATE -I "$cuda" -Wall -Wno-unknown-pragmas
+    -Wno-unused-variable -Wno-maybe-uninitialized)
+
+# A wrapper for each file of kernels lists them: the names that the preprocessor leaves behind the mark.
+names=()
+list="$out/objects/kernels.cpp"
+{
+    echo '#include "emulate/emulator.h"'
+    echo 'using List = std::vector<emulator::Kernel>;'
+} > "$list"
+for source in "$cuda"/*.cu; do
+    name="$(basename "$source" .cu)"
+    names+=("$name")
+    echo "void list_$name(List&);" >> "$list"
+    wrapper="$out/objects/$name.cpp"
+    {
+        # In a namespace of its own: files may use the same names.
+        echo '#include "emulate/emulator.h"'
+        echo "#include \"$name.cu\""
+        echo "void list_$name(std::vector<emulator::Kernel>& all) {"
+        g++ -std=c++20 -E -P -DBKPACK_EMULATE -DBKPACK_LIST -I "$cuda" -x c++ "$source" \
+            | tr '\n' ' ' | grep -oE 'KERNEL_ENTRY void +[A-Za-z0-9_]+' | sed -E 's/.* ([A-Za-z0-9_]+)$/    all.push_back(emulator::kernel("\1", \1));/'
+        echo "}"
+    } > "$wrapper"
+done
+{
+    echo "const List& emulator::kernels() { static const List all = [] { List found;"
+    for name in "${names[@]}"; do echo "    list_$name(found);"; done
+    echo "    return found; }(); return all; }"
+} >> "$list"
+
+build() { g++ "${flags[@]}" -c "$1" -o "$out/objects/$(basename "$1" .cpp).o"; }
+export -f build
+objects=()
+jobs=()
+for source in "$out"/objects/*.cpp "$here"/*.cpp; do
+    object="$out/objects/$(basename "$source" .cpp).o"
+    objects+=("$object")
+    if [ -e "$object" ] && [ -z "$(find "$cuda" "$here" -maxdepth 1 \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -newer "$object" -print -quit)" ]; then continue; fi
+    build "$source" &
+    jobs+=($!)
+    if [ "${#jobs[@]}" -ge 2 ]; then
+        wait "${jobs[0]}"
+        jobs=("${jobs[@]:1}")
+    fi
+done
+for job in "${jobs[@]}"; do wait "$job"; done
+g++ -shared -Wl,-soname,libcuda.so.1 -o "$out/libcuda.so.1" "${objects[@]}"
+ln -sf libcuda.so.1 "$out/libcuda.so"
+echo "$out/libcuda.so.1"
