@@ -28,8 +28,8 @@ PTX_COMPILER = ("nvidia-cuda-nvrtc-cu12==12.1.105", "libnvrtc.so.12")
 NEW_COMPILER = ("nvidia-cuda-nvrtc==13.0.88", "libnvrtc.so.13")
 BASELINE = "compute_80"
 ARCHITECTURES = {"sm_80": PTX_COMPILER, "sm_90": PTX_COMPILER, "sm_100": NEW_COMPILER}
-# A thread may keep this much of its registers in memory. None should.
-MOST_SPILLED_BYTES = 0
+# A thread may keep this much of its registers in memory: a few outside the innermost loop.
+MOST_SPILLED_BYTES = 64
 
 
 def sources():
@@ -146,6 +146,7 @@ def main():
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--hashes", action="store_true")
     parser.add_argument("--only", help="compile this file alone, writing nothing")
+    parser.add_argument("--ptx-only", action="store_true", help="do not compile to machine code: quicker")
     parser.add_argument("--verbose", action="store_true", help="print what every kernel uses on every architecture")
     options = parser.parse_args()
     manifest_path = HERE / "ptx" / "manifest.json"
@@ -171,18 +172,18 @@ def main():
         ptx = stripped(compiled(compilers[PTX_COMPILER], path, BASELINE)).encode()
         manifest[path.stem] = {"source": source, "ptx": hashlib.sha256(ptx).hexdigest()}
         most = 0
-        kernels = 0
-        for architecture, compiler in ARCHITECTURES.items():
+        for architecture, compiler in ({} if options.ptx_only else ARCHITECTURES).items():
             for kernel, used in sorted(usage(compiled(compilers[compiler], path, architecture)).items()):
                 if "registers" not in used:
                     continue
-                kernels += architecture == "sm_80"
                 most = max(most, used["registers"])
                 if options.verbose:
                     print(f"  {architecture} {kernel}: {used}")
                 if used.get("stack", 0) > MOST_SPILLED_BYTES:
                     spilled.append(f"{architecture} {kernel}: {used['stack']} bytes")
-        print(f"{path.stem}: {kernels} kernels, at most {most} registers, {len(ptx)} bytes of PTX", flush=True)
+        kernels = ptx.count(b".entry ")
+        registers = "" if options.ptx_only else f", at most {most} registers"
+        print(f"{path.stem}: {kernels} kernels{registers}, {len(ptx)} bytes of PTX", flush=True)
         out = HERE / "ptx" / f"{path.stem}.ptx"
         if options.check:
             if committed.get(path.stem) != manifest[path.stem] or out.read_bytes() != ptx:

@@ -6,6 +6,7 @@
 // group's sum is scaled in f32. F32 and F16 weights are rounded to one BF16 (`bf16`) or split in two (`exact`).
 // A block makes 64 tokens x 128 rows in steps of 64 columns; activations arrive by cp.async one step ahead, codes in
 // registers one step ahead.
+// Dynamic shared memory: 16384 X_TERMS + 16384 W_TERMS + 1024 bytes.
 // Limits: group % 32 == 0 or one group a row; hi and lo [tokens, padded] with padded = cols rounded up to 64.
 #pragma once
 #include "matrix.cuh"
@@ -83,7 +84,7 @@ __device__ inline void gemm(const Matrix& w, const u16* hi, const u16* lo, const
     DYNAMIC_SHARED(u16, tiles);
     u16* x_tiles = tiles;                         // [2 stages, X_TERMS, GEMM_TOKENS, GEMM_COLS]
     u16* w_tiles = tiles + 2 * X_TERMS * X_TILE;  // [W_TERMS, GEMM_ROWS, GEMM_COLS]
-    __shared__ float scales[2][GEMM_ROWS];        // of the two halves of a step
+    float* scales = reinterpret_cast<float*>(w_tiles + W_TERMS * W_TILE);  // [2 halves of a step, GEMM_ROWS]
 
     const u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
     const u64 row0 = u64(blockIdx.x) * GEMM_ROWS;
@@ -119,7 +120,7 @@ __device__ inline void gemm(const Matrix& w, const u16* hi, const u16* lo, const
         if constexpr (E::SCALED) {
             u32 at = min(column, cols - 1) / group;
             zero = E::zero(w, row, at);
-            scales[half][unpacked] = factor<E>(w, row, at);
+            scales[half * GEMM_ROWS + unpacked] = factor<E>(w, row, at);
         }
         packed.unpack(column, zero, [&](u32 pair, float first, float second) {
             u32 index = segment(unpacked, half * 4 + pair / 4) + pair % 4 * 2;
@@ -175,7 +176,7 @@ __device__ inline void gemm(const Matrix& w, const u16* hi, const u16* lo, const
                     for (u32 n = 0; n < 4; n++) {
 #pragma unroll
                         for (u32 i = 0; i < 4; i++) {
-                            float scale = scales[k / 2][warp_row + n * 8 + lane % 4 * 2 + i % 2];
+                            float scale = scales[k / 2 * GEMM_ROWS + warp_row + n * 8 + lane % 4 * 2 + i % 2];
 #pragma unroll
                             for (u32 m = 0; m < 2; m++) {
                                 sums[m][n][i] = fmaf(scale, parts[m][n][i], sums[m][n][i]);

@@ -3,12 +3,12 @@
 // Bound by the bandwidth at which weights arrive, so every byte of them is read once, evict-first, and unpacked in
 // registers. A warp takes two rows (its lanes neighbouring units of columns, so that loads coalesce) and shares each
 // activation between them; activations are staged in shared memory in the order in which lanes want them. Sums are f32.
+// Launch: blocks of 32 to 256 threads, with two rows for each of their warps.
 // Limits: 1 <= tokens <= T; any group size, those that are no multiple of a lane's unit at a much lower speed.
 #pragma once
 #include "matrix.cuh"
 
 constexpr u32 GEMV_THREADS = 256;
-constexpr u32 GEMV_WARPS = GEMV_THREADS / WARP;
 constexpr u32 GEMV_ROWS = 2;  // a warp's
 
 template <class E, u32 T>
@@ -22,7 +22,7 @@ __device__ inline void gemv(const Matrix& w, const float* x, const float* bias, 
     __shared__ float4 stage[T * STEPS * QUADS * PITCH];  // [T, STEPS, QUADS, lanes]
 
     const u32 lane = threadIdx.x % WARP;
-    const u64 first_row = (u64(blockIdx.x) * GEMV_WARPS + threadIdx.x / WARP) * GEMV_ROWS;
+    const u64 first_row = (u64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP) * GEMV_ROWS;
     const u32 cols = u32(w.cols), alignment = row_alignment(w);
     const bool whole_quads = cols % 4 == 0 && reinterpret_cast<u64>(x) % 16 == 0;
     u64 rows[GEMV_ROWS];
@@ -43,7 +43,7 @@ __device__ inline void gemv(const Matrix& w, const float* x, const float* bias, 
             for (u32 r = 0; r < GEMV_ROWS; r++) E::load(next[r], w, rows[r], start / E::UNIT + lane, alignment);
         }
         __syncthreads();
-        for (u32 i = threadIdx.x; i < T * STEPS * STEP / 4; i += GEMV_THREADS) {
+        for (u32 i = threadIdx.x; i < T * STEPS * STEP / 4; i += blockDim.x) {
             u32 token = i / (STEPS * STEP / 4), quad = i % (STEPS * STEP / 4);
             u32 column = start + 4 * quad;
             float4 value = make_float4(0, 0, 0, 0);
@@ -165,4 +165,3 @@ __device__ inline void gemv(const Matrix& w, const float* x, const float* bias, 
     gemv_##NAME##_t##T(Matrix w, const float* x, const float* bias, float* out, u32 tokens) {                 \
         gemv<ENCODING, T>(w, x, bias, out, tokens);                                                           \
     }
-#define GEMV_ALL(NAME, ENCODING) GEMV(NAME, ENCODING, 1) GEMV(NAME, ENCODING, 4) GEMV(NAME, ENCODING, 8)

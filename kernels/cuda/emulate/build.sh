@@ -27,7 +27,8 @@ for source in "$cuda"/*.cu; do
         echo "#include \"$name.cu\""
         echo "void list_$name(std::vector<emulator::Kernel>& all) {"
         g++ -std=c++20 -E -P -DBKPACK_EMULATE -DBKPACK_LIST -I "$cuda" -x c++ "$source" \
-            | tr '\n' ' ' | grep -oE 'KERNEL_ENTRY void +[A-Za-z0-9_]+' | sed -E 's/.* ([A-Za-z0-9_]+)$/    all.push_back(emulator::kernel("\1", \1));/'
+            | tr '\n' ' ' | grep -oE 'KERNEL_ENTRY \([A-Za-z0-9_]+\) void +[A-Za-z0-9_]+' \
+            | sed -E 's/.*\((.*)\) void +(.*)/    all.push_back(emulator::kernel("\2", \2, \1));/'
         echo "}"
     } > "$wrapper"
 done

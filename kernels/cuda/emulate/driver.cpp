@@ -318,6 +318,7 @@ API cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid
     const size_t threads = size_t(block_x) * block_y * block_z;
     if (!grid_x || !grid_y || !grid_z || !threads || threads > 1024) return INVALID_VALUE;
     if (grid_x > 2147483647u || grid_y > 65535 || grid_z > 65535) return INVALID_VALUE;
+    if (threads > function.kernel->most_threads) return LAUNCH_OUT_OF_RESOURCES;
     if (shared > function.most_shared) return INVALID_VALUE;
     // Arguments are read at the call, whenever the kernel runs.
     auto values = std::make_shared<std::vector<std::vector<unsigned char>>>();

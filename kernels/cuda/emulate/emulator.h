@@ -14,6 +14,7 @@ struct Kernel {
     std::vector<size_t> argument_bytes;
     void (*call)(void* function, void** arguments);
     void* function;
+    unsigned most_threads;  // a block
 };
 
 template <class... A, size_t... I>
@@ -22,11 +23,11 @@ inline void call_with(void (*function)(A...), void** arguments, std::index_seque
 }
 
 template <class... A>
-Kernel kernel(const char* name, void (*function)(A...)) {
+Kernel kernel(const char* name, void (*function)(A...), unsigned most_threads) {
     auto call = [](void* function, void** arguments) {
         call_with(reinterpret_cast<void (*)(A...)>(function), arguments, std::index_sequence_for<A...>());
     };
-    return {name, {sizeof(A)...}, call, reinterpret_cast<void*>(function)};
+    return {name, {sizeof(A)...}, call, reinterpret_cast<void*>(function), most_threads};
 }
 
 // Every kernel of one source file; defined in the wrapper that build.sh makes for it.

@@ -9,7 +9,7 @@
 #include <algorithm>
 
 #ifdef BKPACK_LIST
-#define KERNEL(threads) KERNEL_ENTRY void
+#define KERNEL(threads) KERNEL_ENTRY (threads) void
 #else
 #define KERNEL(threads) static void
 #endif

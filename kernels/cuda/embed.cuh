@@ -1,6 +1,7 @@
 // Rows of a packed matrix in f32: embedding, and dequantization where `tokens` is null (rows first, first + 1, ...).
 // Each weight is the integer level times the scale, rounded once: the same bits as on the CPU. A token outside the table
 // gives NaN.
+#pragma once
 #include "matrix.cuh"
 
 template <class E>
@@ -19,16 +20,3 @@ __device__ inline void embed(const Matrix& table, const u32* tokens, u64 first, 
     embed_##NAME(Matrix table, const u32* tokens, u64 first, float* out, u32 count) {    \
         embed<ENCODING>(table, tokens, first, out, count);                               \
     }
-
-EMBED(f32, F32)
-EMBED(f16, F16)
-EMBED(bf16, BF16)
-EMBED(int2, Int<2>)
-EMBED(int3, Int<3>)
-EMBED(int4, Int<4>)
-EMBED(int5, Int<5>)
-EMBED(int6, Int<6>)
-EMBED(int7, Int<7>)
-EMBED(int8, Int<8>)
-EMBED(ternary, Ternary)
-EMBED(binary, Binary)

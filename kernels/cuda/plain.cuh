@@ -1,5 +1,6 @@
 // GEMM in f32 without tensor cores: every encoding, any group size, any number of tokens. The path for shapes that the
 // tensor-core kernels do not take; a block makes 64 tokens x 64 rows in steps of 32 columns.
+#pragma once
 #include "matrix.cuh"
 
 constexpr u32 PLAIN_THREADS = 256, PLAIN_TILE = 64, PLAIN_COLS = 32;
@@ -14,6 +15,7 @@ __device__ inline void plain(const Matrix& w, const float* x, const float* bias,
     float sums[4][4] = {};
     for (u32 start = 0; start < cols; start += PLAIN_COLS) {
         __syncthreads();
+#pragma unroll 1
         for (u32 i = thread; i < PLAIN_COLS * PLAIN_TILE; i += PLAIN_THREADS) {
             u32 column = i % PLAIN_COLS, line = i / PLAIN_COLS;
             bool inside = start + column < cols;
@@ -53,16 +55,3 @@ __device__ inline void plain(const Matrix& w, const float* x, const float* bias,
     gemm_plain_##NAME(Matrix w, const float* x, const float* bias, float* out, u32 tokens) {               \
         plain<ENCODING>(w, x, bias, out, tokens);                                                          \
     }
-
-PLAIN(f32, F32)
-PLAIN(f16, F16)
-PLAIN(bf16, BF16)
-PLAIN(int2, Int<2>)
-PLAIN(int3, Int<3>)
-PLAIN(int4, Int<4>)
-PLAIN(int5, Int<5>)
-PLAIN(int6, Int<6>)
-PLAIN(int7, Int<7>)
-PLAIN(int8, Int<8>)
-PLAIN(ternary, Ternary)
-PLAIN(binary, Binary)
