@@ -427,10 +427,16 @@ mod card {
     fn steps() {
         let cuda = cuda();
         let values: Vec<f32> = (0..60).map(|value| value as f32).collect();
-        let table = cuda.matrix(&Matrix::new(10, 6, Data::Float {
-            dtype: FloatType::F32,
-            values: &float_bytes(FloatType::F32, &values),
-        }).unwrap()).unwrap();
+        let table = cuda
+            .matrix(
+                &Matrix::new(
+                    10,
+                    6,
+                    Data::Float { dtype: FloatType::F32, values: &float_bytes(FloatType::F32, &values) },
+                )
+                .unwrap(),
+            )
+            .unwrap();
         let positions = cuda.values(&values, 6).unwrap();
         let (mut graph, mut out, mut runs) = (StepGraph::default(), Vec::new(), 0);
         for (position, token) in [7, 3, 9, 0, 2].into_iter().enumerate() {
@@ -439,19 +445,20 @@ mod card {
                 cuda.add(cuda.embed_step(&table)?, &cuda.row_at_step(&positions)?)
             };
             cuda.step::<CudaError>(&mut graph, (token, position), run, &mut out).unwrap();
-            let expected: Vec<f32> = (0..6).map(|i| values[token as usize * 6 + i] + values[position * 6 + i]).collect();
+            let expected: Vec<f32> =
+                (0..6).map(|i| values[token as usize * 6 + i] + values[position * 6 + i]).collect();
             assert_eq!(out, expected, "step {position}");
             // What other work takes in between are not the buffers of the recording.
             let other = cuda.values(&[1e9; 6], 6).unwrap();
             assert_eq!(read(&cuda, &other), [1e9; 6]);
         }
         // Run, recorded, and then replayed; never recorded where the driver refuses.
-        let refused = std::env::var("BKPACK_EMULATOR_CAPTURE").is_ok_and(|value| value == "refuse");
+        let refused = std::env::var("BKPACK_EMULATOR_CAPTURE").is_ok_and(|value| value == "0");
         assert_eq!(runs, if refused { 5 } else { 2 });
     }
 }
 
 #[test]
 fn steps_run_one_by_one_where_the_driver_records_nothing() {
-    emulator::run("card::steps", &[("BKPACK_EMULATOR_CAPTURE", "refuse")]);
+    emulator::run("card::steps", &[("BKPACK_EMULATOR_CAPTURE", "0")]);
 }

@@ -48,6 +48,12 @@ size_t total_memory() {
     return bytes ? strtoull(bytes, nullptr, 10) : size_t(8) << 30;
 }
 
+// What a test makes the emulator pretend.
+int setting(const char* name, int otherwise) {
+    const char* text = getenv(name);
+    return text ? atoi(text) : otherwise;
+}
+
 struct Graph {
     std::vector<std::function<void()>> steps;
 };
@@ -123,8 +129,8 @@ Result fill(Pointer to, T value, size_t count, void* stream) {
 #define API extern "C" __attribute__((visibility("default"))) Result
 
 API cuInit(unsigned) { return SUCCESS; }
-API cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
-API cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
+API cuDriverGetVersion(int* version) { return *version = setting("BKPACK_EMULATOR_DRIVER", 13000), SUCCESS; }
+API cuDeviceGetCount(int* count) { return *count = setting("BKPACK_EMULATOR_DEVICES", 1), SUCCESS; }
 API cuDeviceGet(int* device, int ordinal) { return *device = 0, ordinal == 0 ? SUCCESS : Result(101); }
 API cuDeviceGetName(char* name, int bytes, int) {
     snprintf(name, size_t(bytes), "bkpack CUDA emulator (no GPU)");
@@ -144,8 +150,8 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
         case 12: *value = 65536; break;                        // registers a block
         case 16: *value = 2; break;                            // multiprocessors
         case 39: *value = 2048; break;                         // threads a multiprocessor
-        case 75: *value = 8; break;                            // compute capability
-        case 76: *value = 0; break;
+        case 75: *value = setting("BKPACK_EMULATOR_CAPABILITY", 80) / 10; break;  // compute capability
+        case 76: *value = setting("BKPACK_EMULATOR_CAPABILITY", 80) % 10; break;
         case 81: *value = int(MOST_SHARED_BYTES + 1024); break;  // shared memory a multiprocessor
         case 97: *value = int(MOST_SHARED_BYTES); break;       // shared memory a block may ask for
         default: *value = 0;
@@ -346,6 +352,7 @@ API cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
 API cuStreamBeginCapture_v2(void* handle, int) {
     ALONE;
     if (stream_of(handle) == &default_stream || capturing_anywhere) return STREAM_CAPTURE_UNSUPPORTED;
+    if (!setting("BKPACK_EMULATOR_CAPTURE", 1)) return STREAM_CAPTURE_UNSUPPORTED;
     stream_of(handle)->recorded = std::make_unique<Graph>();
     capturing_anywhere = true;
     return SUCCESS;

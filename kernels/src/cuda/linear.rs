@@ -28,6 +28,12 @@ const TERM_COLS: usize = 64;
 /// Tokens up to which a row of the matrix is read once for all of them.
 const FEW: usize = 8;
 
+/// Threads of a block that multiplies few tokens; 16 of them take a row.
+const GEMV_THREADS: u32 = 256;
+
+/// Shared memory for scales, beside that for terms and weights.
+const SCALES: u32 = 1 << 10;
+
 /// Values as one or two BF16 terms each.
 #[derive(Debug)]
 pub(super) struct BfloatTerms {
@@ -55,9 +61,9 @@ impl Cuda {
         let ids = self.uploaded(bytemuck::cast_slice(tokens))?;
         let out = self.scratch(tokens.len(), table.cols())?;
         let arguments = Arguments::of_matrix(table.raw()).buffer(&ids).u64(0).buffer(&out.buffer).u32(count);
-        let name = ["embed_", table.names().encoding, ""];
+        let encoding = table.encoding_name();
         // SAFETY: embed(table, tokens, first, out, count) reads `count` ids and writes as many rows.
-        unsafe { self.launch("embed", name, embed_shape(count, table.cols()), arguments)? };
+        unsafe { self.launch(encoding, ["embed_", encoding, ""], embed_shape(count, table.cols()), arguments)? };
         Ok(out)
     }
 
@@ -81,7 +87,7 @@ impl Cuda {
         let tokens = size("tokens", x.rows())?;
         let rows = size("rows", weight.rows())?;
         let bias = bias.map(|bias| &bias.buffer);
-        let names = weight.names();
+        let encoding = weight.encoding_name();
         let plain = |arguments: Arguments| arguments.buffer(&x.buffer).optional(bias).buffer(&out.buffer).u32(tokens);
         if x.rows() <= FEW {
             let suffix = if tokens <= 1 {
@@ -91,28 +97,23 @@ impl Cuda {
             } else {
                 "_t8"
             };
-            let module = match names.family {
-                "float" => "gemv_float",
-                "int" => "gemv_int",
-                _ => "gemv_small",
-            };
-            let grid = if tokens == 0 { 0 } else { rows.div_ceil(8) };
+            let grid = if tokens == 0 { 0 } else { rows.div_ceil(GEMV_THREADS / 16) };
             let arguments = plain(Arguments::of_matrix(weight.raw()));
             // SAFETY: gemv(w, x, bias, out, tokens), whose shapes are checked above.
-            unsafe { self.launch(module, ["gemv_", names.encoding, suffix], line(grid, 128), arguments)? };
+            unsafe { self.launch(encoding, ["gemv_", encoding, suffix], line(grid, GEMV_THREADS), arguments)? };
         } else if !weight.suits_tensor_cores() {
             let shape = LaunchShape { grid: [rows.div_ceil(64), tokens.div_ceil(64), 1], block: 256, shared_bytes: 0 };
             let arguments = plain(Arguments::of_matrix(weight.raw()));
             // SAFETY: gemm_plain(w, x, bias, out, tokens), whose shapes are checked above.
-            unsafe { self.launch("plain", ["gemm_plain_", names.encoding, ""], shape, arguments)? };
+            unsafe { self.launch(encoding, ["gemm_plain_", encoding, ""], shape, arguments)? };
         } else {
-            let exact = precision == Precision::Exact || names.family == "float";
+            let exact = precision == Precision::Exact || weight.is_plain();
             let terms = self.terms(x)?;
             let low = exact.then_some(&terms.low);
             let weights = if exact && weight.splits_weights() { 32 << 10 } else { 16 << 10 };
             let activations = if exact { 32 << 10 } else { 16 << 10 };
             let grid = [rows.div_ceil(128), tokens.div_ceil(64), 1];
-            let shape = LaunchShape { grid, block: 256, shared_bytes: activations + weights };
+            let shape = LaunchShape { grid, block: 256, shared_bytes: activations + weights + SCALES };
             let padded = x.cols().next_multiple_of(TERM_COLS) as u32;
             let arguments = Arguments::of_matrix(weight.raw())
                 .buffer(&terms.high)
@@ -121,15 +122,10 @@ impl Cuda {
                 .buffer(&out.buffer)
                 .u32(tokens)
                 .u32(padded);
-            let module = match names.family {
-                "float" => "gemm_float",
-                "int" => "gemm_int",
-                _ => "gemm_small",
-            };
-            let name = ["gemm_", names.encoding, if exact { "_exact" } else { "_bf16" }];
+            let name = ["gemm_", encoding, if exact { "_exact" } else { "_bf16" }];
             // SAFETY: gemm(w, high, low, bias, out, tokens, padded), whose shapes are checked above; the terms have
             // `padded` columns.
-            unsafe { self.launch(module, name, shape, arguments)? };
+            unsafe { self.launch(encoding, name, shape, arguments)? };
         }
         Ok(out)
     }

@@ -92,22 +92,26 @@ impl DeviceMatrix {
         (0..parts).map(one).collect()
     }
 
-    /// The name of its encoding in those of kernels, and of the modules that hold them.
-    pub(super) fn names(&self) -> EncodingNames {
-        let (encoding, family) = match self.encoding {
-            DeviceEncoding::Float(FloatType::F32) => ("f32", "float"),
-            DeviceEncoding::Float(FloatType::F16) => ("f16", "float"),
-            DeviceEncoding::Float(FloatType::BF16) => ("bf16", "float"),
+    /// The name of its encoding: of the module of its kernels, and in theirs.
+    pub(super) fn encoding_name(&self) -> &'static str {
+        match self.encoding {
+            DeviceEncoding::Float(FloatType::F32) => "f32",
+            DeviceEncoding::Float(FloatType::F16) => "f16",
+            DeviceEncoding::Float(FloatType::BF16) => "bf16",
             DeviceEncoding::Quantized { layout, .. } => match layout.grid {
                 Grid::Int { bits, .. } => {
                     const INTEGERS: [&str; 7] = ["int2", "int3", "int4", "int5", "int6", "int7", "int8"];
-                    (INTEGERS[bits as usize - 2], "int")
+                    INTEGERS[bits as usize - 2]
                 }
-                Grid::Ternary => ("ternary", "small"),
-                Grid::Binary => ("binary", "small"),
+                Grid::Ternary => "ternary",
+                Grid::Binary => "binary",
             },
-        };
-        EncodingNames { encoding, family }
+        }
+    }
+
+    /// Whether its values are floats and not codes.
+    pub(super) fn is_plain(&self) -> bool {
+        matches!(self.encoding, DeviceEncoding::Float(_))
     }
 
     /// Whether the tensor-core kernels can run it: a group must not end within their step.
@@ -144,13 +148,6 @@ impl DeviceMatrix {
             reserved: 0,
         }
     }
-}
-
-/// Parts of the names of kernels and modules.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct EncodingNames {
-    pub encoding: &'static str,
-    pub family: &'static str,
 }
 
 impl Cuda {

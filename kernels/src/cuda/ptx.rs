@@ -1,4 +1,4 @@
-//! The kernels of kernels/cuda, compiled to PTX by kernels/cuda/compile.py.
+//! The kernels of kernels/cuda that are launched, compiled to PTX by kernels/cuda/compile.py.
 
 macro_rules! modules {
     ($($name:literal),* $(,)?) => {
@@ -9,14 +9,18 @@ macro_rules! modules {
 }
 
 modules!(
-    "gemv_float",
-    "gemv_int",
-    "gemv_small",
-    "gemm_float",
-    "gemm_int",
-    "gemm_small",
-    "plain",
-    "embed",
+    "f32",
+    "f16",
+    "bf16",
+    "int2",
+    "int3",
+    "int4",
+    "int5",
+    "int6",
+    "int7",
+    "int8",
+    "ternary",
+    "binary",
     "elementwise",
     "norm",
     "rope",
@@ -25,5 +29,4 @@ modules!(
     "scan",
     "resolvent",
     "route",
-    "loss",
 );

@@ -164,10 +164,10 @@ impl Cuda {
         let out = self.scratch(1, table.cols())?;
         let arguments =
             Arguments::of_matrix(table.raw()).at(&self.slots.words, TOKEN).u64(0).buffer(&out.buffer).u32(1);
-        let names = table.names();
+        let encoding = table.encoding_name();
         // SAFETY: embed(table, tokens, first, out, count) reads one token id, and writes a row of NaN for one beyond the
         // table.
-        unsafe { self.launch("embed", ["embed_", names.encoding, ""], embed_shape(1, table.cols()), arguments)? };
+        unsafe { self.launch(encoding, ["embed_", encoding, ""], embed_shape(1, table.cols()), arguments)? };
         Ok(out)
     }
 

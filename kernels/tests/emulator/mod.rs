@@ -12,6 +12,9 @@ use std::{
 /// The variable that leaves these tests out, where there is no g++.
 const LEFT_OUT: &str = "BKPACK_NO_EMULATOR";
 
+/// The variable that names the folder of an emulator that is built already.
+const BUILT: &str = "BKPACK_EMULATOR";
+
 /// The folder of the emulator, built once; none where the user leaves it out.
 pub fn folder() -> Option<&'static Path> {
     static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
@@ -19,6 +22,9 @@ pub fn folder() -> Option<&'static Path> {
         if std::env::var_os(LEFT_OUT).is_some() {
             println!("{LEFT_OUT} is set: nothing is run on the emulator");
             return None;
+        }
+        if let Some(folder) = std::env::var_os(BUILT) {
+            return Some(folder.into());
         }
         let kernels = Path::new(env!("CARGO_MANIFEST_DIR"));
         let kernels = if kernels.ends_with("kernels") { kernels.to_owned() } else { kernels.join("kernels") };
