@@ -2,6 +2,7 @@
 //!
 //! Inputs are fresh random numbers; a failure names the seed, and `BKPACK_TEST_SEED` replays it.
 
+#[expect(dead_code, reason = "what compares instruction sets is not needed here")]
 mod common;
 mod emulator;
 

@@ -132,8 +132,10 @@ fn render(evaluation: &Evaluation) -> String {
         ("tokens/s".into(), format!("{:.1}", evaluation.tokens_per_second)),
         ("scored tokens".into(), format!("{scored} ({} windows of {})", evaluation.windows, evaluation.ctx)),
         ("activations".into(), activations(evaluation)),
-        ("device".into(), evaluation.device.to_string()),
     ]);
+    if evaluation.device.card.is_some() {
+        rows.push(("device".into(), evaluation.device.to_string()));
+    }
     if let Some(error) = &evaluation.core_error {
         let percent = |error: f64| format!("{:.3} %", 100.0 * error);
         rows.extend([

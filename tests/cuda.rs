@@ -1,0 +1,274 @@
+//! Models on a GPU: what is said where there is none, and on the emulator the same numbers as on the CPU.
+
+#[path = "common/command.rs"]
+mod command;
+#[path = "../kernels/tests/emulator/mod.rs"]
+mod emulator;
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Output},
+};
+
+use command::{refused, succeeded};
+use serde_json::Value;
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures")
+}
+
+/// Writes the logits of a few tokens of a small model; with the emulator where it is given.
+fn logits(folder: &Path, options: &[&str], emulated: Option<&Path>, variables: &[(&str, &str)]) -> Output {
+    let tokens = folder.join("tokens.json");
+    std::fs::write(&tokens, "[1, 5, 2]").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bkpack"));
+    command.arg("logits").arg(fixtures().join("architectures/qwen3")).arg("--tokens").arg(tokens);
+    command.arg("-o").arg(folder.join("logits.safetensors")).args(options);
+    // A machine with a card hides it.
+    command.env("CUDA_VISIBLE_DEVICES", "").envs(variables.iter().copied());
+    if let Some(emulated) = emulated {
+        command.env("LD_LIBRARY_PATH", emulated);
+    }
+    command.output().unwrap()
+}
+
+#[test]
+fn without_a_gpu_cuda_is_refused_and_auto_says_that_it_runs_on_the_cpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = logits(folder.path(), &["--device", "cuda"], None, &[]);
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    let no_driver = message.contains("no NVIDIA driver library (libcuda.so.1) was found: install the NVIDIA driver");
+    assert!(no_driver || message.contains("the NVIDIA driver finds no GPU"), "{message}");
+    refused(&output, &[]);
+    assert!(!folder.path().join("logits.safetensors").exists());
+
+    let output = logits(folder.path(), &["--device", "auto"], None, &[]);
+    succeeded(&output);
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(message.starts_with("note: running on the CPU: "), "{message}");
+    let output = logits(folder.path(), &["--device", "cpu", "--force"], None, &[]);
+    assert_eq!((succeeded(&output), output.stderr), (String::new(), Vec::new()));
+}
+
+#[test]
+fn each_device_has_its_own_activations() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = logits(folder.path(), &["--activations", "bf16"], None, &[]);
+    refused(&output, &["--activations: bf16 is computed on the GPU alone", "--device cuda"]);
+    let Some(emulator) = emulator::folder() else { return };
+    let output = logits(folder.path(), &["--activations", "int8", "--device", "cuda", "-q"], Some(emulator), &[]);
+    refused(&output, &["--activations: int8 is computed on the CPU alone", "pass exact or bf16"]);
+}
+
+#[test]
+fn a_driver_or_a_card_that_cannot_be_used_is_named() {
+    let Some(emulator) = emulator::folder() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let refuse = |variable, value, words: &[&str]| {
+        let output = logits(folder.path(), &["--device", "cuda", "-q"], Some(emulator), &[(variable, value)]);
+        refused(&output, words);
+    };
+    refuse(
+        "BKPACK_EMULATOR_DRIVER",
+        "11040",
+        &["knows CUDA up to 11.4, but 12.1 is needed", "update the driver to 530"],
+    );
+    refuse("BKPACK_EMULATOR_CAPABILITY", "75", &["has compute capability 7.5, but 8.0 or newer (Ampere) is needed"]);
+    refuse("BKPACK_EMULATOR_DEVICES", "0", &["the NVIDIA driver finds no GPU", "CUDA_VISIBLE_DEVICES"]);
+    // Less than the weights: refused before anything is copied.
+    refuse(
+        "BKPACK_EMULATOR_MEMORY",
+        "60000",
+        &[" bytes of GPU memory are needed where 5", " are free: close other programs"],
+    );
+    // Room for the weights, but not for what comes on top.
+    refuse(
+        "BKPACK_EMULATOR_MEMORY",
+        "200000",
+        &[" bytes of GPU memory are needed where ", " are free: close other programs"],
+    );
+    assert!(!folder.path().join("logits.safetensors").exists());
+}
+
+#[test]
+fn evaluation_records_the_card() {
+    let Some(emulator) = emulator::folder() else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let tokens = folder.path().join("tokens.json");
+    let ids: Vec<u32> = (0..24).map(|token| token * 7 % 96).collect();
+    std::fs::write(&tokens, serde_json::to_string(&ids).unwrap()).unwrap();
+    let evaluate = |options: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bkpack"));
+        command.arg("eval").arg(fixtures().join("architectures/mixtral")).arg("--tokens").arg(&tokens);
+        command.args(["--ctx", "12", "--json"]).args(options).env("LD_LIBRARY_PATH", emulator);
+        command.output().unwrap()
+    };
+    let on_card = evaluate(&["--device", "auto"]);
+    let message = String::from_utf8_lossy(&on_card.stderr);
+    assert!(message.contains("note: running on the GPU: bkpack CUDA emulator"), "{message}");
+    assert!(message.contains(" bytes of ") && message.contains("are free on the GPU"), "{message}");
+    let on_card: Value = serde_json::from_str(&succeeded(&on_card)).unwrap();
+    let on_cpu: Value = serde_json::from_str(&succeeded(&evaluate(&[]))).unwrap();
+    assert_eq!((&on_card["device"], &on_card["card"]), (&"cuda".into(), &"bkpack CUDA emulator (no GPU)".into()));
+    assert_eq!((&on_cpu["device"], &on_cpu["card"]), (&"cpu".into(), &Value::Null));
+    let nll = |record: &Value| record["nll"].as_f64().unwrap();
+    let difference = (nll(&on_card) - nll(&on_cpu)).abs();
+    println!("nll {} on the CPU, {difference:e} from it on the card", nll(&on_cpu));
+    assert!(difference < 1e-5 * nll(&on_cpu));
+}
+
+macro_rules! on_the_emulator {
+    ($($name:ident),* $(,)?) => { $(
+        #[test]
+        fn $name() {
+            emulator::run(concat!("card::", stringify!($name)), &[]);
+        }
+    )* };
+}
+
+on_the_emulator!(logits_of_every_architecture, logits_of_every_encoding, decoding_repeats_a_recorded_step);
+
+/// The tests themselves, for a card or the emulator.
+mod card {
+    use std::rc::Rc;
+
+    use bkpack::{
+        checkpoint,
+        format::PackedFile,
+        model::Model,
+        ops::{
+            Ops,
+            cpu::{Activations, CpuOps},
+            cuda::CudaOps,
+        },
+        pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
+        policy::Policy,
+        progress::Silent,
+        tensor::TensorSource,
+    };
+    use bkpack_kernels::{Cpu, Isa, cpu::quantize::Rounding, cuda::Cuda};
+
+    use super::fixtures;
+
+    /// The largest difference allowed, as a share of the largest logit. Two BF16 terms miss 2^-18 of an activation; about
+    /// ten products follow one another in these models, in each of which terms of both signs may cancel to a tenth.
+    const TOLERANCE: f32 = 10.0 * 10.0 / (1 << 18) as f32;
+
+    fn scalar() -> CpuOps {
+        CpuOps::new(Cpu::with_isa(Isa::Scalar).unwrap(), Activations::Exact)
+    }
+
+    fn card() -> CudaOps {
+        CudaOps::new(Rc::new(Cuda::open().unwrap()), Activations::Exact).unwrap()
+    }
+
+    /// Of the first `batch` tokens at once, and then of one after the other: `[tokens, vocab_size]`.
+    fn logits<O: Ops>(source: &dyn TensorSource, ops: &O, tokens: &[u32], batch: usize) -> Vec<f32> {
+        let model = Model::load(source, ops).unwrap();
+        let batch = if model.runs_whole() { tokens.len() } else { batch };
+        let mut state = model.state(tokens.len()).unwrap();
+        let (mut all, mut some) = (Vec::new(), Vec::new());
+        let hidden = model.forward(&tokens[..batch], &mut state).unwrap();
+        ops.read(&model.logits(&hidden, 0, batch).unwrap(), &mut all).unwrap();
+        for &token in &tokens[batch..] {
+            model.step(token, &mut state, &mut some).unwrap();
+            all.extend(&some);
+        }
+        assert_eq!(state.positions(), tokens.len());
+        all
+    }
+
+    /// The largest difference as a share of the largest logit, and the largest logit's token at each position.
+    #[track_caller]
+    fn compare(name: &str, found: &[f32], expected: &[f32]) {
+        assert_eq!(found.len(), expected.len(), "{name}");
+        let largest = expected.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+        let difference = found.iter().zip(expected).fold(0f32, |difference, (found, expected)| {
+            assert!(found.is_finite(), "{name}");
+            difference.max((found - expected).abs())
+        });
+        println!("{name}: {:.2e} of the largest logit", difference / largest);
+        assert!(difference <= TOLERANCE * largest, "{name}: {difference} beside {largest}");
+    }
+
+    fn tokens(count: u32) -> Vec<u32> {
+        (0..count).map(|token| token * 29 % 96).collect()
+    }
+
+    #[test]
+    #[ignore = "needs a card or the emulator"]
+    fn logits_of_every_architecture() {
+        let (scalar, card) = (scalar(), card());
+        let mut names: Vec<_> =
+            std::fs::read_dir(fixtures().join("architectures")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        names.sort();
+        assert!(names.len() >= 11);
+        for path in names {
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            let source = checkpoint::open(&path).unwrap();
+            let tokens = tokens(14);
+            // Ten tokens through the tensor cores, then four one by one: run, recorded, replayed, replayed.
+            compare(&name, &logits(&source, &card, &tokens, 10), &logits(&source, &scalar, &tokens, 10));
+        }
+    }
+
+    #[test]
+    #[ignore = "needs a card or the emulator"]
+    fn logits_of_every_encoding() {
+        let (scalar, card) = (scalar(), card());
+        let source = checkpoint::open(&fixtures().join("architectures/mixtral_stacked")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        for encoding in [
+            "int2:g32",
+            "int3:g32",
+            "int4:g32:asym",
+            "int5:row",
+            "int6:g64:asym",
+            "int8:g32",
+            "ternary:g32",
+            "binary:g64",
+            "fp16",
+            "fp32",
+        ] {
+            let output = folder.path().join("model.bkpack");
+            let options = PackOptions {
+                policy: Policy::uniform(encoding.parse().unwrap(), &[], &[]).unwrap(),
+                rounding: Rounding::Nearest,
+                feedback: false,
+                calibration: None,
+                ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
+                allow_nonfinite: false,
+                shard_bytes: None,
+            };
+            let packing = Packing::plan(&source, &options, &output, Cpu::detect(), &Silent).unwrap();
+            packing.write(Cpu::detect(), true, &Silent).unwrap();
+            let packed = PackedFile::open(&output).unwrap();
+            let tokens = tokens(11);
+            compare(encoding, &logits(&packed, &card, &tokens, 9), &logits(&packed, &scalar, &tokens, 9));
+        }
+    }
+
+    /// A state that is cleared and used for another text replays the same recording.
+    #[test]
+    #[ignore = "needs a card or the emulator"]
+    fn decoding_repeats_a_recorded_step() {
+        for architecture in ["mistral", "mamba"] {
+            let source = checkpoint::open(&fixtures().join("architectures").join(architecture)).unwrap();
+            let (scalar, card) = (scalar(), card());
+            let model = Model::load(&source, &card).unwrap();
+            let mut state = model.state(9).unwrap();
+            let mut found = Vec::new();
+            for tokens in [[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8]] {
+                state.clear(&card).unwrap();
+                model.forward(&tokens[..2], &mut state).unwrap();
+                let mut all = Vec::new();
+                for &token in &tokens[2..] {
+                    model.step(token, &mut state, &mut found).unwrap();
+                    all.extend(&found);
+                }
+                let expected = logits(&source, &scalar, &tokens, 2);
+                compare(architecture, &all, &expected[2 * model.vocab_size()..]);
+            }
+        }
+    }
+}
