@@ -117,6 +117,20 @@ fn evaluation_records_the_card() {
     assert!(difference < 1e-5 * nll(&on_cpu));
 }
 
+#[test]
+fn greedy_text_is_that_of_the_cpu() {
+    let Some(emulator) = emulator::folder() else { return };
+    let generate = |options: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bkpack"));
+        command.arg("generate").arg(fixtures().join("llama")).args(["--prompt", "The city of London is"]);
+        command.args(["--max-tokens", "6", "-q"]).args(options).env("LD_LIBRARY_PATH", emulator);
+        succeeded(&command.output().unwrap())
+    };
+    let text = generate(&["--device", "cpu"]);
+    assert!(text.len() > "The city of London is".len() + 6, "{text}");
+    assert_eq!(generate(&["--device", "cuda"]), text);
+}
+
 macro_rules! on_the_emulator {
     ($($name:ident),* $(,)?) => { $(
         #[test]

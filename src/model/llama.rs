@@ -1,7 +1,7 @@
 //! The Llama family: the whole architecture.
 
 use super::{
-    Architecture, LayerState, Pass, Visit, check_shapes,
+    Architecture, LayerState, Pass, Rotation, Visit, check_shapes,
     config::LlamaConfig,
     linear::Linear,
     mixture::mixture,
@@ -197,18 +197,14 @@ impl<'a, O: Ops> Llama<'a, O> {
     }
 
     /// Cosines and sines of `tokens` positions from `first`, `[tokens, head_dim / 2]`.
-    pub(super) fn rotation(&self, first: usize, tokens: usize) -> Result<(O::Tensor, O::Tensor)> {
+    pub(super) fn rotation(&self, first: usize, tokens: usize) -> Result<Rotation<O>> {
         let (cos, sin) = rope::rotations(&self.inverse_frequencies, first, tokens);
         let pairs = self.inverse_frequencies.len();
         Ok((self.ops.constant(cos, pairs)?, self.ops.constant(sin, pairs)?))
     }
 
     /// The input of the first block for one token, and the cosines and sines of its position, out of those of all.
-    pub(super) fn embed_step(
-        &self,
-        step: Step,
-        (cos, sin): &(O::Tensor, O::Tensor),
-    ) -> Result<(O::Tensor, (O::Tensor, O::Tensor))> {
+    pub(super) fn embed_step(&self, step: Step, (cos, sin): &Rotation<O>) -> Result<(O::Tensor, Rotation<O>)> {
         let rotation = (self.ops.row_at_step(cos, step)?, self.ops.row_at_step(sin, step)?);
         Ok((self.ops.embed_step(&self.embedding, step)?, rotation))
     }

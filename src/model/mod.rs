@@ -179,9 +179,12 @@ pub(crate) struct Pass<O: Ops> {
     /// The position of the first token.
     first: usize,
     tokens: usize,
-    /// Cosines and sines of the rotary embedding, where the architecture has one.
-    rotation: Option<(O::Tensor, O::Tensor)>, // [tokens, head_dim / 2]
+    /// Of the tokens, where the architecture has a rotary embedding.
+    rotation: Option<Rotation<O>>, // [tokens, head_dim / 2]
 }
+
+/// Cosines and sines of the rotary embedding.
+type Rotation<O> = (<O as Ops>::Tensor, <O as Ops>::Tensor);
 
 /// What a model remembers of one text: the state that its next tokens continue.
 pub struct State<O: Ops> {
@@ -192,8 +195,8 @@ pub struct State<O: Ops> {
     capacity: usize,
     /// What each layer's core computed in the last call, if that is recorded.
     core: Option<Vec<CoreTrace>>, // [layers]
-    /// Cosines and sines of every position that fits, once steps need them.
-    rotations: Option<(O::Tensor, O::Tensor)>, // [capacity, head_dim / 2]
+    /// Of every position that fits, once steps need them.
+    rotations: Option<Rotation<O>>, // [capacity, head_dim / 2]
     step: O::StepGraph,
 }
 

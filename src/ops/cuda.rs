@@ -44,7 +44,7 @@ impl Ops for CudaOps {
     type Cache = DeviceCache;
     type StepGraph = StepGraph;
 
-    fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<DeviceMatrix> {
+    fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<Self::Weight<'a>> {
         Ok(self.cuda.matrix(&source.tensor(name)?.matrix())?)
     }
 

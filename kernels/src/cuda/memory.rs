@@ -85,12 +85,6 @@ impl Pool {
         let index = fitting.min_by_key(|(_, memory)| memory.bytes).map(|(index, _)| index)?;
         Some(free.swap_remove(index))
     }
-
-    /// How many buffers wait.
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        self.free.borrow().len()
-    }
 }
 
 /// Memory on the card. What it holds is what was written to it last, by a copy or a kernel.
