@@ -6,7 +6,8 @@
 #ifdef BKPACK_EMULATE
 #include "emulate/shim.h"
 #else
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// The most threads of a block, and at will the blocks that should fit on a multiprocessor.
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 // Shared memory whose size the launch gives.
 #define DYNAMIC_SHARED(type, name)                              \
     extern __shared__ __align__(16) unsigned char name##_raw[]; \

@@ -207,12 +207,12 @@ __device__ inline void gemm(const Matrix& w, const u16* hi, const u16* lo, const
 }
 
 #define GEMM(NAME, ENCODING, EXACT_W_TERMS)                                                                       \
-    KERNEL(GEMM_THREADS)                                                                                          \
+    KERNEL(GEMM_THREADS, 2)                                                                                        \
     gemm_##NAME##_exact(Matrix w, const u16* hi, const u16* lo, const float* bias, float* out, u32 tokens,        \
                         u32 padded) {                                                                             \
         gemm<ENCODING, 2, EXACT_W_TERMS>(w, hi, lo, bias, out, tokens, padded);                                   \
     }                                                                                                             \
-    KERNEL(GEMM_THREADS)                                                                                          \
+    KERNEL(GEMM_THREADS, 2)                                                                                        \
     gemm_##NAME##_bf16(Matrix w, const u16* hi, const u16* lo, const float* bias, float* out, u32 tokens,         \
                        u32 padded) {                                                                              \
         gemm<ENCODING, 1, 1>(w, hi, lo, bias, out, tokens, padded);                                               \

@@ -161,7 +161,7 @@ __device__ inline void gemv(const Matrix& w, const float* x, const float* bias, 
 }
 
 #define GEMV(NAME, ENCODING, T)                                                                               \
-    KERNEL(GEMV_THREADS)                                                                                      \
+    KERNEL(GEMV_THREADS, 2)                                                                                    \
     gemv_##NAME##_t##T(Matrix w, const float* x, const float* bias, float* out, u32 tokens) {                 \
         gemv<ENCODING, T>(w, x, bias, out, tokens);                                                           \
     }

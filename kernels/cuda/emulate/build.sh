@@ -21,16 +21,18 @@ for source in "$cuda"/*.cu; do
     names+=("$name")
     echo "void list_$name(List&);" >> "$list"
     wrapper="$out/objects/$name.cpp"
+    # Written anew only if it changes, so that what is compiled stays fresh.
     {
         # In a namespace of its own: files may use the same names.
         echo '#include "emulate/emulator.h"'
         echo "#include \"$name.cu\""
         echo "void list_$name(std::vector<emulator::Kernel>& all) {"
         g++ -std=c++20 -E -P -DBKPACK_EMULATE -DBKPACK_LIST -I "$cuda" -x c++ "$source" \
-            | tr '\n' ' ' | grep -oE 'KERNEL_ENTRY \([A-Za-z0-9_]+\) void +[A-Za-z0-9_]+' \
-            | sed -E 's/.*\((.*)\) void +(.*)/    all.push_back(emulator::kernel("\2", \2, \1));/'
+            | tr '\n' ' ' | grep -oE 'KERNEL_ENTRY \([A-Za-z0-9_]+(, *[0-9]+)?\) void +[A-Za-z0-9_]+' \
+            | sed -E 's/.*\(([A-Za-z0-9_]+).*\) void +(.*)/    all.push_back(emulator::kernel("\2", \2, \1));/'
         echo "}"
-    } > "$wrapper"
+    } > "$wrapper.new"
+    if cmp -s "$wrapper.new" "$wrapper"; then rm "$wrapper.new"; else mv "$wrapper.new" "$wrapper"; fi
 done
 {
     echo "const List& emulator::kernels() { static const List all = [] { List found;"
@@ -45,7 +47,10 @@ jobs=()
 for source in "$out"/objects/*.cpp "$here"/*.cpp; do
     object="$out/objects/$(basename "$source" .cpp).o"
     objects+=("$object")
-    if [ -e "$object" ] && [ -z "$(find "$cuda" "$here" -maxdepth 1 \( -name '*.cu*' -o -name '*.h' -o -name '*.cpp' \) -newer "$object" -print -quit)" ]; then continue; fi
+    # Headers concern every object, other files their own.
+    own=("$source" "$cuda/$(basename "$source" .cpp).cu")
+    [ -e "${own[1]}" ] || own=("$source")
+    if [ -e "$object" ] && [ -z "$(find "${own[@]}" "$cuda"/*.cuh "$here"/*.h -newer "$object" -print -quit)" ]; then continue; fi
     build "$source" &
     jobs+=($!)
     if [ "${#jobs[@]}" -ge 2 ]; then

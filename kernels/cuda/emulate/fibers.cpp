@@ -1,6 +1,8 @@
 // Runs a block's threads as fibers on one CPU thread: deterministic, and strict about barriers. A barrier that some
 // threads of a block or warp never reach, an operation of a warp that its lanes do not share, and an access outside an
-// allocation end the program with a message.
+// allocation end the program with a message. Warps run from barrier to barrier, first to last, or with
+// BKPACK_EMULATOR_ORDER=reverse (which turns the order of blocks, too) last to first: a barrier that is missing shows in
+// one of the two.
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -51,6 +53,7 @@ void* scheduler;
 const Kernel* running;
 void** running_arguments;
 void* shared_memory;
+bool backwards;
 size_t shared_capacity;
 
 extern "C" void emulator_switch(void** from, void* to);
@@ -115,7 +118,8 @@ void run_warp(unsigned warp, unsigned threads) {
     const unsigned first = warp * 32, end = std::min(first + 32, threads);
     for (;;) {
         unsigned waiting = 0, done = 0;
-        for (unsigned thread = first; thread < end; thread++) {
+        for (unsigned i = first; i < end; i++) {
+            const unsigned thread = backwards ? end - 1 - (i - first) : i;
             if (fibers[thread].wait == Wait::None) resume(thread);
             waiting += fibers[thread].wait == Wait::Warp;
             done += fibers[thread].wait == Wait::Done;
@@ -134,7 +138,8 @@ void run_block(unsigned threads) {
     for (unsigned thread = 0; thread < threads; thread++) start(thread);
     for (;;) {
         unsigned waiting = 0;
-        for (unsigned warp = 0; warp < (threads + 31) / 32; warp++) run_warp(warp, threads);
+        const unsigned count = (threads + 31) / 32;
+        for (unsigned warp = 0; warp < count; warp++) run_warp(backwards ? count - 1 - warp : warp, threads);
         for (unsigned thread = 0; thread < threads; thread++) waiting += fibers[thread].wait == Wait::Block;
         if (waiting == 0) return;
         for (unsigned thread = 0; thread < threads; thread++) {
@@ -228,6 +233,8 @@ void run(const Kernel& kernel, Dimensions grid, Dimensions block, size_t shared_
         shared_memory = static_cast<char*>(mapped) + pages - (shared_bytes + 15) / 16 * 16;
         shared_capacity = shared_bytes;
     }
+    const char* order = getenv("BKPACK_EMULATOR_ORDER");
+    backwards = order && strcmp(order, "reverse") == 0;
     running = &kernel;
     running_arguments = arguments;
     block_size = block;
@@ -235,7 +242,7 @@ void run(const Kernel& kernel, Dimensions grid, Dimensions block, size_t shared_
     for (unsigned z = 0; z < grid.z; z++) {
         for (unsigned y = 0; y < grid.y; y++) {
             for (unsigned x = 0; x < grid.x; x++) {
-                block_index = {x, y, z};
+                block_index = backwards ? Dimensions{grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z} : Dimensions{x, y, z};
                 // What a block does not write before it reads is NaN.
                 if (shared_bytes) memset(shared_memory, 0xff, shared_bytes);
                 run_block(block.x);

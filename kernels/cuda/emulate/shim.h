@@ -9,9 +9,9 @@
 #include <algorithm>
 
 #ifdef BKPACK_LIST
-#define KERNEL(threads) KERNEL_ENTRY (threads) void
+#define KERNEL(...) KERNEL_ENTRY (__VA_ARGS__) void
 #else
-#define KERNEL(threads) static void
+#define KERNEL(...) static void
 #endif
 #define __global__
 #define __device__
