@@ -48,7 +48,8 @@ size_t total_memory() {
     return bytes ? strtoull(bytes, nullptr, 10) : size_t(8) << 30;
 }
 
-// What a test makes the emulator pretend.
+// What a test makes the emulator pretend: BKPACK_EMULATOR_DRIVER (11040 is CUDA 11.4), BKPACK_EMULATOR_DEVICES,
+// BKPACK_EMULATOR_CAPABILITY (75 is 7.5), and BKPACK_EMULATOR_CAPTURE=0, a driver that records no graphs.
 int setting(const char* name, int otherwise) {
     const char* text = getenv(name);
     return text ? atoi(text) : otherwise;
