@@ -10,6 +10,7 @@ use std::{
     process::{Command, Output},
 };
 
+use bkpack::report::{evaluation::Evaluation, results::Conditions};
 use command::{refused, succeeded};
 use serde_json::Value;
 
@@ -115,6 +116,16 @@ fn evaluation_records_the_card() {
     let difference = (nll(&on_card) - nll(&on_cpu)).abs();
     println!("nll {} on the CPU, {difference:e} from it on the card", nll(&on_cpu));
     assert!(difference < 1e-5 * nll(&on_cpu));
+
+    // Whoever compares the two records sees that they differ in the card, and in that alone.
+    let conditions = |record: &Value| {
+        let path = folder.path().join("record.json");
+        std::fs::write(&path, record.to_string()).unwrap();
+        Evaluation::read(&path).unwrap().conditions
+    };
+    let (card, cpu) = (conditions(&on_card), conditions(&on_cpu));
+    assert_eq!(card.card.as_deref(), Some("bkpack CUDA emulator (no GPU)"));
+    assert_eq!(cpu, Conditions { card: None, ..card });
 }
 
 #[test]

@@ -92,7 +92,12 @@ pub fn run(args: &EvalArgs) -> Result<()> {
             return Err(Error::Option { option: "--by-component", why });
         }
         // One device for all figures of a record.
-        (true, _) => Device::Cpu,
+        (true, choice) => {
+            if choice == DeviceChoice::Auto {
+                args.common.notice("running on the CPU: the components are measured on it alone");
+            }
+            Device::Cpu
+        }
         (false, _) => {
             args.device.open(std::iter::once(&**source as &dyn TensorSource).chain(baseline), &args.common)?
         }
