@@ -50,7 +50,7 @@ struct Packed {
 #pragma unroll
                 for (u32 i = 0; i < 2; i++) {
                     u32 rest = state * 171 >> 9;
-                    values[i] = small_float(state - 3 * rest) - zero;
+                    values[i] = biased(state - 3 * rest) - zero;
                     state = rest;
                     if (++digit == 5) {
                         digit = 0, byte++;
@@ -120,7 +120,7 @@ __device__ inline void gemm(const Matrix& w, const u16* hi, const u16* lo, const
         if constexpr (E::SCALED) {
             u32 at = min(column, cols - 1) / group;
             zero = E::zero(w, row, at);
-            scales[half * GEMM_ROWS + unpacked] = factor<E>(w, row, at);
+            scales[half * GEMM_ROWS + unpacked] = scale_of(w, row, at);
         }
         packed.unpack(column, zero, [&](u32 pair, float first, float second) {
             u32 index = segment(unpacked, half * 4 + pair / 4) + pair % 4 * 2;

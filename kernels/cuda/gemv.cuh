@@ -81,10 +81,10 @@ __device__ inline void gemv(const Matrix& w, const float* x, const float* bias, 
                     if constexpr (E::TERNARY) boundary = min((at + 1) * group - min(column, cols - 1), E::UNIT);
 #pragma unroll
                     for (u32 r = 0; r < GEMV_ROWS; r++) {
-                        scales[r] = factor<E>(w, rows[r], at);
+                        scales[r] = scale_of(w, rows[r], at);
                         zeros[r] = E::zero(w, rows[r], at);
                         if constexpr (E::TERNARY) {
-                            later[r] = boundary < E::UNIT && at + 1 < w.groups ? factor<E>(w, rows[r], at + 1) : 0.0f;
+                            later[r] = boundary < E::UNIT && at + 1 < w.groups ? scale_of(w, rows[r], at + 1) : 0.0f;
                         }
                     }
                 }

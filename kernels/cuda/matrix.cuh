@@ -34,8 +34,10 @@ __device__ inline u32 stream_code(const u8* stream, u64 index) {
     return code & ((1u << BITS) - 1);
 }
 
-// An unsigned integer below 2^23 as f32: one operation where a conversion takes four times as long.
-__device__ inline float small_float(u32 value) { return __uint_as_float(0x4b000000u | value) - 8388608.0f; }
+// An unsigned integer below 2^23, plus BIAS, as f32: one operation where a conversion takes four times as long. The bias
+// is subtracted together with the zero point, exactly.
+constexpr float BIAS = 8388608.0f;  // 2^23
+__device__ inline float biased(u32 value) { return __uint_as_float(0x4b000000u | value); }
 
 // W whole words from `from`, of which those at and after `there` are zero. `alignment` is that of every row in bytes.
 template <u32 W>
@@ -70,7 +72,7 @@ __device__ inline u32 row_alignment(const Matrix& w) {
 }
 
 // An encoding says how many columns a lane unpacks at a time (UNIT, from WORDS registers), loads them, and gives each as
-// an unsigned code or, where it has no scales, as the value itself.
+// an unsigned code plus BIAS or, where it has no scales, as the value itself.
 
 template <u32 BITS_>
 struct Int {
@@ -88,23 +90,25 @@ struct Int {
         u32 bit = column * BITS, word = bit / 32, shift = bit % 32;
         u32 value = words[word] >> shift;
         if (shift + BITS > 32) value = __funnelshift_r(words[word], words[word + 1], shift);
-        return small_float(value & MASK);
+        return biased(value & MASK);
     }
-    // The code that stands for a weight of zero.
+    // The code that stands for a weight of zero, plus BIAS.
     __device__ static float zero(const Matrix& w, u64 row, u32 group) {
-        if (w.zeros) return float(stream_code<BITS>(w.zeros + row * w.zero_bytes, group));
-        return float(1u << (BITS - 1));
+        return biased(w.zeros ? stream_code<BITS>(w.zeros + row * w.zero_bytes, group) : 1u << (BITS - 1));
     }
     __device__ static float weight(const Matrix& w, u64 row, u64 col) {
         u32 group = u32(col / w.group);
-        float level = float(stream_code<BITS>(w.codes + row * w.code_bytes, col)) - zero(w, row, group);
+        float level = biased(stream_code<BITS>(w.codes + row * w.code_bytes, col)) - zero(w, row, group);
         return level * scale_of(w, row, group);
     }
 };
 
 struct Binary : Int<1> {
-    // (2c - 1) s is (c - 1/2) 2s, and doubling is exact: only the scale differs from a one-bit integer.
-    __device__ static float zero(const Matrix&, u64, u32) { return 0.5f; }
+    // A weight is (2c - 1) s.
+    __device__ static float code(const u32 (&words)[WORDS], u32 column, u32&) {
+        return biased((column == 0 ? words[0] << 1 : words[0] >> (column - 1)) & 2);
+    }
+    __device__ static float zero(const Matrix&, u64, u32) { return BIAS + 1; }
     __device__ static float weight(const Matrix& w, u64 row, u64 col) {
         float scale = scale_of(w, row, u32(col / w.group));
         return stream_code<1>(w.codes + row * w.code_bytes, col) ? scale : -scale;
@@ -112,7 +116,7 @@ struct Binary : Int<1> {
 };
 
 struct Ternary {
-    static constexpr u32 BITS = 2, UNIT = 40, WORDS = 2;  // eight bytes of five codes
+    static constexpr u32 UNIT = 40, WORDS = 2;  // eight bytes of five codes
     static constexpr bool SCALED = true, TERNARY = true;
 
     __device__ static u32 word(const u8* bytes, u32 there) {
@@ -134,11 +138,11 @@ struct Ternary {
     __device__ static float code(const u32 (&words)[WORDS], u32 column, u32& state) {
         if (column % 5 == 0) state = words[column / 20] >> (column / 5 % 4 * 8) & 0xff;
         u32 rest = state * 171 >> 9;  // state / 3, for every byte
-        float digit = small_float(state - 3 * rest);
+        float digit = biased(state - 3 * rest);
         state = rest;
         return digit;
     }
-    __device__ static float zero(const Matrix&, u64, u32) { return 1.0f; }
+    __device__ static float zero(const Matrix&, u64, u32) { return BIAS + 1; }
     __device__ static float weight(const Matrix& w, u64 row, u64 col) {
         u32 rest = w.codes[row * w.code_bytes + col / 5];
         for (u32 digit = u32(col % 5); digit > 0; digit--) rest = rest * 171 >> 9;
@@ -201,10 +205,3 @@ struct BF16 : Halves {
         return bf16_value(reinterpret_cast<const u16*>(w.codes + row * w.code_bytes)[col]);
     }
 };
-
-// The factor between codes minus zero and weights.
-template <class E>
-__device__ inline float factor(const Matrix& w, u64 row, u32 group) {
-    float scale = scale_of(w, row, group);
-    return E::BITS == 1 ? 2.0f * scale : scale;
-}
