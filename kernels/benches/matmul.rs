@@ -1,13 +1,13 @@
-//! Speed of the matrix products, beside what this machine can do: fused multiply-adds on registers, and reading memory.
+//! Speed of the products with packed matrices, each with its share of what limits it here.
 //!
-//! `cargo bench -p bkpack-kernels --bench matmul`; `BKPACK_ISA` chooses the instruction set and `RAYON_NUM_THREADS` the
-//! threads.
+//! `cargo bench -p bkpack-kernels --bench matmul -- gemv int4` measures the lines that hold both words, `--json` prints an
+//! object a line; `BKPACK_ISA` chooses the instruction set and `RAYON_NUM_THREADS` the threads.
 
-mod probe;
+mod measure;
 
 use bkpack_kernels::{Cpu, Data, FloatType, Grid, Layout, Matrix};
-use half::f16;
-use probe::fastest;
+use half::{bf16, f16};
+use measure::{Bench, Figure, Work};
 
 /// Bytes that look random: a full-period generator modulo 2^64, top byte.
 fn noise(count: usize) -> Vec<u8> {
@@ -19,10 +19,39 @@ fn noise(count: usize) -> Vec<u8> {
     (0..count).map(|_| next()).collect()
 }
 
-#[derive(Clone, Copy)]
+/// Activations from -1 to 1.
+fn activations(count: usize) -> Vec<f32> {
+    noise(count).into_iter().map(|byte| f32::from(byte) / 127.5 - 1.0).collect()
+}
+
+#[derive(Clone, Copy, PartialEq)]
 enum Encoding {
-    F16,
+    Float(FloatType),
     Quantized(Layout),
+}
+
+impl Encoding {
+    /// Bytes of the values or codes of one row.
+    fn row_bytes(self, cols: usize) -> usize {
+        match self {
+            Encoding::Float(dtype) => cols * dtype.bytes(),
+            Encoding::Quantized(layout) => layout.code_bytes(cols),
+        }
+    }
+}
+
+/// Every encoding, under the name that filters see.
+fn encodings() -> Vec<(String, Encoding)> {
+    let quantized = |grid, group| Encoding::Quantized(Layout { grid, group });
+    let floats = [("f32", FloatType::F32), ("f16", FloatType::F16), ("bf16", FloatType::BF16)];
+    let mut all: Vec<_> = floats.into_iter().map(|(name, dtype)| (name.to_owned(), Encoding::Float(dtype))).collect();
+    for bits in (2..=8).rev() {
+        all.push((format!("int{bits} g128"), quantized(Grid::Int { bits, symmetric: true }, 128)));
+    }
+    all.push(("int4 g32 asymmetric".into(), quantized(Grid::Int { bits: 4, symmetric: false }, 32)));
+    all.push(("ternary g128".into(), quantized(Grid::Ternary, 128)));
+    all.push(("binary g128".into(), quantized(Grid::Binary, 128)));
+    all
 }
 
 struct Weights {
@@ -36,15 +65,19 @@ struct Weights {
 
 impl Weights {
     fn new(rows: usize, cols: usize, encoding: Encoding) -> Self {
-        let small = |count: usize| f16::from_f32(0.01).to_le_bytes().repeat(count);
+        let f16s = |count: usize| f16::from_f32(0.01).to_le_bytes().repeat(count);
         let (values, scales, zeros) = match encoding {
-            Encoding::F16 => (small(rows * cols), Vec::new(), Vec::new()),
+            Encoding::Float(FloatType::F16) => (f16s(rows * cols), Vec::new(), Vec::new()),
+            Encoding::Float(FloatType::BF16) => {
+                (bf16::from_f32(0.01).to_le_bytes().repeat(rows * cols), Vec::new(), Vec::new())
+            }
+            Encoding::Float(FloatType::F32) => (0.01f32.to_le_bytes().repeat(rows * cols), Vec::new(), Vec::new()),
             Encoding::Quantized(layout) => {
                 let mut codes = noise(rows * layout.code_bytes(cols));
                 if layout.grid == Grid::Ternary {
                     codes.iter_mut().for_each(|code| *code %= 243);
                 }
-                (codes, small(rows * layout.groups(cols)), noise(rows * layout.zero_bytes(cols)))
+                (codes, f16s(rows * layout.groups(cols)), noise(rows * layout.zero_bytes(cols)))
             }
         };
         Self { rows, cols, encoding, values, scales, zeros }
@@ -52,7 +85,7 @@ impl Weights {
 
     fn matrix(&self) -> Matrix<'_> {
         let data = match self.encoding {
-            Encoding::F16 => Data::Float { dtype: FloatType::F16, values: &self.values },
+            Encoding::Float(dtype) => Data::Float { dtype, values: &self.values },
             Encoding::Quantized(layout) => Data::Quantized {
                 layout,
                 codes: &self.values,
@@ -65,65 +98,57 @@ impl Weights {
     }
 }
 
-fn main() {
-    let probe::Machine { cpu, fma: peak, bandwidth } = probe::machine();
-    let int = |bits, symmetric, group| Encoding::Quantized(Layout { grid: Grid::Int { bits, symmetric }, group });
-    let ternary = Encoding::Quantized(Layout { grid: Grid::Ternary, group: 128 });
-    let binary = Encoding::Quantized(Layout { grid: Grid::Binary, group: 128 });
-    let encodings = [
-        ("f16", Encoding::F16),
-        ("int8 g128", int(8, true, 128)),
-        ("int4 g128", int(4, true, 128)),
-        ("int4 g32 asymmetric", int(4, false, 32)),
-        ("int3 g128", int(3, true, 128)),
-        ("ternary g128", ternary),
-        ("binary g128", binary),
-    ];
+/// Times one product in both arithmetic modes; floats have but one.
+fn product(bench: &mut Bench, label: &str, figure: Figure, weights: &Weights, tokens: usize) {
+    let (rows, cols, w) = (weights.rows, weights.cols, weights.matrix());
+    let x = activations(tokens * cols);
+    let mut out = vec![0.0; tokens * rows];
+    let operations = 2 * rows * cols * tokens;
+    let bytes = w.bytes() + 4 * (x.len() + out.len());
+    let cpu: Cpu = bench.cpu;
+    let exact = Work { bytes, flops: operations, ..Work::default() };
+    bench.line(&format!("{label}  exact"), figure, exact, || cpu.matmul(&x, &w, &mut out));
+    if matches!(weights.encoding, Encoding::Quantized(_)) {
+        let int8 = Work { bytes, int8_operations: operations, ..Work::default() };
+        bench.line(&format!("{label}  int8"), figure, int8, || cpu.matmul_int8(&x, &w, &mut out));
+    }
+}
 
-    println!("\nmany tokens: GFLOP/s and share of the FMA probe, f32 activations then INT8");
-    for (name, encoding) in encodings {
-        let shapes: &[(usize, usize)] =
-            if name == "int4 g128" { &[(576, 1536), (1536, 576), (49152, 576)] } else { &[(1536, 576)] };
-        for &(rows, cols) in shapes {
-            let weights = Weights::new(rows, cols, encoding);
-            for tokens in [8, 64, 256, 1024] {
-                let x = vec![0.5; tokens * cols];
-                let mut out = vec![0.0; tokens * rows];
-                let rate = |product: fn(Cpu, &[f32], &Matrix, &mut [f32]), out: &mut [f32]| {
-                    let seconds = fastest(|| product(cpu, &x, &weights.matrix(), out));
-                    (2 * rows * cols * tokens) as f64 / seconds / 1e9
-                };
-                let exact = rate(Cpu::matmul, &mut out);
-                let int8 = rate(Cpu::matmul_int8, &mut out);
-                println!(
-                    "{name:20} [{rows:5}, {cols:4}] x {tokens:4}  {exact:7.1} {:4.0} %  {int8:7.1} {:4.0} %",
-                    100.0 * exact / peak,
-                    100.0 * int8 / peak,
-                );
-            }
+fn main() {
+    let mut bench = Bench::from_arguments();
+    bench.limit("limit  f32 multiply-adds", "GOP/s", Bench::fma);
+    bench.limit("limit  INT8 products", "GOP/s", Bench::int8);
+    for megabytes in [100, 640] {
+        bench.limit(&format!("limit  reading {megabytes} MB"), "GB/s", |bench| bench.read(megabytes * 1_000_000));
+    }
+
+    // About 100 MB of codes, which no cache holds.
+    for (name, encoding) in encodings() {
+        let cols = 4096;
+        let rows = 100_000_000 / encoding.row_bytes(cols);
+        let labels = [1, 4].map(|tokens| (tokens, format!("gemv  {name:20} [{rows}, {cols}] x {tokens}")));
+        let wanted = |label: &str| ["exact", "int8"].iter().any(|mode| bench.wants(&format!("{label}  {mode}")));
+        if !labels.iter().any(|(_, label)| wanted(label)) {
+            continue;
+        }
+        let weights = Weights::new(rows, cols, encoding);
+        for (tokens, label) in labels {
+            product(&mut bench, &label, Figure::Bytes, &weights, tokens);
         }
     }
 
-    println!("\nfew tokens, about 100 MB of codes: GB/s of packed bytes and share of the read probe, f32 then INT8");
-    for (name, encoding) in encodings {
-        let cols = 4096;
-        let row_bytes = match encoding {
-            Encoding::F16 => cols * 2,
-            Encoding::Quantized(layout) => layout.code_bytes(cols),
-        };
-        let rows = 100_000_000 / row_bytes;
-        let weights = Weights::new(rows, cols, encoding);
-        let w = weights.matrix();
-        for tokens in [1, 4] {
-            let x = vec![0.5; tokens * cols];
-            let mut out = vec![0.0; tokens * rows];
-            let exact = w.bytes() as f64 / fastest(|| cpu.matmul(&x, &w, &mut out)) / 1e9;
-            let int8 = w.bytes() as f64 / fastest(|| cpu.matmul_int8(&x, &w, &mut out)) / 1e9;
-            println!(
-                "{name:20} [{rows:6}, {cols}] x {tokens}  {exact:6.2} {:4.0} %  {int8:6.2} {:4.0} %",
-                100.0 * exact / bandwidth,
-                100.0 * int8 / bandwidth,
-            );
+    for (name, encoding) in encodings() {
+        // A layer of SmolLM2 and a square one; for the usual widths SmolLM2's other shapes, too.
+        let mut shapes = vec![(1536, 576), (4096, 4096)];
+        if ["int8 g128", "int4 g128"].contains(&name.as_str()) {
+            shapes.extend([(576, 1536), (49152, 576)]);
+        }
+        for (rows, cols) in shapes {
+            let weights = Weights::new(rows, cols, encoding);
+            for tokens in [8, 64, 256, 512] {
+                let label = format!("gemm  {name:20} [{rows}, {cols}] x {tokens}");
+                product(&mut bench, &label, Figure::Operations, &weights, tokens);
+            }
         }
     }
 }
