@@ -27,7 +27,7 @@ const PROBE_BYTES: u64 = 1 << 30;
 pub struct Options {
     /// Tokens of an empty context that are run together; 0 for no prefill.
     pub prefill: usize,
-    /// Tokens of an empty context that are run one by one; 0 for no decode.
+    /// Tokens of an empty context that are run one by one; 0 for no decode. The first token is measured in any case.
     pub decode: usize,
     /// How many times each is measured, after one run that is not counted; at least 1.
     pub repetitions: usize,
@@ -105,7 +105,7 @@ impl Timing {
 /// token, prefill those of the last.
 ///
 /// # Errors
-/// As [`Model::load`]; [`Error::Option`] for more tokens than the model's context has room for, or nothing to measure;
+/// As [`Model::load`]; [`Error::Option`] for more tokens than the model's context has room for, or no repetition;
 /// [`Error::NotSequential`] where a model that runs texts whole is to decode; [`Error::Cancelled`].
 pub fn measure(
     cpu: Cpu,
@@ -146,6 +146,7 @@ pub fn measure(
     observer.end();
     most = most.max(read_rate());
 
+    // The first run of each is not counted.
     let timing = |tokens: usize, times: &[Duration]| times.get(1..).map(|counted| Timing::new(tokens, counted));
     let (prefill, decode) = (timing(prefill, &prefills), timing(decode, &decodes));
     let decode_rate = decode.as_ref().map(|decode| decode.tokens_per_second * weight_bytes_per_token as f64);
@@ -172,9 +173,6 @@ pub fn measure(
 
 fn check(options: &Options, model: &Model<CpuOps>) -> Result<()> {
     let refused = |option, why| Err(Error::Option { option, why });
-    if options.prefill == 0 && options.decode == 0 {
-        return refused("--decode", "with --prefill 0 there must be tokens to decode".into());
-    }
     for (option, tokens) in [("--prefill", options.prefill), ("--decode", options.decode)] {
         if tokens > model.max_positions() {
             let why = format!("{tokens} tokens exceed the model's context of {}", model.max_positions());
