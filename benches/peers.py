@@ -116,7 +116,8 @@ class Peers:
 
         def peer():
             command = [self.options.llama / "llama-perplexity", "-m", theirs, "-f", text, "-c", 512, "--chunks", windows]
-            output, errors, seconds = run(command + ["-t", self.options.threads])
+            # At its usual level it keeps its timing to itself.
+            output, errors, seconds = run(command + ["-t", self.options.threads, "-lv", 4])
             told = re.search(r"prompt eval time =.*?([\d.]+) tokens per second", output + errors)
             estimate = re.search(r"Final estimate: PPL = ([\d.]+)", output + errors)
             self.add((name, "evaluation"), "llama.cpp", float(told.group(1)))
