@@ -25,7 +25,7 @@ impl Isa {
             Isa::Avx2 => Description {
                 f32_products: "vfmadd, 256 bits",
                 int8_products: "vpmaddubsw and vpmaddwd, 256 bits",
-                unpacking: "pdep, and vpsrlvd with vpermps",
+                unpacking: "vpshufb and vpmullw",
             },
             Isa::Avx512 => Description {
                 f32_products: "vfmadd, 512 bits",

@@ -1,31 +1,24 @@
-//! Speed of the operations along a sequence, each with its share of what limits it here.
-//!
-//! `cargo bench -p bkpack-kernels --bench sequence -- scan` measures the lines that hold the word, `--json` prints an
-//! object a line; `BKPACK_ISA` chooses the instruction set and `RAYON_NUM_THREADS` the threads.
+//! Operations along a sequence.
 
-mod measure;
-
+use crate::measure::{Bench, Figure, Work};
 use bkpack_kernels::cpu::{KeyValueCache, SelectiveScan};
-use measure::{Bench, Figure, Work};
 
 const LENGTHS: [usize; 4] = [1_000, 10_000, 100_000, 1_000_000];
 
-fn main() {
-    let mut bench = Bench::from_arguments();
-    bench.limit("limit  exponentials", "G/s", Bench::exp);
+pub fn run(bench: &mut Bench) {
     // Mamba-130M's layer, then few channels for lengths that fill memory.
     for (tokens, channels) in [(1, 1536), (512, 1536)] {
-        scan(&mut bench, tokens, channels);
+        scan(bench, tokens, channels);
     }
     for tokens in LENGTHS {
-        scan(&mut bench, tokens, 128);
+        scan(bench, tokens, 128);
     }
-    resolvent(&mut bench);
-    convolution(&mut bench);
+    resolvent(bench);
+    convolution(bench);
     // SmolLM2's and TinyLlama's layers.
     for (heads, kv_heads) in [(9, 3), (32, 4)] {
         for (tokens, positions) in [(512, 512), (2048, 2048), (1, 2048)] {
-            attention(&mut bench, (heads, kv_heads), tokens, positions);
+            attention(bench, (heads, kv_heads), tokens, positions);
         }
     }
 }

@@ -1,13 +1,8 @@
-//! Speed of the products with packed matrices, each with its share of what limits it here.
-//!
-//! `cargo bench -p bkpack-kernels --bench matmul -- gemv int4` measures the lines that hold both words, `--json` prints an
-//! object a line; `BKPACK_ISA` chooses the instruction set and `RAYON_NUM_THREADS` the threads.
+//! Products with packed matrices, every encoding in both arithmetic modes.
 
-mod measure;
-
+use crate::measure::{Bench, Figure, Work};
 use bkpack_kernels::{Cpu, Data, FloatType, Grid, Layout, Matrix};
 use half::{bf16, f16};
-use measure::{Bench, Figure, Work};
 
 /// Bytes that look random: a full-period generator modulo 2^64, top byte.
 fn noise(count: usize) -> Vec<u8> {
@@ -114,15 +109,8 @@ fn product(bench: &mut Bench, label: &str, figure: Figure, weights: &Weights, to
     }
 }
 
-fn main() {
-    let mut bench = Bench::from_arguments();
-    bench.limit("limit  f32 multiply-adds", "GOP/s", Bench::fma);
-    bench.limit("limit  INT8 products", "GOP/s", Bench::int8);
-    for megabytes in [100, 640] {
-        bench.limit(&format!("limit  reading {megabytes} MB"), "GB/s", |bench| bench.read(megabytes * 1_000_000));
-    }
-
-    // About 100 MB of codes, which no cache holds.
+/// About 100 MB of codes, which no cache holds.
+pub fn few_tokens(bench: &mut Bench) {
     for (name, encoding) in encodings() {
         let cols = 4096;
         let rows = 100_000_000 / encoding.row_bytes(cols);
@@ -133,12 +121,14 @@ fn main() {
         }
         let weights = Weights::new(rows, cols, encoding);
         for (tokens, label) in labels {
-            product(&mut bench, &label, Figure::Bytes, &weights, tokens);
+            product(bench, &label, Figure::Bytes, &weights, tokens);
         }
     }
+}
 
+/// A layer of SmolLM2 and a square one; for the usual widths SmolLM2's other shapes, too.
+pub fn many_tokens(bench: &mut Bench) {
     for (name, encoding) in encodings() {
-        // A layer of SmolLM2 and a square one; for the usual widths SmolLM2's other shapes, too.
         let mut shapes = vec![(1536, 576), (4096, 4096)];
         if ["int8 g128", "int4 g128"].contains(&name.as_str()) {
             shapes.extend([(576, 1536), (49152, 576)]);
@@ -147,7 +137,7 @@ fn main() {
             let weights = Weights::new(rows, cols, encoding);
             for tokens in [8, 64, 256, 512] {
                 let label = format!("gemm  {name:20} [{rows}, {cols}] x {tokens}");
-                product(&mut bench, &label, Figure::Operations, &weights, tokens);
+                product(bench, &label, Figure::Operations, &weights, tokens);
             }
         }
     }
