@@ -32,3 +32,31 @@ impl Deref for FileMap {
         &self.0
     }
 }
+
+/// Memory of the process's own, written throughout, in large pages where the system has them: reading it is slowed down
+/// neither by page faults nor by more translations of addresses than there must be.
+#[derive(Debug)]
+pub struct LargePages(memmap2::MmapMut);
+
+impl LargePages {
+    /// So many bytes, at least one page.
+    ///
+    /// # Errors
+    /// [`Error::Io`] where there is not enough memory.
+    pub fn new(bytes: usize) -> Result<Self> {
+        let refused = Error::io(Path::new("memory for the probe"));
+        let mut memory = memmap2::MmapMut::map_anon(bytes.max(4096)).map_err(refused)?;
+        // Advice that is not taken makes the memory slower, not wrong.
+        #[cfg(target_os = "linux")]
+        let _ = memory.advise(memmap2::Advice::HugePage);
+        memory.fill(1);
+        Ok(Self(memory))
+    }
+}
+
+impl Deref for LargePages {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}

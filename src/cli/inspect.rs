@@ -1,4 +1,4 @@
-//! `bkpack inspect`: the manifest and every tensor of a packed file.
+//! `bkpack inspect`: the manifest and every tensor of a packed file; the CPU.
 
 use std::path::PathBuf;
 
@@ -11,7 +11,7 @@ use bkpack::{
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use super::print;
+use super::{cpu, print};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -20,14 +20,21 @@ Examples:
   bkpack inspect model.bkpack --sort bytes
       The largest tensors first
   bkpack inspect model.bkpack --json
-      Manifest, tensors and files for machines";
+      Manifest, tensors and files for machines
+  BKPACK_ISA=avx2 bkpack inspect --cpu
+      What models run on here; BKPACK_ISA forces an instruction set";
 
-/// Show the manifest and the tensors of a packed file
+/// Show the manifest and the tensors of a packed file, or what models run on here
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub struct InspectArgs {
     /// Packed file
-    packed: PathBuf,
+    #[arg(required_unless_present = "cpu")]
+    packed: Option<PathBuf>,
+
+    /// Show the CPU, its instruction sets, and what the kernels run on
+    #[arg(long, conflicts_with_all = ["packed", "sort"])]
+    cpu: bool,
 
     /// The order of the tensors; numbers fall, names rise
     #[arg(long, value_enum, default_value_t = Sort::Name)]
@@ -50,7 +57,8 @@ enum Sort {
 
 /// Runs the subcommand.
 pub fn run(args: &InspectArgs) -> Result<()> {
-    let packed = PackedFile::open(&args.packed)?;
+    let Some(path) = &args.packed else { return print(&cpu::describe(args.json)?) };
+    let packed = PackedFile::open(path)?;
     let mut tensors: Vec<&PackedTensor> = packed.tensors().iter().collect();
     let bits = |tensor: &PackedTensor| tensor.bytes() as f64 / tensor.elements() as f64;
     match args.sort {

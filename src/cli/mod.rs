@@ -1,9 +1,11 @@
 //! The command line: one file a subcommand.
 
 mod archive;
+mod bench;
 mod calibrate;
 mod components;
 mod convert;
+mod cpu;
 mod device;
 mod diff;
 mod eval;
@@ -71,6 +73,7 @@ enum Command {
     Importance(importance::ImportanceArgs),
     Sensitivity(sensitivity::SensitivityArgs),
     Generate(generate::GenerateArgs),
+    Bench(bench::BenchArgs),
     Logits(logits::LogitsArgs),
     Archive(archive::ArchiveArgs),
     Unpack(unpack::UnpackArgs),
@@ -130,6 +133,7 @@ pub fn run() -> ExitCode {
         Command::Importance(args) => importance::run(args).map(|()| ExitCode::SUCCESS),
         Command::Sensitivity(args) => sensitivity::run(args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Bench(args) => bench::run(args).map(|()| ExitCode::SUCCESS),
         Command::Logits(args) => logits::run(args).map(|()| ExitCode::SUCCESS),
         Command::Archive(args) => archive::run(args).map(|()| ExitCode::SUCCESS),
         Command::Unpack(args) => unpack::run(args).map(|()| ExitCode::SUCCESS),

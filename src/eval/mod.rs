@@ -1,5 +1,5 @@
 //! Running models on text: tokens, windows, calibration, perplexity, the distance to a baseline, logits, generation;
-//! sweeps over widths and compute, FLOP counts, targets.
+//! sweeps over widths and compute, FLOP counts, targets, speed.
 
 pub mod calibrate;
 pub mod causality;
@@ -11,6 +11,7 @@ pub mod logits;
 pub mod perplexity;
 pub mod probe;
 pub mod record;
+pub mod speed;
 pub mod sweep;
 pub mod targets;
 pub mod text;
