@@ -225,7 +225,7 @@ fn an_unknown_instruction_set_is_an_error() {
     let folder = TempDir::new().unwrap();
     let output = folder.path().join("model.bkpack");
     let convert = |isa: &str| run(bkpack().env("BKPACK_ISA", isa).arg("convert").arg(fixture()).arg("-o").arg(&output));
-    refused(&convert("nonsense"), &["nonsense", "scalar, avx2 or avx512"]);
+    refused(&convert("nonsense"), &["nonsense", "scalar, avx2, avx512 or amx"]);
     refused(&convert(""), &["scalar"]);
     assert!(names(folder.path()).is_empty());
     let eval = run(bkpack().env("BKPACK_ISA", "sse9").arg("eval").arg(fixture()).arg("--text").arg(text()));

@@ -261,12 +261,14 @@ impl Kernel for Streams<'_> {
         let codes = simd.unpack64(self.stream, self.bits);
         let mut packed = vec![0; 8 * self.bits as usize];
         simd.pack64(&codes, self.bits, &mut packed);
-        let dot = simd.dot_u8i8(&codes, self.activations, simd.splat_i32(-3));
+        let units = simd.load_i32(&bytemuck::cast(codes));
+        let activations = simd.splat_i32(i32::from_ne_bytes(self.activations.map(|a| a as u8)));
+        let dot = simd.dot_u8i8(units, activations, simd.splat_i32(-3));
         let mut lanes = [0.0; 16];
         simd.store(simd.i32_to_f32(dot), &mut lanes);
         let mut narrow_lanes = lanes;
         if self.bits < 8 {
-            let dot = simd.dot_u7i8(&codes, self.activations, simd.splat_i32(-3));
+            let dot = simd.dot_u7i8(units, activations, simd.splat_i32(-3));
             simd.store(simd.i32_to_f32(dot), &mut narrow_lanes);
         }
         let mut decoded = [[0.0; 16]; 2];

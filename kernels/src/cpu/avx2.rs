@@ -89,6 +89,36 @@ unsafe fn both(low: &[u8; 16], high: &[u8; 16]) -> __m256i {
     unsafe { _mm256_set_m128i(_mm_loadu_si128(high.as_ptr().cast()), _mm_loadu_si128(low.as_ptr().cast())) }
 }
 
+/// Transposes 16 rows of four words, after a permutation of the bytes of each row where there is an `order`.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn transpose(rows: [&[u8; 16]; 16], order: Option<__m256i>) -> [[__m256; 2]; 4] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut out = [[_mm256_setzero_ps(); 2]; 4];
+        for half in 0..2 {
+            // The halves of vector `i` are rows `i` and `i + 4`; what remains is two 4x4 transpositions.
+            let mut v = [_mm256_setzero_ps(); 4];
+            for (i, v) in v.iter_mut().enumerate() {
+                let mut words = both(rows[8 * half + i], rows[8 * half + i + 4]);
+                if let Some(order) = order {
+                    words = _mm256_shuffle_epi8(words, order);
+                }
+                *v = _mm256_castsi256_ps(words);
+            }
+            let [a, b] = [_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1])];
+            let [c, d] = [_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3])];
+            out[0][half] = _mm256_shuffle_ps::<0b01_00_01_00>(a, c);
+            out[1][half] = _mm256_shuffle_ps::<0b11_10_11_10>(a, c);
+            out[2][half] = _mm256_shuffle_ps::<0b01_00_01_00>(b, d);
+            out[3][half] = _mm256_shuffle_ps::<0b11_10_11_10>(b, d);
+        }
+        out
+    }
+}
+
 impl Simd for Avx2 {
     type F32 = [__m256; 2];
     type I32 = [__m256i; 2];
@@ -278,23 +308,34 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn transpose_words(self, rows: [&[u8; 16]; 16]) -> [[__m256; 2]; 4] {
         // SAFETY: the token exists only on CPUs with AVX2.
-        unsafe {
-            let mut out = [[_mm256_setzero_ps(); 2]; 4];
-            for half in 0..2 {
-                // The halves of vector `i` are rows `i` and `i + 4`; what remains is two 4x4 transpositions.
-                let mut v = [_mm256_setzero_ps(); 4];
-                for (i, v) in v.iter_mut().enumerate() {
-                    *v = _mm256_castsi256_ps(both(rows[8 * half + i], rows[8 * half + i + 4]));
+        unsafe { transpose(rows, None) }
+    }
+
+    #[inline(always)]
+    fn transpose_ordered(self, rows: [&[u8; 16]; 16], order: &[u8; 16]) -> [[__m256; 2]; 4] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { transpose(rows, Some(both(order, order))) }
+    }
+
+    #[inline(always)]
+    fn unpack_lanes(self, words: [__m256; 2], bits: u32, shift: u32) -> [__m256; 2] {
+        debug_assert!((1..=8).contains(&bits) && shift + 4 * bits <= 32);
+        let mut out = words;
+        for (out, words) in out.iter_mut().zip(words) {
+            // SAFETY: the token exists only on CPUs with AVX2.
+            unsafe {
+                let mask = _mm256_set1_epi32((1 << bits) - 1);
+                let mut codes = [_mm256_castps_si256(words); 4];
+                for (i, codes) in codes.iter_mut().enumerate() {
+                    let places = _mm_cvtsi32_si128((shift + i as u32 * bits) as i32);
+                    *codes = _mm256_and_si256(_mm256_srl_epi32(*codes, places), mask);
                 }
-                let [a, b] = [_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1])];
-                let [c, d] = [_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3])];
-                out[0][half] = _mm256_shuffle_ps::<0b01_00_01_00>(a, c);
-                out[1][half] = _mm256_shuffle_ps::<0b11_10_11_10>(a, c);
-                out[2][half] = _mm256_shuffle_ps::<0b01_00_01_00>(b, d);
-                out[3][half] = _mm256_shuffle_ps::<0b11_10_11_10>(b, d);
+                let low = _mm256_or_si256(codes[0], _mm256_slli_epi32::<8>(codes[1]));
+                let high = _mm256_or_si256(codes[2], _mm256_slli_epi32::<8>(codes[3]));
+                *out = _mm256_castsi256_ps(_mm256_or_si256(low, _mm256_slli_epi32::<16>(high)));
             }
-            out
         }
+        out
     }
 
     #[inline(always)]
@@ -337,17 +378,26 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn dot_u8i8(self, u: &[u8; 64], a: [i8; 4], mut acc: [__m256i; 2]) -> [__m256i; 2] {
-        let a = i32::from_ne_bytes(a.map(|a| a as u8));
-        let u = u.as_chunks::<32>().0;
+    fn load_i32(self, from: &[i32; 16]) -> [__m256i; 2] {
+        let from: *const __m256i = from.as_ptr().cast();
+        // SAFETY: the token exists only on CPUs with AVX2; the array is two registers long, and loads may be unaligned.
+        unsafe { [_mm256_loadu_si256(from), _mm256_loadu_si256(from.add(1))] }
+    }
+
+    #[inline(always)]
+    fn mul_i32(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { [_mm256_mullo_epi32(a[0], b[0]), _mm256_mullo_epi32(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn dot_u8i8(self, u: [__m256i; 2], a: [__m256i; 2], mut acc: [__m256i; 2]) -> [__m256i; 2] {
         for half in 0..2 {
-            // SAFETY: the token exists only on CPUs with AVX2; the array is 32 bytes, and the load may be unaligned.
+            // SAFETY: the token exists only on CPUs with AVX2.
             unsafe {
-                let u = _mm256_loadu_si256(u[half].as_ptr().cast());
-                let a = _mm256_set1_epi32(a);
                 // The 16-bit sums of two products saturate; one product at a time always fits.
-                let even = _mm256_maddubs_epi16(_mm256_and_si256(u, _mm256_set1_epi16(0x00ff)), a);
-                let odd = _mm256_maddubs_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x00ff), u), a);
+                let even = _mm256_maddubs_epi16(_mm256_and_si256(u[half], _mm256_set1_epi16(0x00ff)), a[half]);
+                let odd = _mm256_maddubs_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x00ff), u[half]), a[half]);
                 let ones = _mm256_set1_epi16(1);
                 let products = _mm256_add_epi32(_mm256_madd_epi16(even, ones), _mm256_madd_epi16(odd, ones));
                 acc[half] = _mm256_add_epi32(acc[half], products);
@@ -357,14 +407,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn dot_u7i8(self, u: &[u8; 64], a: [i8; 4], mut acc: [__m256i; 2]) -> [__m256i; 2] {
-        let a = i32::from_ne_bytes(a.map(|a| a as u8));
-        let u = u.as_chunks::<32>().0;
+    fn dot_u7i8(self, u: [__m256i; 2], a: [__m256i; 2], mut acc: [__m256i; 2]) -> [__m256i; 2] {
         for half in 0..2 {
-            // SAFETY: the token exists only on CPUs with AVX2; the array is 32 bytes, and the load may be unaligned.
+            // SAFETY: the token exists only on CPUs with AVX2.
             unsafe {
                 // Two products of at most 127 * 128 fit in 16 bits.
-                let pairs = _mm256_maddubs_epi16(_mm256_loadu_si256(u[half].as_ptr().cast()), _mm256_set1_epi32(a));
+                let pairs = _mm256_maddubs_epi16(u[half], a[half]);
                 acc[half] = _mm256_add_epi32(acc[half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
             }
         }

@@ -117,6 +117,36 @@ unsafe fn words(row: &[u8; 16]) -> __m128 {
     unsafe { _mm_loadu_ps(row.as_ptr().cast()) }
 }
 
+/// Transposes 16 rows of four words, after a permutation of the bytes of each row where there is an `order`.
+///
+/// # Safety
+/// The CPU has AVX-512 with BW and DQ.
+#[inline(always)]
+unsafe fn transpose(rows: [&[u8; 16]; 16], order: Option<__m512i>) -> [__m512; 4] {
+    // SAFETY: the caller's promise (128-bit insertion of pairs is of the DQ part, the byte shuffle of the BW part).
+    unsafe {
+        // Quarter `q` of vector `i` is row `i + 4q`; what remains is four 4x4 transpositions, one in each quarter.
+        let mut v = [_mm512_setzero_ps(); 4];
+        for (i, v) in v.iter_mut().enumerate() {
+            *v = _mm512_castps128_ps512(words(rows[i]));
+            *v = _mm512_insertf32x4::<1>(*v, words(rows[i + 4]));
+            *v = _mm512_insertf32x4::<2>(*v, words(rows[i + 8]));
+            *v = _mm512_insertf32x4::<3>(*v, words(rows[i + 12]));
+            if let Some(order) = order {
+                *v = _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_castps_si512(*v), order));
+            }
+        }
+        let [a, b] = [_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1])];
+        let [c, d] = [_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3])];
+        [
+            _mm512_shuffle_ps::<0b01_00_01_00>(a, c),
+            _mm512_shuffle_ps::<0b11_10_11_10>(a, c),
+            _mm512_shuffle_ps::<0b01_00_01_00>(b, d),
+            _mm512_shuffle_ps::<0b11_10_11_10>(b, d),
+        ]
+    }
+}
+
 impl Simd for Avx512 {
     type F32 = __m512;
     type I32 = __m512i;
@@ -265,24 +295,27 @@ impl Simd for Avx512 {
 
     #[inline(always)]
     fn transpose_words(self, rows: [&[u8; 16]; 16]) -> [__m512; 4] {
-        // SAFETY: the token exists only on CPUs with AVX-512 (128-bit insertion of pairs is of its DQ part).
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { transpose(rows, None) }
+    }
+
+    #[inline(always)]
+    fn transpose_ordered(self, rows: [&[u8; 16]; 16], order: &[u8; 16]) -> [__m512; 4] {
+        // SAFETY: the token exists only on CPUs with AVX-512; the array is 16 bytes, and the load may be unaligned.
+        unsafe { transpose(rows, Some(_mm512_broadcast_i32x4(_mm_loadu_si128(order.as_ptr().cast())))) }
+    }
+
+    #[inline(always)]
+    fn unpack_lanes(self, words: __m512, bits: u32, shift: u32) -> __m512 {
+        debug_assert!((1..=8).contains(&bits) && shift + 4 * bits <= 32);
+        const EACH: u64 = 0x0101_0101_0101_0101;
+        // Two lanes in each 64-bit element: four codes from bit 0 on, four from bit 32 on.
+        let control = 0x2020_2020_0000_0000 + u64::from(bits) * 0x0302_0100_0302_0100 + u64::from(shift) * EACH;
+        // SAFETY: the token exists only on CPUs with AVX-512 VBMI.
         unsafe {
-            // Quarter `q` of vector `i` is row `i + 4q`; what remains is four 4x4 transpositions, one in each quarter.
-            let mut v = [_mm512_setzero_ps(); 4];
-            for (i, v) in v.iter_mut().enumerate() {
-                *v = _mm512_castps128_ps512(words(rows[i]));
-                *v = _mm512_insertf32x4::<1>(*v, words(rows[i + 4]));
-                *v = _mm512_insertf32x4::<2>(*v, words(rows[i + 8]));
-                *v = _mm512_insertf32x4::<3>(*v, words(rows[i + 12]));
-            }
-            let [a, b] = [_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1])];
-            let [c, d] = [_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3])];
-            [
-                _mm512_shuffle_ps::<0b01_00_01_00>(a, c),
-                _mm512_shuffle_ps::<0b11_10_11_10>(a, c),
-                _mm512_shuffle_ps::<0b01_00_01_00>(b, d),
-                _mm512_shuffle_ps::<0b11_10_11_10>(b, d),
-            ]
+            let shifted = _mm512_multishift_epi64_epi8(_mm512_set1_epi64(control as i64), _mm512_castps_si512(words));
+            let mask = _mm512_set1_epi8(((1u32 << bits) - 1) as u8 as i8);
+            _mm512_castsi512_ps(_mm512_and_si512(shifted, mask))
         }
     }
 
@@ -326,10 +359,21 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
-    fn dot_u8i8(self, u: &[u8; 64], a: [i8; 4], acc: __m512i) -> __m512i {
-        let a = i32::from_ne_bytes(a.map(|a| a as u8));
-        // SAFETY: the token exists only on CPUs with AVX-512 VNNI; the array is 64 bytes, and the load may be unaligned.
-        unsafe { _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(u.as_ptr().cast()), _mm512_set1_epi32(a)) }
+    fn load_i32(self, from: &[i32; 16]) -> __m512i {
+        // SAFETY: the token exists only on CPUs with AVX-512; the array is 64 bytes, and the load may be unaligned.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn mul_i32(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { _mm512_mullo_epi32(a, b) }
+    }
+
+    #[inline(always)]
+    fn dot_u8i8(self, u: __m512i, a: __m512i, acc: __m512i) -> __m512i {
+        // SAFETY: the token exists only on CPUs with AVX-512 VNNI.
+        unsafe { _mm512_dpbusd_epi32(acc, u, a) }
     }
 
     #[inline(always)]

@@ -32,6 +32,11 @@ impl Isa {
                 int8_products: "vpdpbusd (VNNI), 512 bits",
                 unpacking: "vpermb and vpmultishiftqb (VBMI)",
             },
+            Isa::Amx => Description {
+                f32_products: "vfmadd, 512 bits",
+                int8_products: "AMX tiles from 8 tokens on, vpdpbusd (VNNI) below",
+                unpacking: "vpermb and vpmultishiftqb (VBMI)",
+            },
         }
     }
 }

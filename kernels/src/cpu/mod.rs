@@ -1,6 +1,7 @@
 //! Kernels on the CPU: one algorithm for all instruction sets, chosen when the program starts.
 
 mod activation;
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -12,12 +13,14 @@ mod dequantize;
 pub mod describe;
 mod elementwise;
 mod feedback;
+mod gemm_int8;
 mod gemv;
 mod gram;
 mod loss;
 mod matmul;
 mod matmul_int8;
 mod norm;
+mod panel;
 pub mod probe;
 pub mod quantize;
 mod resolvent;
@@ -38,6 +41,7 @@ pub use matmul_int8::activation_blocks;
 pub use route::top_k;
 pub use scan::SelectiveScan;
 
+use amx::Amx;
 #[cfg(target_arch = "x86_64")]
 use avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
@@ -54,11 +58,13 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ, VL, VBMI and VNNI.
     Avx512,
+    /// AVX-512 with the tiles of AMX for INT8 products of many tokens: Sapphire Rapids upward, on Linux.
+    Amx,
 }
 
 impl Isa {
     /// Every instruction set, slowest first, whether or not this CPU has it.
-    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Amx];
 
     /// The name that [`Display`](fmt::Display) prints and [`FromStr`] reads.
     pub const fn name(self) -> &'static str {
@@ -66,6 +72,7 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Amx => "amx",
         }
     }
 }
@@ -87,7 +94,7 @@ impl FromStr for Isa {
 /// Why the instruction set that the user asked for cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IsaError {
-    #[error("`{0}` is not an instruction set: use scalar, avx2 or avx512")]
+    #[error("`{0}` is not an instruction set: use scalar, avx2, avx512 or amx")]
     Unknown(String),
     #[error("this CPU does not support {0}")]
     Unsupported(Isa),
@@ -109,6 +116,8 @@ enum Token {
 #[derive(Clone, Copy, Debug)]
 pub struct Cpu {
     token: Token,
+    /// Tiles beside the vectors of `token`.
+    amx: Option<Amx>,
 }
 
 /// An algorithm over the logical vector.
@@ -127,7 +136,7 @@ impl Cpu {
 
     /// The fastest instruction set of this CPU.
     pub fn detect() -> Self {
-        Isa::ALL.into_iter().rev().find_map(Self::with_isa).unwrap_or(Self { token: Token::Scalar(Scalar) })
+        Isa::ALL.into_iter().rev().find_map(Self::with_isa).unwrap_or(Self { token: Token::Scalar(Scalar), amx: None })
     }
 
     /// The back end on `isa`, or `None` if this CPU lacks it. The one place where features are detected.
@@ -137,11 +146,24 @@ impl Cpu {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => Token::Avx2(Avx2::detect()?),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => Token::Avx512(Avx512::detect()?),
+            Isa::Avx512 | Isa::Amx => Token::Avx512(Avx512::detect()?),
             #[cfg(not(target_arch = "x86_64"))]
-            Isa::Avx2 | Isa::Avx512 => return None,
+            Isa::Avx2 | Isa::Avx512 | Isa::Amx => return None,
         };
-        Some(Self { token })
+        let amx = if isa == Isa::Amx { Some(Amx::detect()?) } else { None };
+        Some(Self { token, amx })
+    }
+
+    /// This back end with AMX tiles beside it, whether or not the CPU has them: for tests that emulate them.
+    ///
+    /// # Safety
+    /// On every thread that uses the result, the tile and INT8 instructions of AMX work: in hardware, after the operating
+    /// system has allowed the state, or because a handler of the illegal-instruction signal performs them.
+    #[cfg(target_arch = "x86_64")]
+    #[doc(hidden)]
+    pub unsafe fn with_amx_unchecked(self) -> Self {
+        // SAFETY: the caller's promise.
+        Self { amx: Some(unsafe { Amx::assume() }), ..self }
     }
 
     /// The instruction set that the environment variable `BKPACK_ISA` names, or the fastest one where it is not set.
@@ -165,6 +187,9 @@ impl Cpu {
 
     /// The instruction set that kernels run on.
     pub fn isa(self) -> Isa {
+        if self.amx.is_some() {
+            return Isa::Amx;
+        }
         match self.token {
             Token::Scalar(_) => Isa::Scalar,
             #[cfg(target_arch = "x86_64")]
@@ -197,7 +222,7 @@ mod tests {
             assert_eq!(isa.to_string().parse(), Ok(isa));
         }
         let error = "sse".parse::<Isa>().unwrap_err();
-        assert_eq!(error.to_string(), "`sse` is not an instruction set: use scalar, avx2 or avx512");
+        assert_eq!(error.to_string(), "`sse` is not an instruction set: use scalar, avx2, avx512 or amx");
     }
 
     #[test]

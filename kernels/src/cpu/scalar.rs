@@ -201,6 +201,21 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn transpose_ordered(self, rows: [&[u8; 16]; 16], order: &[u8; 16]) -> [[f32; 16]; 4] {
+        let ordered = rows.map(|row| order.map(|from| row[usize::from(from)]));
+        self.transpose_words(std::array::from_fn(|row| &ordered[row]))
+    }
+
+    #[inline(always)]
+    fn unpack_lanes(self, words: [f32; 16], bits: u32, shift: u32) -> [f32; 16] {
+        let mask = (1u32 << bits) - 1;
+        words.map(|word| {
+            let code = |i: u32| (word.to_bits() >> (shift + i * bits) & mask) as u8;
+            f32::from_ne_bytes([code(0), code(1), code(2), code(3)])
+        })
+    }
+
+    #[inline(always)]
     fn sum(self, v: [f32; 16]) -> f32 {
         fold(v, |a, b| a + b)
     }
@@ -221,10 +236,20 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
-    fn dot_u8i8(self, u: &[u8; 64], a: [i8; 4], mut acc: [i32; 16]) -> [i32; 16] {
-        for (acc, u) in acc.iter_mut().zip(u.as_chunks::<4>().0) {
-            for (&u, a) in u.iter().zip(a) {
-                *acc = acc.wrapping_add(i32::from(u) * i32::from(a));
+    fn load_i32(self, from: &[i32; 16]) -> [i32; 16] {
+        *from
+    }
+
+    #[inline(always)]
+    fn mul_i32(self, a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
+        std::array::from_fn(|i| a[i].wrapping_mul(b[i]))
+    }
+
+    #[inline(always)]
+    fn dot_u8i8(self, u: [i32; 16], a: [i32; 16], mut acc: [i32; 16]) -> [i32; 16] {
+        for ((acc, u), a) in acc.iter_mut().zip(u).zip(a) {
+            for (u, a) in u.to_ne_bytes().into_iter().zip(a.to_ne_bytes()) {
+                *acc = acc.wrapping_add(i32::from(u) * i32::from(a as i8));
             }
         }
         acc

@@ -64,6 +64,11 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// Transposes 16 rows of four 32-bit words of any kind: lane `r` of vector `k` is word `k` of row `r`.
     fn transpose_words(self, rows: [&[u8; 16]; 16]) -> [Self::F32; 4];
+    /// [`transpose_words`](Self::transpose_words) of rows whose byte `i` is what lies at `order[i]`, 0 to 15.
+    fn transpose_ordered(self, rows: [&[u8; 16]; 16], order: &[u8; 16]) -> [Self::F32; 4];
+    /// Four codes of `bits` bits, 1 to 8, from bit `shift` of each 32-bit lane on, to the four bytes of the lane, first
+    /// code in the lowest bits. All of them lie within the lane.
+    fn unpack_lanes(self, words: Self::F32, bits: u32, shift: u32) -> Self::F32;
 
     /// Sum of the lanes: `i` and `i + 8` first, then `i + 4`, `i + 2`, `i + 1`.
     fn sum(self, v: Self::F32) -> f32;
@@ -74,11 +79,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// Every lane `value`.
     fn splat_i32(self, value: i32) -> Self::I32;
-    /// Adds `u[4i] * a[0] + ... + u[4i+3] * a[3]` to lane `i`, exactly; the sum wraps.
-    fn dot_u8i8(self, u: &[u8; 64], a: [i8; 4], acc: Self::I32) -> Self::I32;
-    /// [`dot_u8i8`](Self::dot_u8i8) where every `u` is below 128.
+    fn load_i32(self, from: &[i32; 16]) -> Self::I32;
+    /// `a * b`; wraps.
+    fn mul_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
+    /// Adds the products of the four unsigned bytes of each lane of `u` and the four signed bytes of that lane of `a`,
+    /// exactly; the sum wraps.
+    fn dot_u8i8(self, u: Self::I32, a: Self::I32, acc: Self::I32) -> Self::I32;
+    /// [`dot_u8i8`](Self::dot_u8i8) where every byte of `u` is below 128.
     #[inline(always)]
-    fn dot_u7i8(self, u: &[u8; 64], a: [i8; 4], acc: Self::I32) -> Self::I32 {
+    fn dot_u7i8(self, u: Self::I32, a: Self::I32, acc: Self::I32) -> Self::I32 {
         self.dot_u8i8(u, a, acc)
     }
     /// Converts with one rounding.
