@@ -50,6 +50,7 @@ impl Task<'_> {
             self.exact_tokens::<S, D, NARROW, true>(w, groups);
         } else {
             assert!(self.x.groups.len() == steps * planes);
+            assert!(self.x.first_groups.len() == steps);
             self.exact_tokens::<S, D, NARROW, false>(w, groups);
         }
     }
@@ -198,7 +199,8 @@ impl Task<'_> {
                 groups[r].load(w, row + r, some_groups.start, some_groups.len());
             }
             for step in first..end {
-                let base = step * STEP / group;
+                // SAFETY: the step is below that of the activations.
+                let base = *unsafe { self.x.first_groups.get_unchecked(step) };
                 for r in 0..R {
                     // SAFETY: the step is below that of the activations, which `w` has too.
                     let levels = simd.levels::<NARROW>(unsafe { w.codes::<D>(rows[r], step) }, zero);

@@ -46,6 +46,7 @@ impl Task<'_> {
             self.rounded_tokens::<S, D, CONSTANT, true>(w, groups);
         } else {
             assert!(self.x.groups.len() == steps * planes && self.x.lane_scales.len() == slots);
+            assert!(self.x.first_groups.len() == steps);
             self.rounded_tokens::<S, D, CONSTANT, false>(w, groups);
         }
     }
@@ -204,7 +205,8 @@ impl Task<'_> {
                 groups[r].load(w, row + r, some_groups.start, some_groups.len());
             }
             for step in first..end {
-                let base = step * STEP / group;
+                // SAFETY: the step is below that of the activations.
+                let base = *unsafe { self.x.first_groups.get_unchecked(step) };
                 for r in 0..R {
                     // SAFETY: the step is below that of the activations, which `w` has too.
                     let u = unsafe { w.codes::<D>(rows[r], step) };

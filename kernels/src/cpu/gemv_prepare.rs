@@ -52,6 +52,8 @@ pub(super) struct Prepared {
     pub(super) planes: usize,
     /// For each lane, its group, counted from that of the step's first column; with [`Scaling::Lanes`]. [steps, planes]
     pub(super) groups: Vec<[i32; LANES]>,
+    /// The group of each step's first column; with [`Scaling::Lanes`]. [steps]
+    pub(super) first_groups: Vec<usize>,
     /// [`Form::Natural`]: [steps, tokens, 4, LANES], padded with zeros. [`Form::Interleaved`]: [steps, planes, tokens, 4,
     /// LANES], where vector `k` has column `k` of each lane.
     pub(super) floats: Vec<[[f32; LANES]; LANE]>,
@@ -138,13 +140,15 @@ impl Prepared {
         for columns in activation_blocks(group, cols) {
             each_lane(&columns, &mut before, |_, _, plane| self.planes = self.planes.max(plane + 1));
         }
+        self.first_groups.clear();
+        self.first_groups.extend((0..self.steps).map(|step| step * STEP / group));
         self.groups.clear();
         self.groups.resize(self.steps * self.planes, [0; LANES]);
         before = None;
         for columns in activation_blocks(group, cols) {
             each_lane(&columns, &mut before, |lane, columns, plane| {
                 let step = lane / LANES;
-                let from_first = columns.start / group - step * STEP / group;
+                let from_first = columns.start / group - self.first_groups[step];
                 self.groups[step * self.planes + plane][lane % LANES] = from_first as i32;
             });
         }
@@ -170,8 +174,14 @@ impl Prepared {
                 _ => {
                     for (step, x) in x.chunks(STEP).enumerate() {
                         let to = &mut self.floats[step * tokens + token];
-                        for (i, &value) in x.iter().enumerate() {
-                            to[i % LANE][i / LANE] = value;
+                        let (fours, rest) = x.as_chunks::<LANE>();
+                        for (lane, four) in fours.iter().enumerate() {
+                            for (to, &value) in to.iter_mut().zip(four) {
+                                to[lane] = value;
+                            }
+                        }
+                        for (to, &value) in to.iter_mut().zip(rest) {
+                            to[fours.len()] = value;
                         }
                     }
                 }
