@@ -7,6 +7,11 @@
 //!
 //! In a float matrix, lane `l` meets columns `l`, `l + 16` and so on, those of even and of odd vectors in a sum each.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "loops over constant counts are unrolled, iterators over them not always"
+)]
+
 use super::Kernel;
 use super::gemv_prepare::{Form, Prepared, STEP, Scaling};
 use super::gemv_row::{Decode, GROUPS, Groups, Packed, ROWS, Scratch, Stream, Task, Ternary};

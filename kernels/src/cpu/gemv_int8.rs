@@ -5,6 +5,11 @@
 //! the weight's scale and added to the lane's sum over the row; where lanes have scales of their own, every step is such a
 //! group. The 16 lanes are added last, in the order of [`Simd::sum`].
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "loops over constant counts are unrolled, iterators over them not always"
+)]
+
 use super::Kernel;
 use super::gemv_prepare::{Prepared, STEP};
 use super::gemv_row::{Decode, GROUPS, Groups, Packed, ROWS, Scratch, Stream, Task, Ternary};

@@ -275,7 +275,7 @@ impl Simd for Scalar {
     fn ternary_codes(self, bytes: &[u8; 64], phase: usize) -> [u8; 64] {
         std::array::from_fn(|i| {
             let fraction = u16::from(bytes[(phase + i) / 5]).wrapping_mul(TERNARY_FACTORS[(phase + i) % 5]);
-            (u32::from(fraction) * 3 >> 16) as u8
+            ((u32::from(fraction) * 3) >> 16) as u8
         })
     }
 
