@@ -566,22 +566,4 @@ impl Simd for Avx2 {
         // SAFETY: the token exists only on CPUs with AVX2; the array is two registers long, and loads may be unaligned.
         unsafe { [_mm256_loadu_si256(from), _mm256_loadu_si256(from.add(1))] }
     }
-
-    #[inline(always)]
-    fn decode32(self, stream: &[u8; 16], bits: u32, zero: [__m256; 2]) -> [[__m256; 2]; 2] {
-        assert!((1..=4).contains(&bits));
-        let mut out = [zero; 2];
-        for (i, out) in out.as_flattened_mut().iter_mut().enumerate() {
-            let word = stream[i * bits as usize..].first_chunk().expect("eight codes are at most four bytes");
-            // SAFETY: the token exists only on CPUs with AVX2.
-            unsafe {
-                let shift =
-                    _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits as i32));
-                let shifted = _mm256_srlv_epi32(_mm256_set1_epi32(i32::from_le_bytes(*word)), shift);
-                let codes = _mm256_and_si256(shifted, _mm256_set1_epi32((1 << bits) - 1));
-                *out = _mm256_sub_ps(_mm256_cvtepi32_ps(codes), *out);
-            }
-        }
-        out
-    }
 }

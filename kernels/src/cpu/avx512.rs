@@ -78,35 +78,8 @@ pub struct Unpack {
     mask: __m512i,
 }
 
-/// For each width up to 4, the bit of its 64-bit word at which each of 16 codes starts, in the low byte of 32-bit lanes.
-const WORD_SHIFT: [[u8; 64]; 5] = {
-    let mut table = [[0; 64]; 5];
-    let mut bits = 1;
-    while bits <= 4 {
-        let mut i = 0;
-        while i < 16 {
-            table[bits][4 * i] = (i * bits) as u8;
-            i += 1;
-        }
-        bits += 1;
-    }
-    table
-};
-
-/// For each width up to 4, the code in the low bits of every four-bit pattern.
-const LOW_BITS: [[f32; 16]; 5] = {
-    let mut table = [[0.0; 16]; 5];
-    let mut bits = 1;
-    while bits <= 4 {
-        let mut i = 0;
-        while i < 16 {
-            table[bits][i] = (i % (1 << bits)) as f32;
-            i += 1;
-        }
-        bits += 1;
-    }
-    table
-};
+/// The codes below 16, as f32.
+const NIBBLES: [f32; 16] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
 
 /// The low `count` lanes, of at most 16.
 #[inline(always)]
@@ -450,7 +423,7 @@ impl Simd for Avx512 {
             let mut levels = [zero; 4];
             if NARROW {
                 // The permutation looks at the low four bits of each lane.
-                let table = _mm512_sub_ps(_mm512_loadu_ps(LOW_BITS[4].as_ptr()), zero);
+                let table = _mm512_sub_ps(_mm512_loadu_ps(NIBBLES.as_ptr()), zero);
                 for (level, codes) in levels.iter_mut().zip(columns) {
                     *level = _mm512_permutexvar_ps(codes, table);
                 }
@@ -477,24 +450,5 @@ impl Simd for Avx512 {
     fn load_i32(self, from: &[i32; 16]) -> __m512i {
         // SAFETY: the token exists only on CPUs with AVX-512; the array is 64 bytes, and the load may be unaligned.
         unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
-    }
-
-    #[inline(always)]
-    fn decode32(self, stream: &[u8; 16], bits: u32, zero: __m512) -> [__m512; 2] {
-        assert!((1..=4).contains(&bits));
-        let width = bits as usize;
-        // SAFETY: the token exists only on CPUs with AVX-512 VBMI; the tables are 64 bytes, and eight bytes of the 16 in
-        // `stream` are read at 0 and at `2 * width`, which is at most 8; loads may be unaligned.
-        unsafe {
-            let shift = _mm512_loadu_si512(WORD_SHIFT[width].as_ptr().cast());
-            // The permutation looks at four bits of each lane; the table makes those after the code irrelevant.
-            let table = _mm512_sub_ps(_mm512_loadu_ps(LOW_BITS[width].as_ptr()), zero);
-            let first = _mm512_set1_epi64(stream.as_ptr().cast::<i64>().read_unaligned());
-            let last = _mm512_set1_epi64(stream.as_ptr().add(2 * width).cast::<i64>().read_unaligned());
-            [
-                _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shift, first), table),
-                _mm512_permutexvar_ps(_mm512_multishift_epi64_epi8(shift, last), table),
-            ]
-        }
     }
 }

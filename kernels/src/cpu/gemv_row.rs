@@ -39,6 +39,7 @@ impl Task<'_> {
         row: usize,
         out: &[[S::F32; T]; R],
     ) {
+        #[expect(clippy::needless_range_loop, reason = "a loop over a constant count is unrolled")]
         for t in 0..T {
             // SAFETY: every task has rows of its own, and this one makes one reference at a time.
             let to = unsafe { self.out.segment(token + t, row..row + R) };

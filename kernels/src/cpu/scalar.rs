@@ -307,16 +307,4 @@ impl Simd for Scalar {
     fn load_i32(self, from: &[i32; 16]) -> [i32; 16] {
         *from
     }
-
-    #[inline(always)]
-    fn decode32(self, stream: &[u8; 16], bits: u32, zero: [f32; 16]) -> [[f32; 16]; 2] {
-        assert!((1..=4).contains(&bits));
-        let word = u128::from_le_bytes(*stream);
-        let mut out = [[0.0; 16]; 2];
-        for (i, out) in out.as_flattened_mut().iter_mut().enumerate() {
-            let code = word >> (i as u32 * bits) & ((1 << bits) - 1);
-            *out = code as f32 - zero[i % 16];
-        }
-        out
-    }
 }

@@ -148,13 +148,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     fn load_i32(self, from: &[i32; 16]) -> Self::I32;
 
-    /// Unpacks 32 codes of `bits` bits, 1 to 4, first code in the lowest bits, converts them and subtracts `zero`. Bytes
-    /// after the codes are ignored.
-    ///
-    /// # Panics
-    /// If `bits` is out of range.
-    fn decode32(self, stream: &[u8; 16], bits: u32, zero: Self::F32) -> [Self::F32; 2];
-
     /// Packs 64 codes of `bits` bits into the first `8 * bits` bytes of `out`: the inverse of
     /// [`unpack64`](Self::unpack64). Higher bits of a code are dropped.
     ///
