@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::gemv::{Arithmetic, MAX_TOKENS};
 use super::matmul::Output;
 use super::simd::{LANES, Simd};
 use super::{Cpu, Kernel};
@@ -132,6 +133,9 @@ impl Cpu {
         }
         assert!(x.len().is_multiple_of(cols), "the activations are not whole rows");
         let tokens = x.len() / cols;
+        if tokens <= MAX_TOKENS {
+            return self.few_tokens(x, cols, std::slice::from_ref(w), &mut [out], Arithmetic::Int8);
+        }
         self.gemm_int8(x, w, layout, &Output::new(out, tokens, rows));
     }
 }

@@ -15,6 +15,10 @@ mod elementwise;
 mod feedback;
 mod gemm_int8;
 mod gemv;
+mod gemv_exact;
+mod gemv_int8;
+mod gemv_prepare;
+mod gemv_row;
 mod gram;
 mod loss;
 mod matmul;
@@ -35,6 +39,7 @@ use std::str::FromStr;
 
 pub use attention::KeyValueCache;
 pub use feedback::Feedback;
+pub use gemv::Arithmetic;
 pub use gram::{gram_index, gram_len};
 pub use loss::Comparison;
 pub use matmul_int8::activation_blocks;
