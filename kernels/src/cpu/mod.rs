@@ -17,12 +17,14 @@ mod loss;
 mod matmul;
 mod matmul_int8;
 mod norm;
+mod pool;
 pub mod quantize;
 mod resolvent;
 mod route;
 mod scalar;
 mod scale_search;
 mod scan;
+mod scratch;
 pub mod simd;
 
 use std::fmt;
