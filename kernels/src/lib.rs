@@ -11,5 +11,5 @@ pub mod reference;
 pub mod reference_ops;
 pub mod reference_sequence;
 
-pub use cpu::{Cpu, Isa};
+pub use cpu::{Arithmetic, Cpu, Isa};
 pub use matrix::{Data, FloatType, Grid, Layout, Matrix, MatrixError};
