@@ -25,7 +25,7 @@ const TASK_ROWS: usize = 48;
 const PANEL: usize = 6;
 
 /// Multiply-adds below which no other thread is asked to help.
-const SEQUENTIAL: usize = 1 << 17;
+const SEQUENTIAL: usize = 1 << 15;
 
 /// The keys and values of one layer for all positions so far.
 #[derive(Clone, Debug)]

@@ -18,7 +18,7 @@ const GROUP: usize = 64;
 const TILE: usize = 32;
 
 /// State updates below which no other thread is asked to help.
-const SEQUENTIAL: usize = 1 << 16;
+const SEQUENTIAL: usize = 1 << 13;
 
 /// The operands of [`Cpu::selective_scan`].
 #[derive(Clone, Copy, Debug)]
