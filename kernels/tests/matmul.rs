@@ -6,7 +6,7 @@ use std::hash::{BuildHasher, RandomState};
 use bkpack_kernels::bits::{invalid_code_row, pack_row, pack_stream};
 use bkpack_kernels::cpu::activation_blocks;
 use bkpack_kernels::reference;
-use bkpack_kernels::{Cpu, Data, FloatType, Grid, Layout, Matrix};
+use bkpack_kernels::{Arithmetic, Cpu, Data, FloatType, Grid, Layout, Matrix};
 use half::{bf16, f16};
 
 /// A xorshift generator.
@@ -68,7 +68,7 @@ fn encodings() -> Vec<Encoding> {
     }
     let mut all = [FloatType::F32, FloatType::F16, FloatType::BF16].map(Encoding::Float).to_vec();
     for grid in grids {
-        for group in [1, 7, 32, 48, 64, 128, 256, 1 << 40] {
+        for group in [1, 2, 7, 32, 48, 64, 65, 100, 128, 256, 1 << 40] {
             for scale_type in [FloatType::F16, FloatType::F32] {
                 all.push(Encoding::Quantized(Layout { grid, group }, scale_type));
             }
@@ -247,8 +247,10 @@ fn check_matmul_int8(random: &mut Random, encoding: Encoding, rows: usize, cols:
     };
     let expected = reference::matmul_int8(&x, tokens, &w);
     let blocks: Vec<_> = activation_blocks(layout.group, cols).collect();
-    // Two multiplications a block, one addition for each.
-    let roundings = (blocks.len() + 3) as f64 * f64::from(f32::EPSILON) / 2.0;
+    let few = tokens <= 7;
+    // Many tokens: two multiplications a block, one addition for each. Few tokens: blocks are summed by lanes of four
+    // columns, once for activations and once for weights, and the lanes last.
+    let roundings = if few { 2 * blocks.len() + 8 } else { blocks.len() + 3 } as f64 * f64::from(f32::EPSILON) / 2.0;
     let mut magnitudes = Vec::new();
     for x in x.chunks(cols.max(1)).take(if cols == 0 { 0 } else { tokens }) {
         let rounded: Vec<_> = blocks.iter().map(|block| reference::quantize_activations(&x[block.clone()])).collect();
@@ -256,10 +258,11 @@ fn check_matmul_int8(random: &mut Random, encoding: Encoding, rows: usize, cols:
             let mut magnitude = 0.0;
             for (block, (codes, scale)) in blocks.iter().zip(&rounded) {
                 let (_, weight_scale) = reference::level(&w, row, block.start).unwrap();
-                let products = block.clone().zip(codes);
-                let dot: i32 =
-                    products.map(|(col, &code)| reference::level(&w, row, col).unwrap().0 * i32::from(code)).sum();
-                magnitude += f64::from(dot).abs() * f64::from(weight_scale).abs() * f64::from(*scale);
+                let product = |(col, &code)| (col, reference::level(&w, row, col).unwrap().0 * i32::from(code));
+                let products: Vec<(usize, i32)> = block.clone().zip(codes).map(product).collect();
+                let parts = products.chunk_by(|(a, _), (b, _)| !few || a / 4 == b / 4);
+                let dots: i32 = parts.map(|part| part.iter().map(|(_, product)| product).sum::<i32>().abs()).sum();
+                magnitude += f64::from(dots) * f64::from(weight_scale).abs() * f64::from(*scale);
             }
             magnitudes.push(magnitude);
         }
@@ -308,29 +311,164 @@ fn matmul_int8_takes_every_shape() {
 #[test]
 fn neither_threads_nor_other_tokens_change_a_result() {
     let mut random = Random::fresh();
-    let layout = Layout { grid: Grid::Int { bits: 4, symmetric: false }, group: 32 };
-    let bytes = Bytes::random(&mut random, Encoding::Quantized(layout, FloatType::F16), 33, 300);
-    let w = bytes.matrix();
-    let (rows, cols, tokens) = (33, 300, 600);
-    let x = random.floats(tokens * cols);
-    for cpu in Cpu::available() {
-        for product in [Cpu::matmul, Cpu::matmul_int8] {
-            let run = |threads: usize, x: &[f32]| {
-                let mut out = vec![f32::NAN; x.len() / cols * rows];
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| product(cpu, x, &w, &mut out));
-                bits(&out)
-            };
-            let whole = run(1, &x);
-            assert_eq!(whole, run(5, &x), "seed {} on {}", random.seed, cpu.isa());
-            for count in [8, 11, 130] {
-                let first = random.below(tokens - count);
-                let part = run(2, &x[first * cols..][..count * cols]);
-                assert_eq!(part, whole[first * rows..][..count * rows], "seed {} on {}", random.seed, cpu.isa());
+    let int = |bits, symmetric, group| {
+        Encoding::Quantized(Layout { grid: Grid::Int { bits, symmetric }, group }, FloatType::F16)
+    };
+    let encodings = [
+        Encoding::Float(FloatType::F16),
+        int(4, false, 32),
+        int(4, true, 128),
+        int(5, false, 7),
+        int(8, false, 64),
+        Encoding::Quantized(Layout { grid: Grid::Ternary, group: 128 }, FloatType::F32),
+        Encoding::Quantized(Layout { grid: Grid::Binary, group: 100 }, FloatType::F16),
+    ];
+    for encoding in encodings {
+        let (rows, cols, tokens) = (131, 300, 150);
+        let bytes = Bytes::random(&mut random, encoding, rows, cols);
+        let w = bytes.matrix();
+        let x = random.floats(tokens * cols);
+        for cpu in Cpu::available() {
+            for product in [Cpu::matmul, Cpu::matmul_int8] {
+                let context = format!("{encoding:?} seed {} on {}", random.seed, cpu.isa());
+                let run = |threads: usize, x: &[f32]| {
+                    let mut out = vec![f32::NAN; x.len() / cols * rows];
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    pool.install(|| product(cpu, x, &w, &mut out));
+                    bits(&out)
+                };
+                let whole = run(1, &x);
+                assert_eq!(whole, run(5, &x), "{context}");
+                for count in [8, 11, 130] {
+                    let first = random.below(tokens - count);
+                    let part = run(2, &x[first * cols..][..count * cols]);
+                    assert_eq!(part, whole[first * rows..][..count * rows], "{context}");
+                }
+                let few = run(2, &x[..7 * cols]);
+                for count in 1..7 {
+                    let first = random.below(8 - count);
+                    let part = run(count, &x[first * cols..][..count * cols]);
+                    assert_eq!(part, few[first * rows..][..count * rows], "{count} tokens, {context}");
+                }
             }
-            let few = run(2, &x[..7 * cols]);
-            for count in 1..7 {
-                assert_eq!(run(2, &x[..count * cols]), few[..count * rows], "seed {} on {}", random.seed, cpu.isa());
+        }
+    }
+}
+
+#[test]
+fn a_group_of_weights_gives_what_each_gives_alone() {
+    let mut random = Random::fresh();
+    for round in 0..40 {
+        let (cols, tokens) = (random.pick(&COLS), random.pick(&TOKENS[..9]));
+        let count = random.pick(&[0, 1, 2, 3, 7, 8, 9, 17]);
+        let weights: Vec<Bytes> = (0..count)
+            .map(|_| {
+                let encoding = random.pick(&encodings());
+                let rows = random.pick(&ROWS);
+                Bytes::random(&mut random, encoding, rows, cols)
+            })
+            .collect();
+        let matrices: Vec<Matrix> = weights.iter().map(Bytes::matrix).collect();
+        let x = random.floats(tokens * cols);
+        for cpu in Cpu::available() {
+            for (arithmetic, alone) in [
+                (Arithmetic::Exact, Cpu::matmul as fn(Cpu, &[f32], &Matrix, &mut [f32])),
+                (Arithmetic::Int8, Cpu::matmul_int8),
+            ] {
+                let mut outs: Vec<Vec<f32>> = weights.iter().map(|w| vec![f32::NAN; tokens * w.rows]).collect();
+                let mut parts: Vec<&mut [f32]> = outs.iter_mut().map(|out| &mut out[..]).collect();
+                cpu.matmul_group(&x, &matrices, &mut parts, arithmetic);
+                for (w, found) in matrices.iter().zip(&outs) {
+                    let mut expected = vec![f32::NAN; tokens * w.rows()];
+                    alone(cpu, &x, w, &mut expected);
+                    let context = format!("round {round} seed {} on {}", random.seed, cpu.isa());
+                    assert_eq!(bits(found), bits(&expected), "{context}");
+                }
+            }
+        }
+    }
+}
+
+/// Bytes that end where the memory that may be read ends.
+#[cfg(target_os = "linux")]
+mod guarded {
+    use std::ffi::{c_int, c_long, c_void};
+
+    unsafe extern "C" {
+        fn mmap(
+            at: *mut c_void,
+            length: usize,
+            protection: c_int,
+            flags: c_int,
+            file: c_int,
+            offset: c_long,
+        ) -> *mut c_void;
+        fn mprotect(at: *mut c_void, length: usize, protection: c_int) -> c_int;
+        fn munmap(at: *mut c_void, length: usize) -> c_int;
+    }
+
+    const PAGE: usize = 1 << 16;
+
+    pub struct Guarded {
+        map: *mut u8,
+        mapped: usize,
+        start: usize,
+    }
+
+    impl Guarded {
+        pub fn new(bytes: &[u8]) -> Self {
+            let readable = bytes.len().next_multiple_of(PAGE);
+            let mapped = readable + PAGE;
+            // SAFETY: a new private mapping of anonymous memory, of which the last page is made unreadable.
+            unsafe {
+                let map = mmap(std::ptr::null_mut(), mapped, 3, 0x22, -1, 0).cast::<u8>();
+                assert!(!map.is_null() && map as isize != -1);
+                assert_eq!(mprotect(map.add(readable).cast(), PAGE, 0), 0);
+                let start = readable - bytes.len();
+                map.add(start).copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+                Self { map, mapped, start }
+            }
+        }
+
+        pub fn bytes(&self) -> &[u8] {
+            let length = self.mapped - PAGE - self.start;
+            // SAFETY: `new` wrote these bytes, and nothing writes them again while the mapping lives.
+            unsafe { std::slice::from_raw_parts(self.map.add(self.start), length) }
+        }
+    }
+
+    impl Drop for Guarded {
+        fn drop(&mut self) {
+            // SAFETY: the mapping is this value's own.
+            unsafe { munmap(self.map.cast(), self.mapped) };
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn nothing_is_read_past_the_last_row() {
+    let mut random = Random::fresh();
+    for encoding in encodings() {
+        let (rows, cols, tokens) = (random.pick(&ROWS), random.pick(&COLS), random.pick(&TOKENS[..8]));
+        let bytes = Bytes::random(&mut random, encoding, rows, cols);
+        let [values, scales, zeros] =
+            [&bytes.values, &bytes.scales, &bytes.zeros].map(|part| guarded::Guarded::new(part));
+        let data = match encoding {
+            Encoding::Float(dtype) => Data::Float { dtype, values: values.bytes() },
+            Encoding::Quantized(layout, scale_type) => {
+                let (codes, scales, zeros) = (values.bytes(), scales.bytes(), zeros.bytes());
+                Data::Quantized { layout, codes, scale_type, scales, zeros }
+            }
+        };
+        let w = Matrix::new(rows, cols, data).unwrap();
+        let x = random.floats(tokens * cols);
+        for cpu in Cpu::available() {
+            for product in [Cpu::matmul, Cpu::matmul_int8] {
+                let [mut found, mut expected] = [vec![f32::NAN; tokens * rows], vec![f32::NAN; tokens * rows]];
+                product(cpu, &x, &w, &mut found);
+                product(cpu, &x, &bytes.matrix(), &mut expected);
+                assert_eq!(bits(&found), bits(&expected), "{encoding:?} seed {}", random.seed);
             }
         }
     }

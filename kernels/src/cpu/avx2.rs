@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::Kernel;
-use super::simd::Simd;
+use super::simd::{Simd, TERNARY_PLACES};
 
 /// Token for AVX2 with fused multiply-add and half-precision conversion.
 #[derive(Clone, Copy, Debug)]
@@ -79,6 +79,52 @@ unsafe fn quarter(from: *const u8, bits: u32) -> __m128i {
     unsafe { if bits == 1 { _mm_loadl_epi64(from.cast()) } else { _mm_loadu_si128(from.cast()) } }
 }
 
+/// Unpacks 64 codes of `bits` bits.
+///
+/// # Safety
+/// The CPU has AVX2, `bits` is from 1 to 8, and `8 * bits` bytes are readable at `stream`.
+#[inline(always)]
+unsafe fn unpack(stream: *const u8, bits: u32) -> [__m256i; 2] {
+    let table = &UNPACK[bits as usize];
+    // SAFETY: the caller's promise; `quarter` reads 8 bytes at a width of one bit, where the stream is that long, and
+    // otherwise 16 at an offset that is at most 16 below the length of the stream. The tables are 16 bytes each, and loads
+    // may be unaligned.
+    unsafe {
+        let factors = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.factors.as_ptr().cast()));
+        let mask = _mm256_set1_epi8(((1u32 << bits) - 1) as u8 as i8);
+        let mut codes = [mask; 2];
+        for (half, codes) in codes.iter_mut().enumerate() {
+            let [low, high] = [2 * half, 2 * half + 1];
+            let bytes = _mm256_set_m128i(
+                quarter(stream.add(table.offset[high]), bits),
+                quarter(stream.add(table.offset[low]), bits),
+            );
+            let first = both(&table.windows[low][0], &table.windows[high][0]);
+            let last = both(&table.windows[low][1], &table.windows[high][1]);
+            let first = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, first), factors);
+            let last = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, last), factors);
+            let packed = _mm256_packus_epi16(_mm256_srli_epi16::<8>(first), _mm256_srli_epi16::<8>(last));
+            *codes = _mm256_and_si256(packed, mask);
+        }
+        codes
+    }
+}
+
+/// Unpacks 32 codes of four bits.
+///
+/// # Safety
+/// The CPU has AVX2, and 16 bytes are readable at `from`.
+#[inline(always)]
+unsafe fn nibbles(from: *const __m128i) -> __m256i {
+    // SAFETY: the caller's promise; loads may be unaligned.
+    unsafe {
+        // Each byte goes to the low half of a word, and shifted to its high half.
+        let words = _mm256_cvtepu8_epi16(_mm_loadu_si128(from));
+        let both = _mm256_or_si256(words, _mm256_slli_epi16::<4>(words));
+        _mm256_and_si256(both, _mm256_set1_epi8(0x0f))
+    }
+}
+
 /// A register of two halves.
 ///
 /// # Safety
@@ -92,6 +138,8 @@ unsafe fn both(low: &[u8; 16], high: &[u8; 16]) -> __m256i {
 impl Simd for Avx2 {
     type F32 = [__m256; 2];
     type I32 = [__m256i; 2];
+    type U8 = [__m256i; 2];
+    type Unpack = u32;
 
     const REGISTERS: usize = 8;
 
@@ -392,31 +440,131 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn unpack64(self, stream: &[u8], bits: u32) -> [u8; 64] {
         assert!((1..=8).contains(&bits));
-        let width = bits as usize;
-        let stream = &stream[..8 * width];
-        let table = &UNPACK[width];
+        let stream = &stream[..8 * bits as usize];
         let mut codes = [0; 64];
-        // SAFETY: the token exists only on CPUs with AVX2. `quarter` reads 8 bytes at a width of one bit, where the stream
-        // is that long, and otherwise 16 at an offset that is at most 16 below the length of the stream. The tables are
-        // 16 bytes each and `codes` is 64; loads and stores may be unaligned.
+        // SAFETY: the token exists only on CPUs with AVX2; the stream is as long as its codes; `codes` is 64 bytes, and
+        // stores may be unaligned.
         unsafe {
-            let factors = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.factors.as_ptr().cast()));
-            let mask = _mm256_set1_epi8(((1u32 << bits) - 1) as u8 as i8);
-            for half in 0..2 {
-                let [low, high] = [2 * half, 2 * half + 1];
-                let bytes = _mm256_set_m128i(
-                    quarter(stream.as_ptr().add(table.offset[high]), bits),
-                    quarter(stream.as_ptr().add(table.offset[low]), bits),
-                );
-                let first = both(&table.windows[low][0], &table.windows[high][0]);
-                let last = both(&table.windows[low][1], &table.windows[high][1]);
-                let first = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, first), factors);
-                let last = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, last), factors);
-                let packed = _mm256_packus_epi16(_mm256_srli_epi16::<8>(first), _mm256_srli_epi16::<8>(last));
-                _mm256_storeu_si256(codes.as_mut_ptr().add(32 * half).cast(), _mm256_and_si256(packed, mask));
+            let [low, high] = unpack(stream.as_ptr(), bits);
+            _mm256_storeu_si256(codes.as_mut_ptr().cast(), low);
+            _mm256_storeu_si256(codes.as_mut_ptr().add(32).cast(), high);
+        }
+        codes
+    }
+
+    #[inline(always)]
+    fn unpack(self, bits: u32) -> u32 {
+        assert!((1..=8).contains(&bits));
+        bits
+    }
+
+    #[inline(always)]
+    fn codes(self, &bits: &u32, stream: &[u8; 64]) -> [__m256i; 2] {
+        let from: *const __m128i = stream.as_ptr().cast();
+        // SAFETY: the token exists only on CPUs with AVX2; the array is 64 bytes, as long as any 64 codes, and loads may be
+        // unaligned.
+        unsafe {
+            match bits {
+                1 => {
+                    let [low, high] = unpack(stream.as_ptr(), bits);
+                    [_mm256_add_epi8(low, low), _mm256_add_epi8(high, high)]
+                }
+                4 => [nibbles(from), nibbles(from.add(1))],
+                8 => [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(2).cast())],
+                _ => unpack(stream.as_ptr(), bits),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn ternary_codes(self, bytes: &[u8; 64], phase: usize) -> [__m256i; 2] {
+        let places = &TERNARY_PLACES[phase];
+        let mut codes = [self.splat_i32(0)[0]; 2];
+        for (i, codes) in codes.iter_mut().enumerate() {
+            // SAFETY: the token exists only on CPUs with AVX2; 64 codes lie in the first 14 bytes, of which 16 are loaded;
+            // the halves of the tables are 32 bytes, and loads may be unaligned.
+            unsafe {
+                let bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128(bytes.as_ptr().cast()));
+                let mut digits = [_mm256_setzero_si256(); 2];
+                for (digits, (places, factors)) in digits.iter_mut().zip(places) {
+                    let places = _mm256_loadu_si256(places.as_ptr().add(32 * i).cast());
+                    let words = _mm256_shuffle_epi8(bytes, places);
+                    let factors = _mm256_loadu_si256(factors.as_ptr().add(16 * i).cast());
+                    *digits = _mm256_mulhi_epu16(_mm256_mullo_epi16(words, factors), _mm256_set1_epi16(3));
+                }
+                *codes = _mm256_packus_epi16(digits[0], digits[1]);
             }
         }
         codes
+    }
+
+    #[inline(always)]
+    fn dot_codes(self, u: [__m256i; 2], a: &[i8; 64], mut acc: [__m256i; 2], eight_bits: bool) -> [__m256i; 2] {
+        let a = a.as_chunks::<32>().0;
+        for half in 0..2 {
+            // SAFETY: the token exists only on CPUs with AVX2; the array is 32 bytes, and the load may be unaligned.
+            unsafe {
+                let a = _mm256_loadu_si256(a[half].as_ptr().cast());
+                let ones = _mm256_set1_epi16(1);
+                let products = if eight_bits {
+                    // The 16-bit sums of two products saturate; one product at a time always fits.
+                    let low = _mm256_set1_epi16(0x00ff);
+                    let even = _mm256_maddubs_epi16(_mm256_and_si256(u[half], low), a);
+                    let odd = _mm256_maddubs_epi16(_mm256_andnot_si256(low, u[half]), a);
+                    _mm256_add_epi32(_mm256_madd_epi16(even, ones), _mm256_madd_epi16(odd, ones))
+                } else {
+                    // Two products of at most 127 * 128 fit in 16 bits.
+                    _mm256_madd_epi16(_mm256_maddubs_epi16(u[half], a), ones)
+                };
+                acc[half] = _mm256_add_epi32(acc[half], products);
+            }
+        }
+        acc
+    }
+
+    #[inline(always)]
+    fn levels<const NARROW: bool>(self, u: [__m256i; 2], zero: [__m256; 2]) -> [[__m256; 2]; 4] {
+        let mut levels = [zero; 4];
+        for half in 0..2 {
+            // SAFETY: the token exists only on CPUs with AVX2.
+            unsafe {
+                let mask = _mm256_set1_epi32(0xff);
+                let columns = [
+                    _mm256_and_si256(u[half], mask),
+                    _mm256_and_si256(_mm256_srli_epi32::<8>(u[half]), mask),
+                    _mm256_and_si256(_mm256_srli_epi32::<16>(u[half]), mask),
+                    _mm256_srli_epi32::<24>(u[half]),
+                ];
+                for (levels, codes) in levels.iter_mut().zip(columns) {
+                    levels[half] = _mm256_sub_ps(_mm256_cvtepi32_ps(codes), zero[half]);
+                }
+            }
+        }
+        levels
+    }
+
+    #[inline(always)]
+    fn permute(self, from: &[f32; 16], index: &[i32; 16]) -> [__m256; 2] {
+        let [low, high] = self.load(from);
+        let mut out = [low; 2];
+        for (out, index) in out.iter_mut().zip(index.as_chunks::<8>().0) {
+            // SAFETY: the token exists only on CPUs with AVX2; the array is 32 bytes, and the load may be unaligned.
+            unsafe {
+                let index = _mm256_loadu_si256(index.as_ptr().cast());
+                // The permutations look at the low three bits, the choice between them at the sign.
+                let is_high = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index));
+                let [low, high] = [_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index)];
+                *out = _mm256_blendv_ps(low, high, is_high);
+            }
+        }
+        out
+    }
+
+    #[inline(always)]
+    fn load_i32(self, from: &[i32; 16]) -> [__m256i; 2] {
+        let from: *const __m256i = from.as_ptr().cast();
+        // SAFETY: the token exists only on CPUs with AVX2; the array is two registers long, and loads may be unaligned.
+        unsafe { [_mm256_loadu_si256(from), _mm256_loadu_si256(from.add(1))] }
     }
 
     #[inline(always)]

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::Kernel;
-use super::simd::Simd;
+use super::simd::{Simd, TERNARY_PLACES};
 
 /// Token for AVX-512 with the byte-permute (VBMI) and integer-dot (VNNI) extensions.
 #[derive(Clone, Copy, Debug)]
@@ -70,6 +70,14 @@ const SHIFT: [[u8; 64]; 9] = {
     table
 };
 
+/// Registers that unpack codes of one width.
+#[derive(Clone, Copy)]
+pub struct Unpack {
+    spread: __m512i,
+    shift: __m512i,
+    mask: __m512i,
+}
+
 /// For each width up to 4, the bit of its 64-bit word at which each of 16 codes starts, in the low byte of 32-bit lanes.
 const WORD_SHIFT: [[u8; 64]; 5] = {
     let mut table = [[0; 64]; 5];
@@ -120,6 +128,8 @@ unsafe fn words(row: &[u8; 16]) -> __m128 {
 impl Simd for Avx512 {
     type F32 = __m512;
     type I32 = __m512i;
+    type U8 = __m512i;
+    type Unpack = Unpack;
 
     const REGISTERS: usize = 32;
 
@@ -382,6 +392,91 @@ impl Simd for Avx512 {
             let packed = _mm512_loadu_si512(packed.as_ptr().cast());
             _mm512_mask_storeu_epi8(out.as_mut_ptr().cast(), u64::MAX >> (64 - 8 * bits), packed);
         }
+    }
+
+    #[inline(always)]
+    fn unpack(self, bits: u32) -> Unpack {
+        assert!((1..=8).contains(&bits));
+        // The window of a one-bit code starts a bit earlier, so that the code is doubled; windows wrap around.
+        let (back, mask) = if bits == 1 { (63, 2) } else { (0, (1u32 << bits) - 1) };
+        // SAFETY: the token exists only on CPUs with AVX-512 BW; the tables are 64 bytes, and loads may be unaligned.
+        unsafe {
+            let shift = _mm512_loadu_si512(SHIFT[bits as usize].as_ptr().cast());
+            Unpack {
+                spread: _mm512_loadu_si512(SPREAD[bits as usize].as_ptr().cast()),
+                shift: _mm512_add_epi8(shift, _mm512_set1_epi8(back)),
+                mask: _mm512_set1_epi8(mask as u8 as i8),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn codes(self, unpack: &Unpack, stream: &[u8; 64]) -> __m512i {
+        // SAFETY: the token exists only on CPUs with AVX-512 VBMI; the array is 64 bytes, and the load may be unaligned.
+        unsafe {
+            let bytes = _mm512_permutexvar_epi8(unpack.spread, _mm512_loadu_si512(stream.as_ptr().cast()));
+            _mm512_and_si512(_mm512_multishift_epi64_epi8(unpack.shift, bytes), unpack.mask)
+        }
+    }
+
+    #[inline(always)]
+    fn ternary_codes(self, bytes: &[u8; 64], phase: usize) -> __m512i {
+        let places = &TERNARY_PLACES[phase];
+        // SAFETY: the token exists only on CPUs with AVX-512 VBMI and BW; the arrays are 64 bytes, and loads may be unaligned.
+        unsafe {
+            let bytes = _mm512_loadu_si512(bytes.as_ptr().cast());
+            let mut digits = [_mm512_setzero_si512(); 2];
+            for (digits, (places, factors)) in digits.iter_mut().zip(places) {
+                let places = _mm512_loadu_si512(places.as_ptr().cast());
+                let words = _mm512_maskz_permutexvar_epi8(u64::MAX / 3, places, bytes);
+                let fractions = _mm512_mullo_epi16(words, _mm512_loadu_si512(factors.as_ptr().cast()));
+                *digits = _mm512_mulhi_epu16(fractions, _mm512_set1_epi16(3));
+            }
+            _mm512_packus_epi16(digits[0], digits[1])
+        }
+    }
+
+    #[inline(always)]
+    fn dot_codes(self, u: __m512i, a: &[i8; 64], acc: __m512i, _: bool) -> __m512i {
+        // SAFETY: the token exists only on CPUs with AVX-512 VNNI; the array is 64 bytes, and the load may be unaligned.
+        unsafe { _mm512_dpbusd_epi32(acc, u, _mm512_loadu_si512(a.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn levels<const NARROW: bool>(self, u: __m512i, zero: __m512) -> [__m512; 4] {
+        // SAFETY: the token exists only on CPUs with AVX-512; the table is 64 bytes, and the load may be unaligned.
+        unsafe {
+            let columns = [u, _mm512_srli_epi32::<8>(u), _mm512_srli_epi32::<16>(u), _mm512_srli_epi32::<24>(u)];
+            let mut levels = [zero; 4];
+            if NARROW {
+                // The permutation looks at the low four bits of each lane.
+                let table = _mm512_sub_ps(_mm512_loadu_ps(LOW_BITS[4].as_ptr()), zero);
+                for (level, codes) in levels.iter_mut().zip(columns) {
+                    *level = _mm512_permutexvar_ps(codes, table);
+                }
+                return levels;
+            }
+            // Below the bits of 2^23, a code is what it adds to it.
+            let [magic, mask] = [_mm512_set1_epi32(0x4b00_0000), _mm512_set1_epi32(0xff)];
+            let zero = _mm512_add_ps(zero, _mm512_castsi512_ps(magic));
+            for (level, codes) in levels.iter_mut().zip(columns) {
+                let codes = _mm512_ternarylogic_epi32::<0b1110_1010>(codes, mask, magic);
+                *level = _mm512_sub_ps(_mm512_castsi512_ps(codes), zero);
+            }
+            levels
+        }
+    }
+
+    #[inline(always)]
+    fn permute(self, from: &[f32; 16], index: &[i32; 16]) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512; the arrays are 64 bytes, and loads may be unaligned.
+        unsafe { _mm512_permutexvar_ps(_mm512_loadu_si512(index.as_ptr().cast()), _mm512_loadu_ps(from.as_ptr())) }
+    }
+
+    #[inline(always)]
+    fn load_i32(self, from: &[i32; 16]) -> __m512i {
+        // SAFETY: the token exists only on CPUs with AVX-512; the array is 64 bytes, and the load may be unaligned.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
     }
 
     #[inline(always)]

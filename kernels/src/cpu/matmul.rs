@@ -9,13 +9,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::dequantize::{BLOCK, Scratch, decode, row};
-use super::gemv::{Gemv, MAX_TOKENS, padded_columns};
+use super::gemv::{Arithmetic, MAX_TOKENS};
 use super::simd::{LANES, Simd};
 use super::{Cpu, Kernel};
 use crate::matrix::Matrix;
-
-/// Weight bytes that are worth a task when there are few tokens.
-const BYTES_A_TASK: usize = 1 << 15;
 
 /// Tokens below which a task spends too much of its time decoding.
 const MIN_TOKENS_A_TASK: usize = 128;
@@ -76,20 +73,10 @@ impl Cpu {
         }
         assert!(x.len().is_multiple_of(cols), "the activations are not whole rows");
         let tokens = x.len() / cols;
-        let out = &Output::new(out, tokens, rows);
         if tokens <= MAX_TOKENS {
-            let padded = padded_columns(cols);
-            let mut activations = vec![0.0; tokens * padded];
-            for (to, from) in activations.chunks_exact_mut(padded).zip(x.chunks_exact(cols)) {
-                to[..cols].copy_from_slice(from);
-            }
-            let rows_a_task = (BYTES_A_TASK * rows).div_ceil(w.bytes().max(1)).clamp(1, rows);
-            (0..rows.div_ceil(rows_a_task)).into_par_iter().for_each(|task| {
-                let rows = task * rows_a_task..rows.min((task + 1) * rows_a_task);
-                self.dispatch(Gemv { x: &activations, w, rows, out });
-            });
-            return;
+            return self.few_tokens(x, cols, std::slice::from_ref(w), &mut [out], Arithmetic::Exact);
         }
+        let out = &Output::new(out, tokens, rows);
         let shape = self.dispatch(TileShape);
         let panel_rows = shape.vectors * LANES;
         let panels = rows.div_ceil(panel_rows);

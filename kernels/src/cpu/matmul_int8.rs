@@ -8,6 +8,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::dequantize::{Row, load_floats, row, unpack_codes, zero_point};
+use super::gemv::{Arithmetic, MAX_TOKENS};
 use super::matmul::{Output, tokens_a_task};
 use super::simd::{LANES, Simd};
 use super::{Cpu, Kernel};
@@ -124,6 +125,9 @@ impl Cpu {
         }
         assert!(x.len().is_multiple_of(cols), "the activations are not whole rows");
         let tokens = x.len() / cols;
+        if tokens <= MAX_TOKENS {
+            return self.few_tokens(x, cols, std::slice::from_ref(w), &mut [out], Arithmetic::Int8);
+        }
         let out = &Output::new(out, tokens, rows);
         let blocks = &blocks(layout, cols)[..];
         let units = blocks.last().map_or(0, |block| block.units().end);

@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::simd::Simd;
+use super::simd::{Simd, TERNARY_FACTORS};
 
 /// Token for plain scalar code, which every CPU runs.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +51,8 @@ fn pow2(n: i32) -> f32 {
 impl Simd for Scalar {
     type F32 = [f32; 16];
     type I32 = [i32; 16];
+    type U8 = [u8; 64];
+    type Unpack = u32;
 
     const REGISTERS: usize = 4;
 
@@ -255,6 +257,55 @@ impl Simd for Scalar {
             }
         }
         codes
+    }
+
+    #[inline(always)]
+    fn unpack(self, bits: u32) -> u32 {
+        assert!((1..=8).contains(&bits));
+        bits
+    }
+
+    #[inline(always)]
+    fn codes(self, &bits: &u32, stream: &[u8; 64]) -> [u8; 64] {
+        let codes = self.unpack64(stream, bits);
+        if bits == 1 { codes.map(|code| 2 * code) } else { codes }
+    }
+
+    #[inline(always)]
+    fn ternary_codes(self, bytes: &[u8; 64], phase: usize) -> [u8; 64] {
+        std::array::from_fn(|i| {
+            let fraction = u16::from(bytes[(phase + i) / 5]).wrapping_mul(TERNARY_FACTORS[(phase + i) % 5]);
+            (u32::from(fraction) * 3 >> 16) as u8
+        })
+    }
+
+    #[inline(always)]
+    fn dot_codes(self, u: [u8; 64], a: &[i8; 64], mut acc: [i32; 16], _: bool) -> [i32; 16] {
+        for (acc, (u, a)) in acc.iter_mut().zip(u.as_chunks::<4>().0.iter().zip(a.as_chunks::<4>().0)) {
+            for (&u, &a) in u.iter().zip(a) {
+                *acc = acc.wrapping_add(i32::from(u) * i32::from(a));
+            }
+        }
+        acc
+    }
+
+    #[inline(always)]
+    fn levels<const NARROW: bool>(self, u: [u8; 64], zero: [f32; 16]) -> [[f32; 16]; 4] {
+        let mut levels = [[0.0; 16]; 4];
+        for (i, u) in u.into_iter().enumerate() {
+            levels[i % 4][i / 4] = f32::from(u) - zero[i / 4];
+        }
+        levels
+    }
+
+    #[inline(always)]
+    fn permute(self, from: &[f32; 16], index: &[i32; 16]) -> [f32; 16] {
+        index.map(|index| from[index as usize])
+    }
+
+    #[inline(always)]
+    fn load_i32(self, from: &[i32; 16]) -> [i32; 16] {
+        *from
     }
 
     #[inline(always)]

@@ -10,12 +10,40 @@
 /// Lanes of the logical vector.
 pub const LANES: usize = 16;
 
+/// For each of the five digits of a ternary byte, a factor that leaves, modulo 2^16, the fraction of the byte over
+/// 3^(digit + 1): the high half of three times that is the digit.
+pub(super) const TERNARY_FACTORS: [u16; 5] = [21846, 7282, 2428, 810, 270];
+
+/// For each phase, where each of 64 ternary codes lies: its byte, and the factor of its digit. Both in the order of two
+/// vectors of 16-bit words that a saturating pack within 128-bit lanes makes one: eight codes of the first, eight of the
+/// second.
+pub(super) const TERNARY_PLACES: [[([u8; 64], [u16; 32]); 2]; 5] = {
+    let mut table = [[([0x80; 64], [0; 32]); 2]; 5];
+    let mut phase = 0;
+    while phase < 5 {
+        let mut i = 0;
+        while i < 64 {
+            let (half, word) = (i / 8 % 2, i / 16 * 8 + i % 8);
+            table[phase][half].0[2 * word] = ((phase + i) / 5) as u8;
+            table[phase][half].1[word] = TERNARY_FACTORS[(phase + i) % 5];
+            i += 1;
+        }
+        phase += 1;
+    }
+    table
+};
+
 /// Operations on the logical vector. Kernels reach an implementation through [`Cpu::dispatch`](super::Cpu::dispatch).
 pub trait Simd: Copy + Send + Sync + 'static {
     /// 16 lanes of f32.
     type F32: Copy + Send + Sync;
     /// 16 lanes of i32.
     type I32: Copy + Send + Sync;
+
+    /// 64 bytes.
+    type U8: Copy + Send + Sync;
+    /// How [`codes`](Self::codes) unpacks codes of one width.
+    type Unpack: Copy + Send + Sync;
 
     /// How many logical vectors fit in registers: the size of a matrix tile follows from it.
     const REGISTERS: usize;
@@ -92,6 +120,33 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// # Panics
     /// If `stream` is shorter than that, or `bits` is out of range.
     fn unpack64(self, stream: &[u8], bits: u32) -> [u8; 64];
+
+    /// What [`codes`](Self::codes) needs for codes of `bits` bits, 1 to 8.
+    ///
+    /// # Panics
+    /// If `bits` is out of range.
+    fn unpack(self, bits: u32) -> Self::Unpack;
+
+    /// Unpacks 64 codes, first code in the lowest bits, into registers; those of one bit are doubled. Bytes after the codes
+    /// are ignored.
+    fn codes(self, unpack: &Self::Unpack, stream: &[u8; 64]) -> Self::U8;
+
+    /// Unpacks 64 ternary codes of five to a byte, from digit `phase` of the first byte on; `phase` is below 5. Bytes
+    /// after the codes are ignored.
+    fn ternary_codes(self, bytes: &[u8; 64], phase: usize) -> Self::U8;
+
+    /// Adds `u[4i] * a[4i] + ... + u[4i+3] * a[4i+3]` to lane `i`, exactly; the sum wraps. With `eight_bits`, `u` may be
+    /// above 127.
+    fn dot_codes(self, u: Self::U8, a: &[i8; 64], acc: Self::I32, eight_bits: bool) -> Self::I32;
+
+    /// Lane `i` of vector `k` is `u[4i + k]`, converted, minus `zero`, whose lanes are all the same. With `NARROW`, every
+    /// `u` is below 16.
+    fn levels<const NARROW: bool>(self, u: Self::U8, zero: Self::F32) -> [Self::F32; 4];
+
+    /// Lane `i` is `from[index[i]]`; an index is from 0 to 15.
+    fn permute(self, from: &[f32; 16], index: &[i32; 16]) -> Self::F32;
+
+    fn load_i32(self, from: &[i32; 16]) -> Self::I32;
 
     /// Unpacks 32 codes of `bits` bits, 1 to 4, first code in the lowest bits, converts them and subtracts `zero`. Bytes
     /// after the codes are ignored.

@@ -1,0 +1,256 @@
+//! Activations as the products of a few tokens read them: prepared once a call, for all rows.
+//!
+//! Everything follows steps of 64 columns in which lane `l` of the vector holds columns `4l` to `4l + 3`. Where groups are
+//! whole steps ([`Scaling::Steps`]) the scales of a step are one number each. Otherwise ([`Scaling::Lanes`]) each lane has
+//! scales of its own; a lane that several blocks of columns meet has a plane for each, with zeros in the others' columns.
+
+use super::Kernel;
+use super::matmul_int8::activation_blocks;
+use super::simd::{LANES, Simd};
+use crate::matrix::Layout;
+
+/// Columns of a step.
+pub(super) const STEP: usize = 64;
+
+/// Columns of a lane.
+const LANE: usize = STEP / LANES;
+
+/// How scales lie over the lanes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Scaling {
+    /// No step meets two groups or two blocks of activations.
+    Steps,
+    /// Any other group size.
+    Lanes { group: usize },
+}
+
+impl Scaling {
+    pub(super) fn of(layout: Layout, cols: usize) -> Self {
+        let group = layout.group;
+        if group.is_multiple_of(STEP) || group >= cols { Self::Steps } else { Self::Lanes { group } }
+    }
+}
+
+/// What a matrix needs its activations to look like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Form {
+    /// f32 in the order of the columns.
+    Natural,
+    /// f32 by columns of a lane.
+    Interleaved(Scaling),
+    /// INT8 with the sums that a zero point meets: of all groups, or of none.
+    Rounded { scaling: Scaling, zero: Option<i32> },
+}
+
+/// The activations of all tokens.
+#[derive(Default)]
+pub(super) struct Prepared {
+    pub(super) form: Option<Form>,
+    pub(super) tokens: usize,
+    pub(super) steps: usize,
+    /// Planes of a step; 1 but for groups that are not multiples of four.
+    pub(super) planes: usize,
+    /// For each lane, its group, counted from that of the step's first column; with [`Scaling::Lanes`]. [steps, planes]
+    pub(super) groups: Vec<[i32; LANES]>,
+    /// [`Form::Natural`]: [steps, tokens, 4, LANES], padded with zeros. [`Form::Interleaved`]: [steps, planes, tokens, 4,
+    /// LANES], where vector `k` has column `k` of each lane.
+    pub(super) floats: Vec<[[f32; LANES]; LANE]>,
+    /// [`Form::Rounded`], and the rest too: in the order of the columns. [steps, planes, tokens]
+    pub(super) codes: Vec<[i8; STEP]>,
+    /// The constant zero point times minus the sum of each lane's codes. [steps, planes, tokens]
+    pub(super) starts: Vec<[i32; LANES]>,
+    /// The sum of each lane's codes; without a constant zero point. [steps, planes, tokens]
+    pub(super) sums: Vec<[f32; LANES]>,
+    /// Scales of whole steps. [steps, tokens]
+    pub(super) scales: Vec<f32>,
+    /// Scales of lanes. [steps, planes, tokens]
+    pub(super) lane_scales: Vec<[f32; LANES]>,
+}
+
+/// Prepares whole rows of activations.
+pub(super) struct Prepare<'a> {
+    pub(super) x: &'a [f32], // [tokens, cols]
+    pub(super) cols: usize,
+    pub(super) form: Form,
+    pub(super) to: &'a mut Prepared,
+}
+
+impl Kernel for Prepare<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) {
+        let Self { x, cols, form, to } = self;
+        to.form = Some(form);
+        to.tokens = x.len() / cols;
+        to.steps = cols.div_ceil(STEP);
+        to.planes = 1;
+        let scaling = match form {
+            Form::Natural => return to.natural(x, cols),
+            Form::Interleaved(scaling) | Form::Rounded { scaling, .. } => scaling,
+        };
+        if let Scaling::Lanes { group } = scaling {
+            to.lay_out(group, cols);
+        }
+        match form {
+            Form::Rounded { zero, .. } => to.round(simd, x, cols, scaling, zero),
+            _ => to.interleave(x, cols, scaling),
+        }
+    }
+}
+
+/// Calls `work` with each lane that meets `columns`, its columns among them and its plane. `before` is the last lane and
+/// plane of the block before.
+#[inline(always)]
+fn each_lane(
+    columns: &std::ops::Range<usize>,
+    before: &mut Option<(usize, usize)>,
+    mut work: impl FnMut(usize, std::ops::Range<usize>, usize),
+) {
+    for lane in columns.start / LANE..columns.end.div_ceil(LANE) {
+        let plane = match *before {
+            Some((last, plane)) if last == lane => plane + 1,
+            _ => 0,
+        };
+        *before = Some((lane, plane));
+        work(lane, columns.start.max(lane * LANE)..columns.end.min((lane + 1) * LANE), plane);
+    }
+}
+
+impl Prepared {
+    fn slots(&self) -> usize {
+        self.steps * self.planes * self.tokens
+    }
+
+    fn natural(&mut self, x: &[f32], cols: usize) {
+        self.floats.clear();
+        self.floats.resize(self.slots(), [[0.0; LANES]; LANE]);
+        for (token, x) in x.chunks_exact(cols).enumerate() {
+            for (step, x) in x.chunks(STEP).enumerate() {
+                self.floats[step * self.tokens + token].as_flattened_mut()[..x.len()].copy_from_slice(x);
+            }
+        }
+    }
+
+    /// Counts the planes and finds the group of each lane.
+    fn lay_out(&mut self, group: usize, cols: usize) {
+        let mut before = None;
+        for columns in activation_blocks(group, cols) {
+            each_lane(&columns, &mut before, |_, _, plane| self.planes = self.planes.max(plane + 1));
+        }
+        self.groups.clear();
+        self.groups.resize(self.steps * self.planes, [0; LANES]);
+        before = None;
+        for columns in activation_blocks(group, cols) {
+            each_lane(&columns, &mut before, |lane, columns, plane| {
+                let step = lane / LANES;
+                let from_first = columns.start / group - step * STEP / group;
+                self.groups[step * self.planes + plane][lane % LANES] = from_first as i32;
+            });
+        }
+    }
+
+    fn interleave(&mut self, x: &[f32], cols: usize, scaling: Scaling) {
+        let (tokens, planes) = (self.tokens, self.planes);
+        self.floats.clear();
+        self.floats.resize(self.slots(), [[0.0; LANES]; LANE]);
+        for (token, x) in x.chunks_exact(cols).enumerate() {
+            match scaling {
+                Scaling::Lanes { group } if planes > 1 => {
+                    let mut before = None;
+                    for block in activation_blocks(group, cols) {
+                        each_lane(&block, &mut before, |lane, columns, plane| {
+                            let to = &mut self.floats[(lane / LANES * planes + plane) * tokens + token];
+                            for column in columns {
+                                to[column % LANE][lane % LANES] = x[column];
+                            }
+                        });
+                    }
+                }
+                _ => {
+                    for (step, x) in x.chunks(STEP).enumerate() {
+                        let to = &mut self.floats[step * tokens + token];
+                        for (i, &value) in x.iter().enumerate() {
+                            to[i % LANE][i / LANE] = value;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn round<S: Simd>(&mut self, simd: S, x: &[f32], cols: usize, scaling: Scaling, zero: Option<i32>) {
+        let (slots, tokens, planes) = (self.slots(), self.tokens, self.planes);
+        self.codes.clear();
+        self.codes.resize(slots, [0; STEP]);
+        self.scales.clear();
+        self.lane_scales.clear();
+        match scaling {
+            Scaling::Steps => self.scales.resize(slots, 0.0),
+            Scaling::Lanes { .. } => self.lane_scales.resize(slots, [0.0; LANES]),
+        }
+        for (token, x) in x.chunks_exact(cols).enumerate() {
+            match scaling {
+                Scaling::Steps => {
+                    for (step, x) in x.chunks(STEP).enumerate() {
+                        let slot = step * tokens + token;
+                        self.scales[slot] = round_block(simd, x, &mut self.codes[slot]);
+                    }
+                }
+                Scaling::Lanes { group } => {
+                    let mut before = None;
+                    for block in activation_blocks(group, cols) {
+                        let mut rounded = [0; STEP];
+                        let scale = round_block(simd, &x[block.clone()], &mut rounded);
+                        each_lane(&block, &mut before, |lane, columns, plane| {
+                            let slot = (lane / LANES * planes + plane) * tokens + token;
+                            self.lane_scales[slot][lane % LANES] = scale;
+                            for column in columns {
+                                self.codes[slot][column % STEP] = rounded[column - block.start];
+                            }
+                        });
+                    }
+                }
+            }
+        }
+        self.starts.clear();
+        self.sums.clear();
+        let lane_sums = |codes: &[i8; STEP]| {
+            let mut sums = [0; LANES];
+            for (sum, codes) in sums.iter_mut().zip(codes.as_chunks::<LANE>().0) {
+                *sum = codes.iter().map(|&code| i32::from(code)).sum();
+            }
+            sums
+        };
+        match zero {
+            Some(zero) => self.starts.extend(self.codes.iter().map(|codes| lane_sums(codes).map(|sum| -zero * sum))),
+            None => self.sums.extend(self.codes.iter().map(|codes| lane_sums(codes).map(|sum| sum as f32))),
+        }
+    }
+}
+
+/// Rounds one block of at most 64 activations to INT8 and gives its scale, `absmax / 127`: NaN, with codes of zero, where
+/// an activation is not finite. What lies after the block in `codes` stays.
+#[inline(always)]
+fn round_block<S: Simd>(simd: S, x: &[f32], codes: &mut [i8; STEP]) -> f32 {
+    let zero = simd.splat(0.0);
+    let (mut most, mut poison) = (zero, zero);
+    for x in x.chunks(LANES) {
+        let x = simd.load_partial(x);
+        most = simd.max(simd.abs(x), most);
+        // Stays zero until infinity or NaN makes it NaN.
+        poison = simd.mul_add(x, zero, poison);
+    }
+    let scale = simd.max_lane(most) / 127.0 + simd.sum(poison);
+    if scale > 0.0 {
+        for (x, codes) in x.chunks(LANES).zip(codes.chunks_mut(LANES)) {
+            let rounded = simd.round_even(simd.div(simd.load_partial(x), simd.splat(scale)));
+            let offset = simd.to_u8(simd.add(rounded, simd.splat(128.0)));
+            for (code, offset) in codes.iter_mut().zip(&offset[..x.len()]) {
+                *code = (offset ^ 0x80) as i8;
+            }
+        }
+    }
+    scale
+}

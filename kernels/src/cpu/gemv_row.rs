@@ -1,0 +1,289 @@
+//! Weight rows of the products of a few tokens: codes in registers, scales and zero points as f32.
+//!
+//! Loads of 64 bytes run past the end of a row into the next, where activations are zero; rows from which they would run
+//! past the last one are copied first.
+
+use std::ops::Range;
+
+use super::dequantize::zero_point;
+use super::gemv_prepare::{Prepared, STEP};
+use super::matmul::Output;
+use super::simd::{LANES, Simd};
+use crate::bits::TERNARY_PER_BYTE;
+use crate::matrix::{Data, FloatType, Grid, Layout, Matrix};
+
+/// Groups that are widened at a time.
+pub(super) const GROUPS: usize = 256;
+
+/// Room for groups: a load starts up to seven groups early and ends at a whole step, and a vector starts at any group.
+const ROOM: usize = GROUPS + 2 * STEP;
+
+/// The most rows that kernels take at a time.
+pub(super) const ROWS: usize = 4;
+
+/// Some rows of a weight times all tokens.
+pub(super) struct Task<'a> {
+    pub(super) x: &'a Prepared,
+    pub(super) w: &'a Matrix<'a>,
+    pub(super) rows: Range<usize>,
+    pub(super) out: &'a Output<'a>,
+}
+
+impl Task<'_> {
+    /// Adds the lanes and writes the outputs of `T` tokens from `token` on, `R` rows from `row` on.
+    #[inline(always)]
+    pub(super) fn store<S: Simd, const T: usize, const R: usize>(
+        &self,
+        simd: S,
+        token: usize,
+        row: usize,
+        out: &[[S::F32; T]; R],
+    ) {
+        for t in 0..T {
+            // SAFETY: every task has rows of its own, and this one makes one reference at a time.
+            let to = unsafe { self.out.segment(token + t, row..row + R) };
+            for r in 0..R {
+                to[r] = simd.sum(out[r][t]);
+            }
+        }
+    }
+}
+
+/// What a thread keeps for the rows at hand.
+pub(super) struct Scratch {
+    pub(super) groups: [Groups; ROWS],
+    /// The codes of the last rows, with room for loads past them.
+    pub(super) tail: Vec<u8>,
+}
+
+impl Scratch {
+    pub(super) const fn new() -> Self {
+        Self { groups: [const { Groups::new() }; ROWS], tail: Vec::new() }
+    }
+}
+
+/// How a row holds its codes, known when the loop is compiled.
+pub(super) trait Decode {
+    /// The byte in which the codes of step `step` start.
+    fn offset(bits: usize, step: usize) -> usize;
+
+    /// The codes of a step, so that `(code - zero) * scale` is the weight: binary codes are doubled.
+    fn codes<S: Simd>(simd: S, unpack: &S::Unpack, bytes: &[u8; STEP], step: usize) -> S::U8;
+}
+
+/// A dense stream.
+pub(super) struct Stream;
+
+impl Decode for Stream {
+    #[inline(always)]
+    fn offset(bits: usize, step: usize) -> usize {
+        step * (STEP / 8 * bits)
+    }
+
+    #[inline(always)]
+    fn codes<S: Simd>(simd: S, unpack: &S::Unpack, bytes: &[u8; STEP], _: usize) -> S::U8 {
+        simd.codes(unpack, bytes)
+    }
+}
+
+/// Five ternary codes to a byte.
+pub(super) struct Ternary;
+
+impl Decode for Ternary {
+    #[inline(always)]
+    fn offset(_: usize, step: usize) -> usize {
+        step * STEP / TERNARY_PER_BYTE
+    }
+
+    #[inline(always)]
+    fn codes<S: Simd>(simd: S, _: &S::Unpack, bytes: &[u8; STEP], step: usize) -> S::U8 {
+        simd.ternary_codes(bytes, step * STEP % TERNARY_PER_BYTE)
+    }
+}
+
+/// The quantized matrix that rows are taken from.
+#[derive(Clone, Copy)]
+pub(super) struct Packed<'a, S: Simd> {
+    pub(super) simd: S,
+    pub(super) layout: Layout,
+    pub(super) steps: usize,
+    /// Groups of a row.
+    pub(super) groups: usize,
+    unpack: S::Unpack,
+    bits: usize,
+    codes: &'a [u8],
+    code_bytes: usize,
+    /// Bytes that the loads of a row may touch.
+    loaded_bytes: usize,
+    /// The first row that is taken from `tail`.
+    tail_row: usize,
+    tail: &'a [u8],
+    scale_type: FloatType,
+    scales: &'a [u8],
+    zeros: &'a [u8],
+    zero_bytes: usize,
+}
+
+/// The codes of one row: at least as many bytes as its loads touch.
+#[derive(Clone, Copy)]
+pub(super) struct Codes<'a>(&'a [u8]);
+
+impl<'a, S: Simd> Packed<'a, S> {
+    /// The rows of `w` before `end`; `None` for a float matrix.
+    #[inline(always)]
+    pub(super) fn new<D: Decode>(simd: S, w: &Matrix<'a>, end: usize, tail: &'a mut Vec<u8>) -> Option<Self> {
+        let Data::Quantized { layout, codes, scale_type, scales, zeros } = w.data() else { return None };
+        let bits = layout.grid.stream_bits().unwrap_or(8);
+        let (steps, code_bytes) = (w.cols().div_ceil(STEP), layout.code_bytes(w.cols()));
+        let loaded_bytes = D::offset(bits as usize, steps.saturating_sub(1)) + STEP;
+        let tail_row = (codes.len() + code_bytes).saturating_sub(loaded_bytes) / code_bytes.max(1);
+        tail.clear();
+        if tail_row < end {
+            tail.extend_from_slice(&codes[tail_row * code_bytes..]);
+            tail.resize(tail.len() + loaded_bytes, 0);
+        }
+        Some(Self {
+            simd,
+            layout,
+            steps,
+            groups: layout.groups(w.cols()),
+            unpack: simd.unpack(bits),
+            bits: bits as usize,
+            codes,
+            code_bytes,
+            loaded_bytes,
+            tail_row,
+            tail,
+            scale_type,
+            scales,
+            zeros,
+            zero_bytes: layout.zero_bytes(w.cols()),
+        })
+    }
+
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize) -> Codes<'a> {
+        let (bytes, row) = if row < self.tail_row { (self.codes, row) } else { (self.tail, row - self.tail_row) };
+        Codes(&bytes[row * self.code_bytes..][..self.loaded_bytes])
+    }
+
+    /// The codes of step `step` of `row`.
+    ///
+    /// # Safety
+    /// `step` is below [`steps`](Self::steps), and `row` comes from [`row`](Self::row).
+    #[inline(always)]
+    pub(super) unsafe fn codes<D: Decode>(&self, row: Codes, step: usize) -> S::U8 {
+        let offset = D::offset(self.bits, step);
+        debug_assert!(step < self.steps && offset + STEP <= row.0.len());
+        // SAFETY: the row has as many bytes as the load of the last step touches, which is the caller's promise.
+        let bytes = unsafe { &*row.0.as_ptr().add(offset).cast() };
+        D::codes(self.simd, &self.unpack, bytes, step)
+    }
+
+    /// The zero point of every group, unless each has its own.
+    pub(super) fn constant_zero(&self) -> Option<f32> {
+        constant_zero(self.layout.grid)
+    }
+}
+
+/// The zero point of every group, unless each has its own.
+pub(super) fn constant_zero(grid: Grid) -> Option<f32> {
+    (!grid.has_zero_points()).then(|| zero_point(grid, &[], 0))
+}
+
+/// The first `N` bytes at `at`, followed by zeros where `bytes` ends before.
+#[inline(always)]
+fn window<'a, const N: usize>(bytes: &'a [u8], at: usize, padded: &'a mut [u8; N]) -> &'a [u8; N] {
+    let rest = &bytes[at..];
+    match rest.first_chunk() {
+        Some(window) => window,
+        None => {
+            padded[..rest.len()].copy_from_slice(rest);
+            padded
+        }
+    }
+}
+
+/// Scales and zero points of consecutive groups of a row.
+pub(super) struct Groups {
+    /// A multiple of eight, so that its zero points start at a whole byte.
+    first: usize,
+    scales: [f32; ROOM],
+    zeros: [f32; ROOM],
+}
+
+impl Groups {
+    const fn new() -> Self {
+        Self { first: 0, scales: [0.0; ROOM], zeros: [0.0; ROOM] }
+    }
+
+    /// Widens `count` groups of a row, at most [`GROUPS`], from `first` on. Zero points only where each group has its own.
+    #[inline(always)]
+    pub(super) fn load<S: Simd>(&mut self, w: &Packed<S>, row: usize, first: usize, count: usize) {
+        let simd = w.simd;
+        self.first = first / 8 * 8;
+        let end = first - self.first + count;
+        let start = (row * w.groups + self.first) * w.scale_type.bytes();
+        for (i, to) in self.scales.as_chunks_mut::<LANES>().0[..end.div_ceil(LANES)].iter_mut().enumerate() {
+            let v = match w.scale_type {
+                FloatType::F32 => simd.load_f32(window(w.scales, start + i * 64, &mut [0; 64])),
+                _ => simd.load_f16(window(w.scales, start + i * 32, &mut [0; 32])),
+            };
+            simd.store(v, to);
+        }
+        let Grid::Int { bits, symmetric: false } = w.layout.grid else { return };
+        let start = row * w.zero_bytes + self.first / 8 * bits as usize;
+        for (i, to) in self.zeros.as_chunks_mut::<STEP>().0[..end.div_ceil(STEP)].iter_mut().enumerate() {
+            let codes = simd.unpack64(window(w.zeros, start + i * 8 * bits as usize, &mut [0; STEP]), bits);
+            for (to, codes) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(codes.as_chunks::<LANES>().0) {
+                simd.store(simd.load_u8(codes), to);
+            }
+        }
+    }
+
+    /// Where a group among those that were loaded lies, and `room` more after it.
+    #[inline(always)]
+    fn index(&self, group: usize, room: usize) -> usize {
+        let index = group.wrapping_sub(self.first);
+        assert!(index < ROOM - room);
+        index
+    }
+
+    #[inline(always)]
+    pub(super) fn scale(&self, group: usize) -> f32 {
+        self.scales[self.index(group, 0)]
+    }
+
+    #[inline(always)]
+    pub(super) fn zero(&self, group: usize) -> f32 {
+        self.zeros[self.index(group, 0)]
+    }
+
+    /// The scale of each lane's group; `groups` counts from `base`.
+    #[inline(always)]
+    pub(super) fn lane_scales<S: Simd>(&self, simd: S, base: usize, groups: &[i32; LANES], near: bool) -> S::F32 {
+        lanes(simd, &self.scales, self.index(base, STEP), groups, near)
+    }
+
+    /// The zero point of each lane's group; `groups` counts from `base`.
+    #[inline(always)]
+    pub(super) fn lane_zeros<S: Simd>(&self, simd: S, base: usize, groups: &[i32; LANES], near: bool) -> S::F32 {
+        lanes(simd, &self.zeros, self.index(base, STEP), groups, near)
+    }
+}
+
+/// `from[base + index]` for each lane; `base` is below `ROOM - STEP`. With `near`, every index is below 16.
+#[inline(always)]
+fn lanes<S: Simd>(simd: S, from: &[f32; ROOM], base: usize, index: &[i32; LANES], near: bool) -> S::F32 {
+    // One step meets at most 64 groups.
+    let Some(from) = from[base..].first_chunk::<STEP>() else { unreachable!("there is room after the last group") };
+    if near {
+        let [from, ..] = from.as_chunks::<LANES>().0 else { unreachable!("a step is more than one vector") };
+        return simd.permute(from, index);
+    }
+    let mut v = [0.0; LANES];
+    for (v, &index) in v.iter_mut().zip(index) {
+        *v = from[index as usize % STEP];
+    }
+    simd.load(&v)
+}

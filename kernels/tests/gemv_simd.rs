@@ -1,0 +1,129 @@
+//! The vector operations of the products of a few tokens, on every instruction set, against plain arithmetic.
+
+mod common;
+
+use bkpack_kernels::Cpu;
+use bkpack_kernels::bits::{TERNARY_PER_BYTE, unpack_stream, unpack_ternary};
+use bkpack_kernels::cpu::Kernel;
+use bkpack_kernels::cpu::simd::Simd;
+use common::Random;
+
+/// 64 codes of a dense stream, or ternary ones from a phase on, and what the operations make of them.
+struct Codes<'a> {
+    stream: &'a [u8; 64],
+    bits: Option<u32>,
+    phase: usize,
+    a: &'a [i8; 64],
+    start: &'a [i32; 16],
+}
+
+struct Found {
+    dots: [f32; 16],
+    narrow: [[f32; 16]; 4],
+    wide: [[f32; 16]; 4],
+}
+
+const ZERO: f32 = 3.0;
+
+impl Kernel for Codes<'_> {
+    type Output = Found;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Found {
+        let u = match self.bits {
+            Some(bits) => simd.codes(&simd.unpack(bits), self.stream),
+            None => simd.ternary_codes(self.stream, self.phase),
+        };
+        let mut found = Found { dots: [0.0; 16], narrow: [[0.0; 16]; 4], wide: [[0.0; 16]; 4] };
+        let dots = simd.dot_codes(u, self.a, simd.load_i32(self.start), self.bits == Some(8));
+        simd.store(simd.i32_to_f32(dots), &mut found.dots);
+        let narrow = simd.levels::<true>(u, simd.splat(ZERO));
+        let wide = simd.levels::<false>(u, simd.splat(ZERO));
+        for k in 0..4 {
+            simd.store(narrow[k], &mut found.narrow[k]);
+            simd.store(wide[k], &mut found.wide[k]);
+        }
+        found
+    }
+}
+
+fn check(random: &mut Random, stream: &[u8; 64], bits: Option<u32>, phase: usize, codes: &[u8]) {
+    // Once with the extremes, whose products saturate where they are added in 16 bits.
+    for extreme in [false, true] {
+        let a: [i8; 64] = std::array::from_fn(|_| if extreme { -127 } else { (random.below(255) as i32 - 127) as i8 });
+        let start: [i32; 16] = std::array::from_fn(|_| random.below(20_000) as i32 - 10_000);
+        for cpu in Cpu::available() {
+            let found = cpu.dispatch(Codes { stream, bits, phase, a: &a, start: &start });
+            for lane in 0..16 {
+                let context = format!("{bits:?} bits, phase {phase}, lane {lane} on {}, seed {}", cpu.isa(), random.seed);
+                let four = 4 * lane..4 * lane + 4;
+                let products = four.map(|i| i32::from(codes[i]) * i32::from(a[i]));
+                let dot = start[lane] + products.sum::<i32>();
+                assert_eq!(found.dots[lane], dot as f32, "{context}");
+                for k in 0..4 {
+                    let level = f32::from(codes[4 * lane + k]) - ZERO;
+                    assert_eq!(found.wide[k][lane], level, "{context}");
+                    if codes.iter().all(|&code| code < 16) {
+                        assert_eq!(found.narrow[k][lane], level, "{context}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn codes_of_a_stream() {
+    let mut random = Random::new();
+    for bits in 1..=8 {
+        for round in 0..20 {
+            let stream = std::array::from_fn(|_| if round == 0 { 0xff } else { random.below(256) as u8 });
+            let mut codes = [0; 64];
+            unpack_stream(&stream, bits, &mut codes);
+            if bits == 1 {
+                codes = codes.map(|code| 2 * code);
+            }
+            check(&mut random, &stream, Some(bits), 0, &codes);
+        }
+    }
+}
+
+#[test]
+fn ternary_codes() {
+    let mut random = Random::new();
+    for phase in 0..TERNARY_PER_BYTE {
+        // Every byte comes to stand in every place.
+        for first in 0..243 {
+            let stream = std::array::from_fn(|i| ((first + i * 17) % 243) as u8);
+            let mut codes = [0; 70];
+            unpack_ternary(&stream, &mut codes);
+            check(&mut random, &stream, None, phase, &codes[phase..][..64]);
+        }
+    }
+}
+
+/// One vector by an index for each lane.
+struct Permute<'a>(&'a [f32; 16], &'a [i32; 16]);
+
+impl Kernel for Permute<'_> {
+    type Output = [f32; 16];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        simd.store(simd.permute(self.0, self.1), &mut out);
+        out
+    }
+}
+
+#[test]
+fn permutations() {
+    let mut random = Random::new();
+    for _ in 0..100 {
+        let from: [f32; 16] = std::array::from_fn(|i| i as f32);
+        let index = std::array::from_fn(|_| random.below(16) as i32);
+        for cpu in Cpu::available() {
+            assert_eq!(cpu.dispatch(Permute(&from, &index)), index.map(|index| index as f32), "{}", cpu.isa());
+        }
+    }
+}
