@@ -55,7 +55,8 @@ fn check(random: &mut Random, stream: &[u8; 64], bits: Option<u32>, phase: usize
         for cpu in Cpu::available() {
             let found = cpu.dispatch(Codes { stream, bits, phase, a: &a, start: &start });
             for lane in 0..16 {
-                let context = format!("{bits:?} bits, phase {phase}, lane {lane} on {}, seed {}", cpu.isa(), random.seed);
+                let context =
+                    format!("{bits:?} bits, phase {phase}, lane {lane} on {}, seed {}", cpu.isa(), random.seed);
                 let four = 4 * lane..4 * lane + 4;
                 let products = four.map(|i| i32::from(codes[i]) * i32::from(a[i]));
                 let dot = start[lane] + products.sum::<i32>();
