@@ -288,7 +288,7 @@ fn measure<O: Ops>(
                     baseline.score(hidden, row, targets)?;
                     let start = compared.len();
                     compared.resize(start + targets.len(), Comparison::default());
-                    cpu.compare_logits(&baseline.logits, &model.logits, vocab_size, &mut compared[start..]);
+                    cpu.compare_logits(baseline.values()?, model.values()?, vocab_size, &mut compared[start..]);
                 }
             }
             observer.advance(batch.len() as u64);
@@ -376,7 +376,9 @@ struct Runner<'a, O: Ops> {
     model: Model<'a, O>,
     state: State<O>,
     /// Of the slice that was scored last.
-    logits: Vec<f32>, // [rows, vocab_size]
+    logits: Option<O::Tensor>, // [rows, vocab_size]
+    /// For their values, where the back end needs one.
+    buffer: Vec<f32>,
     nll: f64,
     core_errors: CoreErrors,
     time: Duration,
@@ -394,7 +396,8 @@ impl<'a, O: Ops> Runner<'a, O> {
             cpu,
             model,
             state,
-            logits: Vec::new(),
+            logits: None,
+            buffer: Vec::new(),
             nll: 0.0,
             core_errors: CoreErrors::default(),
             time: Duration::ZERO,
@@ -413,14 +416,22 @@ impl<'a, O: Ops> Runner<'a, O> {
         Ok(hidden)
     }
 
+    /// The logits of the slice that was scored last, `[rows, vocab_size]`.
+    fn values(&mut self) -> Result<&[f32]> {
+        let logits = self.logits.as_ref().expect("a slice was scored");
+        self.ops.values(logits, &mut self.buffer)
+    }
+
     /// Computes the logits of the rows from `row` and adds up how unlikely they find the targets.
     fn score(&mut self, hidden: &O::Tensor, row: usize, targets: &[u32]) -> Result<()> {
         let start = Instant::now();
-        let logits = self.model.logits(hidden, row, targets.len())?;
-        self.ops.read(&logits, &mut self.logits)?;
+        // The buffer of the last slice serves this one.
+        self.logits = None;
+        let logits = self.logits.insert(self.model.logits(hidden, row, targets.len())?);
+        let logits = self.ops.values(logits, &mut self.buffer)?;
         self.time += start.elapsed();
         let mut losses = vec![0.0; targets.len()];
-        self.cpu.cross_entropy(&self.logits, targets, &mut losses);
+        self.cpu.cross_entropy(logits, targets, &mut losses);
         let sum: f64 = losses.iter().sum();
         if !sum.is_finite() {
             let why = "the model computes logits that are NaN or infinite, so it has no perplexity".into();

@@ -25,47 +25,43 @@ pub fn core_record(source: &dyn TensorSource) -> Option<&ActivationQuantization>
 }
 
 /// The grid of one layer's activations.
-pub(super) struct CoreGrid {
-    potential: Vec<f32>, // [positions]
-    resolvent: Vec<f32>, // [positions, 2]
+pub(super) struct CoreGrid<O: Ops> {
+    potential: O::Tensor, // [positions, 1]
+    resolvent: O::Tensor, // [positions, 2]
     largest: f32,
 }
 
-impl CoreGrid {
+impl<O: Ops> CoreGrid<O> {
     /// The grid of a layer for `positions` positions, where the model has one.
     ///
     /// # Panics
     /// If the record has fewer positions.
-    pub fn load<O: Ops>(source: &dyn TensorSource, ops: &O, layer: usize, positions: usize) -> Result<Option<Self>> {
+    pub fn load(source: &dyn TensorSource, ops: &O, layer: usize, positions: usize) -> Result<Option<Self>> {
         let name = scale_name(layer);
         let Some(record) = core_record(source).filter(|record| record.scales.contains(&name)) else { return Ok(None) };
         let mut scales = Vec::new(); // [3, groups]
         ops.read(&ops.parameter(source, &name)?, &mut scales)?;
-        Ok(Some(Self::new(record, &scales, positions)))
-    }
-
-    fn new(record: &ActivationQuantization, scales: &[f32], positions: usize) -> Self {
         let groups = scales.len() / 3;
         // A record may claim a group larger than any model; its scale serves all positions.
         let group = usize::try_from(record.group_size).unwrap_or(usize::MAX);
         let scale = |row: usize, position: usize| scales[row * groups + position / group];
-        Self {
-            potential: (0..positions).map(|position| scale(0, position)).collect(),
-            resolvent: (0..positions).flat_map(|position| [scale(1, position), scale(2, position)]).collect(),
+        let potential = (0..positions).map(|position| scale(0, position)).collect();
+        let resolvent = (0..positions).flat_map(|position| [scale(1, position), scale(2, position)]).collect();
+        Ok(Some(Self {
+            potential: ops.constant(potential, 1)?,
+            resolvent: ops.constant(resolvent, 2)?,
             largest: largest_code(record.bits),
-        }
+        }))
     }
 
     /// Rounds the potential `[tokens, 1]` of the positions from `first`.
-    pub fn round_potential<O: Ops>(&self, ops: &O, v: O::Tensor, first: usize, tokens: usize) -> Result<O::Tensor> {
-        let scales = ops.constant(self.potential[first..first + tokens].to_vec(), 1)?;
-        ops.round_to_grid(v, &scales, self.largest)
+    pub fn round_potential(&self, ops: &O, v: O::Tensor, first: usize, tokens: usize) -> Result<O::Tensor> {
+        ops.round_to_grid(v, &ops.rows(&self.potential, first, tokens)?, self.largest)
     }
 
     /// Rounds the resolvent `[tokens, 2]` of the positions from `first`.
-    pub fn round_resolvent<O: Ops>(&self, ops: &O, g: O::Tensor, first: usize, tokens: usize) -> Result<O::Tensor> {
-        let scales = ops.constant(self.resolvent[2 * first..2 * (first + tokens)].to_vec(), 2)?;
-        ops.round_to_grid(g, &scales, self.largest)
+    pub fn round_resolvent(&self, ops: &O, g: O::Tensor, first: usize, tokens: usize) -> Result<O::Tensor> {
+        ops.round_to_grid(g, &ops.rows(&self.resolvent, first, tokens)?, self.largest)
     }
 }
 

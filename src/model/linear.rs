@@ -15,6 +15,11 @@ impl<'a, O: Ops> Linear<'a, O> {
         Ok(Self { weight, bias })
     }
 
+    /// Several layers over one input: `[tokens, in]` to `[tokens, out]` of each.
+    pub fn apply_all<const N: usize>(layers: [&Self; N], ops: &O, x: &O::Tensor) -> Result<[O::Tensor; N]> {
+        ops.linears(x, layers.map(|layer| (&layer.weight, layer.bias.as_ref())))
+    }
+
     /// `[tokens, in]` to `[tokens, out]`.
     pub fn apply(&self, ops: &O, x: &O::Tensor) -> Result<O::Tensor> {
         ops.linear(x, &self.weight, self.bias.as_ref())

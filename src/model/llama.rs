@@ -6,7 +6,6 @@ use super::{
     linear::Linear,
     mixture::mixture,
     reduce::{Reduction, retain},
-    rope,
 };
 use crate::{
     error::Result,
@@ -59,7 +58,8 @@ struct Gated<'a, O: Ops> {
 impl<'a, O: Ops> Gated<'a, O> {
     /// `[tokens, hidden]` to `[tokens, hidden]`.
     fn apply(&self, ops: &O, x: &O::Tensor) -> Result<O::Tensor> {
-        let gated = ops.silu_multiply(self.gate.apply(ops, x)?, self.up.apply(ops, x)?)?; // [tokens, intermediate]
+        let [gate, up] = Linear::apply_all([&self.gate, &self.up], ops, x)?; // [tokens, intermediate]
+        let gated = ops.silu_multiply(gate, up)?;
         self.down.apply(ops, &gated)
     }
 }
@@ -198,9 +198,7 @@ impl<'a, O: Ops> Llama<'a, O> {
 
     /// Cosines and sines of `tokens` positions from `first`, `[tokens, head_dim / 2]`.
     pub(super) fn rotation(&self, first: usize, tokens: usize) -> Result<Rotation<O>> {
-        let (cos, sin) = rope::rotations(&self.inverse_frequencies, first, tokens);
-        let pairs = self.inverse_frequencies.len();
-        Ok((self.ops.constant(cos, pairs)?, self.ops.constant(sin, pairs)?))
+        self.ops.rotations(&self.inverse_frequencies, first, tokens)
     }
 
     /// The input of the first block for one token, and the cosines and sines of its position, out of those of all.
@@ -239,8 +237,8 @@ impl<'a, O: Ops> Llama<'a, O> {
     ) -> Result<O::Tensor> {
         let (ops, config) = (self.ops, &self.config);
         let x = ops.rms_norm(x, &layer.attention_norm, config.rms_norm_eps)?;
-        let mut query = layer.query.apply(ops, &x)?; // [tokens, heads * head_dim]
-        let mut key = layer.key.apply(ops, &x)?; // [tokens, kv_heads * head_dim]
+        // [tokens, heads * head_dim], and [tokens, kv_heads * head_dim] twice
+        let [mut query, mut key, value] = Linear::apply_all([&layer.query, &layer.key, &layer.value], ops, &x)?;
         if let Some([query_norm, key_norm]) = &layer.head_norms {
             query = ops.rms_norm(&query, query_norm, config.rms_norm_eps)?;
             key = ops.rms_norm(&key, key_norm, config.rms_norm_eps)?;
@@ -248,7 +246,6 @@ impl<'a, O: Ops> Llama<'a, O> {
         let (cos, sin) = pass.rotation.as_ref().expect("made for this architecture");
         let query = ops.rope(query, config.heads, cos, sin)?;
         let key = ops.rope(key, config.kv_heads, cos, sin)?;
-        let value = layer.value.apply(ops, &x)?; // [tokens, kv_heads * head_dim]
         let scale = 1.0 / (config.head_dim as f32).sqrt();
         let attended = ops.attention(query, key, value, cache, config.heads, scale, window)?;
         layer.output.apply(ops, &attended) // [tokens, heads * head_dim] to [tokens, hidden]

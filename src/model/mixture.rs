@@ -1,5 +1,7 @@
 //! A sparse mixture of experts: each token goes through the few that its router likes most.
 
+use smallvec::SmallVec;
+
 use crate::{error::Result, ops::Ops};
 
 /// The weighted sum of what the `chosen` experts of each token compute: `x` `[tokens, width]` to `[tokens, width]`.
@@ -15,8 +17,8 @@ pub(super) fn mixture<O: Ops>(
 ) -> Result<O::Tensor> {
     let routing = ops.route(logits, chosen)?;
     let mut sum = ops.zeros(tokens, width)?;
-    for (index, places) in routing.places.iter().enumerate().filter(|(_, places)| !places.is_empty()) {
-        let rows: Vec<u32> = places.iter().map(|place| place.token).collect();
+    for (index, places) in routing.places.iter() {
+        let rows: SmallVec<[u32; 16]> = places.iter().map(|place| place.token).collect();
         let y = expert(index, &ops.gather(x, &rows)?)?; // [places, width]
         sum = ops.scatter_add(sum, &y, places, &routing.weights)?;
     }

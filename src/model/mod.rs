@@ -11,7 +11,7 @@ pub mod resnet_bk;
 pub mod rope;
 pub mod sample;
 
-use std::path::Path;
+use std::{fmt::Display, path::Path};
 
 use serde_json::Value;
 
@@ -339,12 +339,11 @@ impl<'a, O: Ops> Model<'a, O> {
 
     /// Checks that tokens can continue a text.
     fn check_next(&self, tokens: &[u32], state: &State<O>) -> Result<()> {
-        let source_name = || self.path.display().to_string();
-        check_tokens(&source_name(), tokens, self.vocab_size())?;
+        check_tokens(self.path.display(), tokens, self.vocab_size())?;
         let seen = state.positions;
         if tokens.len() > state.capacity - seen {
             let why = format!("{} tokens more than {seen} do not fit the context of {}", tokens.len(), state.capacity);
-            return Err(Error::Tokens { source_name: source_name(), why });
+            return Err(Error::Tokens { source_name: self.path.display().to_string(), why });
         }
         if seen > 0 { self.check_sequential() } else { Ok(()) }
     }
@@ -484,11 +483,11 @@ impl<'a, O: Ops> Model<'a, O> {
 ///
 /// # Errors
 /// [`Error::Tokens`] names the first that has none.
-pub fn check_tokens(source_name: &str, tokens: &[u32], vocab_size: usize) -> Result<()> {
+pub fn check_tokens(source_name: impl Display, tokens: &[u32], vocab_size: usize) -> Result<()> {
     match tokens.iter().position(|&token| token as usize >= vocab_size) {
         None => Ok(()),
         Some(index) => Err(Error::Tokens {
-            source_name: source_name.to_owned(),
+            source_name: source_name.to_string(),
             why: format!(
                 "token {} at position {index} is outside of the model's vocabulary of {vocab_size}",
                 tokens[index]

@@ -23,6 +23,7 @@ pub struct ResNetBk<'a, O: Ops> {
     max_positions: usize,
     token_embedding: O::Weight<'a>,    // [vocab, hidden]
     position_embedding: O::Weight<'a>, // [max_positions, hidden]
+    positions: Vec<u32>,               // 0, 1, ...: the rows of the above
     layers: Vec<Layer<'a, O>>,
     final_norm: Norm<O>,
     head: Linear<'a, O>, // [vocab, hidden]
@@ -36,7 +37,7 @@ struct Layer<'a, O: Ops> {
     output: Linear<'a, O>,    // [hidden, 2]
     scale: O::Tensor,         // [1, 1]
     /// Where the activations of the core are quantized.
-    grid: Option<CoreGrid>,
+    grid: Option<CoreGrid<O>>,
 }
 
 struct Norm<O: Ops> {
@@ -96,6 +97,7 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
             token_embedding: ops.weight(source, TOKEN_EMBEDDING)?,
             position_embedding: ops.weight(source, POSITION_EMBEDDING)?,
             layers: layers.collect::<Result<_>>()?,
+            positions: (0..config.max_positions as u32).collect(),
             max_positions,
             final_norm: Norm::load(source, ops, FINAL_NORM)?,
             head: Linear::load(source, ops, HEAD, true)?,
@@ -139,9 +141,9 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
 
     /// The input of the first block, `[tokens, hidden]`, for positions from `first`.
     pub(super) fn embed(&self, tokens: &[u32], first: usize) -> Result<O::Tensor> {
-        let positions: Vec<u32> = (first as u32..).take(tokens.len()).collect();
+        let positions = &self.positions[first..first + tokens.len()];
         let embedded = self.ops.embed(&self.token_embedding, tokens)?;
-        self.ops.add(embedded, self.ops.embed(&self.position_embedding, &positions)?)
+        self.ops.add(embedded, self.ops.embed(&self.position_embedding, positions)?)
     }
 
     /// One block: `[tokens, hidden]` to `[tokens, hidden]`; what its core computes goes to `core` where a text begins.

@@ -54,12 +54,6 @@ impl Rope {
     }
 }
 
-/// Cosine and sine of the angles of `count` positions from `first`, each `[count, head_dim / 2]`.
-pub fn rotations(inverse_frequencies: &[f32], first: usize, count: usize) -> (Vec<f32>, Vec<f32>) {
-    let angle = |position: usize| inverse_frequencies.iter().map(move |frequency| position as f32 * frequency);
-    (first..first + count).flat_map(angle).map(|angle| (angle.cos(), angle.sin())).unzip()
-}
-
 #[cfg(test)]
 mod tests {
     use std::f64::consts::PI;
@@ -121,16 +115,5 @@ mod tests {
         assert_eq!((ratio(0), ratio(14)), (1.0, 1.0)); // wavelength 1,956
         assert!(ratio(15) > 1.0 && ratio(17) < 32.0, "{} {}", ratio(15), ratio(17)); // 2,947 and 6,695
         assert_eq!((ratio(18), ratio(31)), (32.0, 32.0)); // 10,089
-    }
-
-    #[test]
-    fn angles_grow_with_the_position() {
-        let frequencies = Rope { theta: 10_000.0, scaling: RopeScaling::Default }.inverse_frequencies(4);
-        let (cos, sin) = rotations(&frequencies, 3, 2);
-        let expected = [3.0f64, 0.03, 4.0, 0.04];
-        assert_eq!((cos.len(), sin.len()), (4, 4));
-        for (i, angle) in expected.iter().enumerate() {
-            assert!((f64::from(cos[i]) - angle.cos()).abs() < 1e-6 && (f64::from(sin[i]) - angle.sin()).abs() < 1e-6);
-        }
     }
 }

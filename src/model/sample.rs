@@ -13,6 +13,8 @@ pub struct Sampler {
     temperature: f32,
     top_p: f32,
     random: StdRng,
+    /// Tokens that may be drawn, kept for its memory.
+    nucleus: Vec<u32>,
 }
 
 impl Sampler {
@@ -28,7 +30,7 @@ impl Sampler {
         if !(top_p > 0.0 && top_p <= 1.0) {
             return Err(Error::Option { option: "--top-p", why: format!("{top_p} is not above 0 and at most 1") });
         }
-        Ok(Self { cpu, temperature, top_p, random: StdRng::seed_from_u64(seed) })
+        Ok(Self { cpu, temperature, top_p, random: StdRng::seed_from_u64(seed), nucleus: Vec::new() })
     }
 
     /// Draws a token from its logits, `[vocab_size]`, which are overwritten.
@@ -41,10 +43,10 @@ impl Sampler {
         let largest = logits[top];
         logits.iter_mut().for_each(|logit| *logit = (*logit - largest) / self.temperature);
         self.cpu.softmax(logits);
-        let nucleus = self.nucleus(logits);
-        let total: f32 = nucleus.iter().map(|&token| logits[token as usize]).sum();
+        self.find_nucleus(logits);
+        let total: f32 = self.nucleus.iter().map(|&token| logits[token as usize]).sum();
         let mut rest = self.random.random::<f32>() * total;
-        let drawn = nucleus.into_iter().find(|&token| {
+        let drawn = self.nucleus.iter().copied().find(|&token| {
             rest -= logits[token as usize];
             rest < 0.0
         });
@@ -52,16 +54,18 @@ impl Sampler {
     }
 
     /// The smallest set of tokens whose probabilities reach `top_p`.
-    fn nucleus(&self, probabilities: &[f32]) -> Vec<u32> {
-        let tokens = 0..probabilities.len() as u32;
+    fn find_nucleus(&mut self, probabilities: &[f32]) {
+        let (tokens, nucleus) = (0..probabilities.len() as u32, &mut self.nucleus);
+        nucleus.clear();
         if self.top_p == 1.0 {
-            return tokens.collect();
+            nucleus.extend(tokens);
+            return;
         }
         // Even all together, tokens below this probability do not reach what the nucleus may leave out.
         let negligible = (1.0 - self.top_p) / probabilities.len() as f32;
         let probability = |token: &u32| probabilities[*token as usize];
-        let mut nucleus: Vec<u32> = tokens.filter(|token| probability(token) >= negligible).collect();
-        nucleus.sort_by(|a, b| probability(b).total_cmp(&probability(a)));
+        nucleus.extend(tokens.filter(|token| probability(token) >= negligible));
+        nucleus.sort_unstable_by(|a, b| probability(b).total_cmp(&probability(a)).then(a.cmp(b)));
         let mut sum = 0.0;
         let before_reached = |token: &&u32| {
             let reached = sum >= self.top_p;
@@ -70,7 +74,6 @@ impl Sampler {
         };
         let size = nucleus.iter().take_while(before_reached).count();
         nucleus.truncate(size);
-        nucleus
     }
 }
 

@@ -3,12 +3,13 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bkpack_kernels::{
-    Cpu, Data,
+    Arithmetic, Cpu,
     cpu::{KeyValueCache, SelectiveScan, top_k},
 };
 use serde::Serialize;
+use smallvec::{SmallVec, smallvec};
 
-use super::{Ops, Place, Routing, Scan, recorder::InputRecorder};
+use super::{Ops, Place, Routing, Scan, angles, recorder::InputRecorder};
 use crate::{
     error::{Error, Result},
     tensor::{Tensor, TensorSource},
@@ -44,6 +45,14 @@ impl Activations {
     pub fn check_cpu(self) -> Result<()> {
         let why = || "bf16 is computed on the GPU alone; pass exact or int8, or --device cuda".into();
         if self == Activations::Bf16 { Err(Error::Option { option: "--activations", why: why() }) } else { Ok(()) }
+    }
+
+    /// What the kernels compute; only a GPU rounds to BF16.
+    const fn arithmetic(self) -> Arithmetic {
+        match self {
+            Activations::Exact | Activations::Bf16 => Arithmetic::Exact,
+            Activations::Int8 => Arithmetic::Int8,
+        }
     }
 }
 
@@ -178,6 +187,10 @@ impl Ops for CpuOps {
         Ok(())
     }
 
+    fn values<'a>(&self, x: &'a Values, _: &'a mut Vec<f32>) -> Result<&'a [f32]> {
+        Ok(&x.buffer)
+    }
+
     fn rows(&self, x: &Values, first: usize, count: usize) -> Result<Values> {
         let mut out = self.scratch(count, x.cols);
         out.buffer.copy_from_slice(&x.buffer[first * x.cols..][..count * x.cols]);
@@ -208,19 +221,30 @@ impl Ops for CpuOps {
     }
 
     fn linear(&self, x: &Values, weight: &CpuWeight<'_>, bias: Option<&Values>) -> Result<Values> {
-        if let Some(name) = &weight.name {
-            self.record(name, x);
-        }
-        let weight = weight.tensor.matrix();
-        let mut out = self.scratch(x.rows(), weight.rows());
-        match (self.activations, weight.data()) {
-            (Activations::Int8, Data::Quantized { .. }) => self.cpu.matmul_int8(&x.buffer, &weight, &mut out.buffer),
-            _ => self.cpu.matmul(&x.buffer, &weight, &mut out.buffer),
-        }
-        if let Some(bias) = bias {
-            self.cpu.add_bias(&mut out.buffer, &bias.buffer);
-        }
+        let [out] = self.linears(x, [(weight, bias)])?;
         Ok(out)
+    }
+
+    fn linears<const N: usize>(
+        &self,
+        x: &Values,
+        layers: [(&CpuWeight<'_>, Option<&Values>); N],
+    ) -> Result<[Values; N]> {
+        for (weight, _) in &layers {
+            if let Some(name) = &weight.name {
+                self.record(name, x);
+            }
+        }
+        let weights = layers.map(|(weight, _)| weight.tensor.matrix());
+        let mut products = weights.map(|weight| self.scratch(x.rows(), weight.rows()));
+        let mut outs = products.each_mut().map(|product| &mut product.buffer[..]);
+        self.cpu.matmul_group(&x.buffer, &weights, &mut outs, self.activations.arithmetic());
+        for (product, (_, bias)) in products.iter_mut().zip(layers) {
+            if let Some(bias) = bias {
+                self.cpu.add_bias(&mut product.buffer, &bias.buffer);
+            }
+        }
+        Ok(products)
     }
 
     fn rms_norm(&self, x: &Values, gain: &Values, epsilon: f32) -> Result<Values> {
@@ -233,6 +257,15 @@ impl Ops for CpuOps {
         let mut out = self.scratch(x.rows(), x.cols);
         self.cpu.layer_norm(&x.buffer, &gain.buffer, &bias.buffer, epsilon, &mut out.buffer);
         Ok(out)
+    }
+
+    fn rotations(&self, frequencies: &[f32], first: usize, tokens: usize) -> Result<(Values, Values)> {
+        let (mut cos, mut sin) = (self.scratch(tokens, frequencies.len()), self.scratch(tokens, frequencies.len()));
+        let turns = cos.buffer.iter_mut().zip(&mut sin.buffer);
+        for ((cos, sin), angle) in turns.zip(angles(frequencies, first, tokens)) {
+            (*cos, *sin) = (angle.cos(), angle.sin());
+        }
+        Ok((cos, sin))
     }
 
     fn rope(&self, mut x: Values, heads: usize, cos: &Values, sin: &Values) -> Result<Values> {
@@ -357,7 +390,7 @@ impl Ops for CpuOps {
     fn route(&self, logits: &Values, chosen: usize) -> Result<Routing<Values>> {
         let (tokens, experts) = (logits.rows(), logits.cols);
         let mut weights = self.scratch(tokens, chosen);
-        let mut experts_of = vec![0; tokens * chosen]; // [tokens, chosen]
+        let mut experts_of: SmallVec<[u32; 16]> = smallvec![0; tokens * chosen]; // [tokens, chosen]
         top_k(&logits.buffer, experts, chosen, &mut experts_of, &mut weights.buffer);
         Ok(Routing { places: Place::by_expert(&experts_of, chosen, experts), weights })
     }
@@ -376,6 +409,17 @@ impl Ops for CpuOps {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn angles_grow_with_the_position() {
+        let ops = CpuOps::new(Cpu::detect(), Activations::Exact);
+        let (cos, sin) = ops.rotations(&[1.0, 0.01], 3, 2).unwrap();
+        let expected = [3.0f64, 0.03, 4.0, 0.04];
+        assert_eq!((cos.rows(), sin.rows()), (2, 2));
+        for ((cos, sin), angle) in cos.buffer.iter().zip(&sin.buffer).zip(expected) {
+            assert!((f64::from(*cos) - angle.cos()).abs() < 1e-6 && (f64::from(*sin) - angle.sin()).abs() < 1e-6);
+        }
+    }
 
     #[test]
     fn the_pool_of_buffers_does_not_grow_with_the_work() {

@@ -7,6 +7,8 @@ pub mod cuda;
 pub mod device;
 pub mod recorder;
 
+use smallvec::{SmallVec, smallvec};
+
 use crate::{error::Result, tensor::TensorSource};
 
 /// A back end: every architecture is written once over these operations.
@@ -48,6 +50,12 @@ pub trait Ops {
     /// Copies a tensor's values to `out`, row-major.
     fn read(&self, x: &Self::Tensor, out: &mut Vec<f32>) -> Result<()>;
 
+    /// A tensor's values, row-major; a back end that keeps them elsewhere copies them to `buffer`.
+    fn values<'a>(&self, x: &'a Self::Tensor, buffer: &'a mut Vec<f32>) -> Result<&'a [f32]> {
+        self.read(x, buffer)?;
+        Ok(buffer)
+    }
+
     /// A copy of the rows `first..first + count`.
     fn rows(&self, x: &Self::Tensor, first: usize, count: usize) -> Result<Self::Tensor>;
 
@@ -63,6 +71,23 @@ pub trait Ops {
     /// `x * weight^T + bias`: `[tokens, in]` and `[out, in]` to `[tokens, out]`; `bias` is `[1, out]`.
     fn linear(&self, x: &Self::Tensor, weight: &Self::Weight<'_>, bias: Option<&Self::Tensor>) -> Result<Self::Tensor>;
 
+    /// [`linear`](Self::linear) of one input with several weights and their biases, which may read the input once.
+    fn linears<const N: usize>(
+        &self,
+        x: &Self::Tensor,
+        layers: [(&Self::Weight<'_>, Option<&Self::Tensor>); N],
+    ) -> Result<[Self::Tensor; N]> {
+        let mut failed = None;
+        let products = layers.map(|(weight, bias)| match failed {
+            None => self.linear(x, weight, bias).map_err(|error| failed = Some(error)).ok(),
+            Some(_) => None,
+        });
+        match failed {
+            None => Ok(products.map(|product| product.expect("no product failed"))),
+            Some(error) => Err(error),
+        }
+    }
+
     /// `x / sqrt(mean(x^2) + epsilon) * gain`; the mean runs over as many columns as `gain` `[1, n]` has, so each head
     /// of a row `[heads * n]` is normalized by itself.
     fn rms_norm(&self, x: &Self::Tensor, gain: &Self::Tensor, epsilon: f32) -> Result<Self::Tensor>;
@@ -75,6 +100,14 @@ pub trait Ops {
         bias: &Self::Tensor,
         epsilon: f32,
     ) -> Result<Self::Tensor>;
+
+    /// Cosines and sines for [`rope`](Self::rope), of the angle `position * frequency` for the `tokens` positions from
+    /// `first`: each `[tokens, frequencies]`.
+    fn rotations(&self, frequencies: &[f32], first: usize, tokens: usize) -> Result<(Self::Tensor, Self::Tensor)> {
+        let rotations = angles(frequencies, first, tokens).map(|angle| (angle.cos(), angle.sin()));
+        let (cos, sin) = rotations.unzip();
+        Ok((self.constant(cos, frequencies.len())?, self.constant(sin, frequencies.len())?))
+    }
 
     /// Rotary position embedding: turns element `i` of each head `[head_dim]` with element `i + head_dim / 2`.
     ///
@@ -212,6 +245,12 @@ pub struct Step {
     pub position: usize,
 }
 
+/// The angles of `tokens` positions from `first`, in f32 as transformers computes them: `[tokens, frequencies]`.
+fn angles(frequencies: &[f32], first: usize, tokens: usize) -> impl Iterator<Item = f32> {
+    let angle = |position: usize| frequencies.iter().map(move |frequency| position as f32 * frequency);
+    (first..first + tokens).flat_map(angle)
+}
+
 /// The operands of [`Ops::selective_scan`].
 #[derive(Clone, Copy, Debug)]
 pub struct Scan<'a, T> {
@@ -226,8 +265,7 @@ pub struct Scan<'a, T> {
 /// Which expert each token goes through.
 #[derive(Clone, Debug)]
 pub struct Routing<T> {
-    /// For each expert its tokens, in their order.
-    pub places: Vec<Vec<Place>>, // [experts]
+    pub places: Places,
     /// The softmax over each token's chosen logits.
     pub weights: T, // [tokens, chosen]
 }
@@ -241,14 +279,56 @@ pub struct Place {
 }
 
 impl Place {
-    /// Sorts the experts that tokens chose, `[tokens, chosen]`, by expert: for each of `experts` its tokens, in order.
-    pub(super) fn by_expert(choices: &[u32], chosen: usize, experts: usize) -> Vec<Vec<Place>> {
-        let mut places = vec![Vec::new(); experts];
-        for (token, choices) in choices.chunks_exact(chosen).enumerate() {
-            for (slot, &expert) in choices.iter().enumerate() {
-                places[expert as usize].push(Place { token: token as u32, slot: slot as u32 });
-            }
+    /// Sorts the experts that tokens chose, `[tokens, chosen]`, by expert.
+    pub(super) fn by_expert(choices: &[u32], chosen: usize, experts: usize) -> Places {
+        let mut ends: Ends = smallvec![0; experts];
+        choices.iter().for_each(|&expert| ends[expert as usize] += 1);
+        // Where each expert's places start, and after they were filled in where they end.
+        let mut start = 0;
+        for end in &mut ends {
+            start += std::mem::replace(end, start);
         }
-        places
+        let mut places = smallvec![Place { token: 0, slot: 0 }; choices.len()];
+        for (index, &expert) in choices.iter().enumerate() {
+            let next = &mut ends[expert as usize];
+            places[*next] = Place { token: (index / chosen) as u32, slot: (index % chosen) as u32 };
+            *next += 1;
+        }
+        Places { places, ends }
+    }
+}
+
+/// Where the places of each expert end. [experts]
+type Ends = SmallVec<[usize; 64]>;
+
+/// The tokens that each expert sees; on the stack for one token.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Places {
+    places: SmallVec<[Place; 16]>, // [tokens * chosen], by expert
+    ends: Ends,
+}
+
+impl Places {
+    /// The experts that see tokens, each with these in their order.
+    pub fn iter(&self) -> impl Iterator<Item = (usize, &[Place])> {
+        let mut start = 0;
+        let of_each = self.ends.iter().map(move |&end| &self.places[std::mem::replace(&mut start, end)..end]);
+        of_each.enumerate().filter(|(_, places)| !places.is_empty())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_come_by_expert_and_in_order() {
+        // Three tokens choose two of four experts each; nobody chooses the third.
+        let places = Place::by_expert(&[3, 0, 1, 3, 0, 1], 2, 4);
+        let found: Vec<(usize, Vec<(u32, u32)>)> = places
+            .iter()
+            .map(|(expert, places)| (expert, places.iter().map(|place| (place.token, place.slot)).collect()))
+            .collect();
+        assert_eq!(found, [(0, vec![(0, 1), (2, 0)]), (1, vec![(1, 0), (2, 1)]), (3, vec![(0, 0), (1, 1)])]);
     }
 }

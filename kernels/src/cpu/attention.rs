@@ -9,8 +9,9 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
+use super::matmul::Output;
+use super::pool::for_each;
+use super::scratch::Buffer;
 use super::simd::Simd;
 use super::{Cpu, Kernel};
 
@@ -24,7 +25,7 @@ const TASK_ROWS: usize = 48;
 const PANEL: usize = 6;
 
 /// Multiply-adds below which no other thread is asked to help.
-const SEQUENTIAL: usize = 1 << 17;
+const SEQUENTIAL: usize = 1 << 15;
 
 /// The keys and values of one layer for all positions so far.
 #[derive(Clone, Debug)]
@@ -135,31 +136,30 @@ impl Cpu {
         let share = if tokens * kv_heads < rayon::current_num_threads() { 1 } else { group };
         let runs = heads / share; // of `share` heads in a token
         let task_tokens = (TASK_ROWS / share).max(1);
-        let mut tasks: Vec<Task> = Vec::with_capacity(tokens.div_ceil(task_tokens) * runs);
-        for (index, piece) in out.chunks_exact_mut(share * head_dim).enumerate() {
-            let (token, run) = (index / runs, index % runs);
-            if token.is_multiple_of(task_tokens) {
-                let queries = &q[token * width + run * share * head_dim..];
-                let kv_head = run * share / group;
-                let first_visible = cache.len - tokens + token + 1;
-                tasks.push(Task {
-                    queries,
-                    width,
-                    share,
-                    cache,
-                    kv_head,
-                    first_visible,
-                    window,
-                    scale,
-                    out: Vec::new(),
-                });
-            }
-            tasks[token / task_tokens * runs + run].out.push(piece);
-        }
+        let tasks = tokens.div_ceil(task_tokens) * runs;
+        let out = &Output::new(out, tokens, width);
+        let run = |task: usize| {
+            // Later tokens see more positions: the longest tasks first, so that threads end together.
+            let task = tasks - 1 - task;
+            let (first_token, run) = (task / runs * task_tokens, task % runs);
+            self.dispatch(Task {
+                q,
+                width,
+                tokens: first_token..tokens.min(first_token + task_tokens),
+                share,
+                first_column: run * share * head_dim,
+                cache,
+                kv_head: run * share / group,
+                first_visible: cache.len - tokens + first_token + 1,
+                window,
+                scale,
+                out,
+            });
+        };
         if tokens * cache.len.min(window) * width < SEQUENTIAL {
-            tasks.into_iter().for_each(|task| self.dispatch(task));
+            (0..tasks).for_each(run);
         } else {
-            tasks.into_par_iter().for_each(|task| self.dispatch(task));
+            for_each(tasks, run);
         }
     }
 }
@@ -168,11 +168,13 @@ impl Cpu {
 ///
 /// A row is one head of one token; rows are ordered by token.
 struct Task<'a> {
-    /// From the first head of the first token; tokens are `width` apart.
-    queries: &'a [f32],
+    q: &'a [f32], // [tokens, width]
     width: usize,
+    tokens: Range<usize>,
     /// Heads of a token.
     share: usize,
+    /// Where the first head starts in a row of `q` and `out`.
+    first_column: usize,
     cache: &'a KeyValueCache,
     kv_head: usize,
     /// Positions up to the first token's own.
@@ -180,31 +182,29 @@ struct Task<'a> {
     /// How many of the last positions a token sees.
     window: usize,
     scale: f32,
-    /// For each token `[share, head_dim]`.
-    out: Vec<&'a mut [f32]>,
+    out: &'a Output<'a>, // [tokens, width]
 }
 
-/// What a row has seen so far: its largest score, and the sum of `exp(score - max)`.
-#[derive(Clone, Copy)]
-struct Seen {
-    max: f32,
-    sum: f32,
-}
+/// What a row has seen so far: its largest score `max`, and the sum of `exp(score - max)`.
+type Seen = [f32; 2];
 
 impl Kernel for Task<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
+    fn run<S: Simd>(self, simd: S) {
         let (head_dim, stride) = (self.cache.head_dim, self.cache.value_stride);
-        let rows = self.out.len() * self.share;
-        let mut queries = vec![0.0; rows * head_dim]; // [rows, head_dim], times the scale
-        for (token, to) in queries.chunks_exact_mut(self.share * head_dim).enumerate() {
-            let from = &self.queries[token * self.width..];
+        let rows = self.tokens.len() * self.share;
+        let columns = self.first_column..self.first_column + self.share * head_dim;
+        let mut queries = Buffer::zeros(rows * head_dim); // [rows, head_dim], times the scale
+        for (token, to) in self.tokens.clone().zip(queries.chunks_exact_mut(columns.len())) {
+            let from = &self.q[token * self.width..][columns.clone()];
             to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * self.scale);
         }
-        let mut sums = vec![0.0; rows * stride]; // [rows, value_stride], values times exp(score - max)
-        let mut seen = vec![Seen { max: f32::NEG_INFINITY, sum: 0.0 }; rows];
+        let mut sums = Buffer::zeros(rows * stride); // [rows, value_stride], values times exp(score - max)
+        let mut seen = Buffer::zeros(rows * 2);
+        let (seen, _) = seen.as_chunks_mut::<2>();
+        seen.fill([f32::NEG_INFINITY, 0.0]);
 
         let (first, last) = (self.visible(0).start, self.visible(rows - 1).end);
         for start in (first / TILE * TILE..last).step_by(TILE) {
@@ -231,9 +231,13 @@ impl Kernel for Task<'_> {
             }
         }
 
-        let out = self.out.iter_mut().flat_map(|token| token.chunks_exact_mut(head_dim));
-        for ((out, sums), seen) in out.zip(sums.chunks_exact(stride)).zip(&seen) {
-            out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = sum / seen.sum);
+        let mut rows = sums.chunks_exact(stride).zip(seen.iter());
+        for token in self.tokens.clone() {
+            // SAFETY: every task has heads or tokens of its own, and this one makes one reference at a time.
+            let out = unsafe { self.out.segment(token, columns.clone()) };
+            for (out, (sums, &[_, sum])) in out.chunks_exact_mut(head_dim).zip(&mut rows) {
+                out.iter_mut().zip(sums).for_each(|(out, &value)| *out = value / sum);
+            }
         }
     }
 }
@@ -332,23 +336,24 @@ fn exponentiate<S: Simd>(simd: S, scores: &mut [f32], seen: &mut Seen, sums: &mu
         max = simd.max(simd.load(v), max);
     }
     let max = simd.max_lane(max);
-    if max > seen.max {
-        let factor = simd.exp(simd.splat(seen.max - max));
+    let [largest, total] = seen;
+    if max > *largest {
+        let factor = simd.exp(simd.splat(*largest - max));
         for v in sums.as_chunks_mut::<16>().0 {
             simd.store(simd.mul(simd.load(v), factor), v);
         }
         // All lanes of the factor are equal, and a sixteenth of their sum is exact.
-        seen.sum *= simd.sum(factor) / 16.0;
-        seen.max = max;
+        *total *= simd.sum(factor) / 16.0;
+        *largest = max;
     }
-    let shift = simd.splat(seen.max);
+    let shift = simd.splat(*largest);
     let mut sum = simd.splat(0.0);
     for v in scores {
         let weight = simd.exp(simd.sub(simd.load(v), shift));
         simd.store(weight, v);
         sum = simd.add(sum, weight);
     }
-    seen.sum += simd.sum(sum);
+    *total += simd.sum(sum);
 }
 
 /// A matrix product of few rows: rows `[R, depth]` by columns `[depth, vectors * 16]`.

@@ -1,6 +1,7 @@
 //! Causal depthwise convolution: one short filter a channel.
 
 use super::elementwise::by_rows;
+use super::scratch::Buffer;
 use super::simd::Simd;
 use super::{Cpu, Kernel};
 
@@ -22,7 +23,7 @@ impl Cpu {
         assert!(x.len() == out.len() && x.len().is_multiple_of(channels), "x and out are not equal rows of {channels}");
         assert!(bias.is_none_or(|bias| bias.len() == channels), "bias needs one value for each of {channels} channels");
 
-        let mut taps = vec![0.0; weight.len()]; // [kernel, channels]
+        let mut taps = Buffer::zeros(weight.len()); // [kernel, channels]
         for (channel, filter) in weight.chunks_exact(kernel).enumerate() {
             taps[channel..].iter_mut().step_by(channels).zip(filter).for_each(|(to, &from)| *to = from);
         }

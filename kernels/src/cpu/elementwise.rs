@@ -1,9 +1,8 @@
-//! Sums and products of tensors, and rotary embedding. Large inputs are split over the caller's rayon pool; the
-//! split never changes a result.
-
-use rayon::prelude::*;
+//! Sums and products of tensors, and rotary embedding. Large inputs are split over threads; the split never
+//! changes a result.
 
 use super::activation::silu;
+use super::pool::for_each_piece;
 use super::simd::Simd;
 use super::{Cpu, Kernel};
 
@@ -90,7 +89,7 @@ pub(super) fn by_rows(x: &mut [f32], width: usize, work: impl Fn(usize, &mut [f3
     if x.len() <= rows * width {
         work(0, x);
     } else {
-        x.par_chunks_mut(rows * width).enumerate().for_each(|(index, run)| work(index * rows, run));
+        for_each_piece(x, rows * width, |index, run| work(index * rows, run));
     }
 }
 

@@ -6,14 +6,13 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
 use super::Cpu;
 use super::gemv_exact::ExactProduct;
 use super::gemv_int8::RoundedProduct;
 use super::gemv_prepare::{Form, Prepare, Prepared, Scaling};
 use super::gemv_row::{ROWS, Scratch, Task, constant_zero};
 use super::matmul::Output;
+use super::pool::for_each;
 use crate::matrix::{Data, Matrix};
 
 /// The most tokens that are a few.
@@ -132,7 +131,7 @@ impl Cpu {
             let x = self.prepare(&mut prepared, &mut used, x, cols, form(w, arithmetic));
             *job = Some(Job { w, x, out, rows_a_task, end: tasks });
         }
-        (0..tasks).into_par_iter().for_each(|task| {
+        for_each(tasks, |task| {
             let mut first = 0;
             for job in jobs.iter().flatten() {
                 if task < job.end {

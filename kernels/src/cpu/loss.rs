@@ -3,9 +3,8 @@
 //! Exponentials are vectorised in f32; their sums are f32 within a block of [`BLOCK`] and f64 beyond, so that
 //! rounding does not grow with the vocabulary.
 
-use rayon::prelude::*;
-
 use super::elementwise::Lanewise;
+use super::pool::for_each_piece;
 use super::simd::Simd;
 use super::{Cpu, Kernel};
 
@@ -36,11 +35,11 @@ impl Cpu {
             return;
         };
         assert!(logits.len() == vocab * out.len() && vocab > 0, "logits are not {} equal rows", out.len());
-        let rows = out.par_iter_mut().zip(targets).zip(logits.par_chunks_exact(vocab));
-        rows.for_each(|((out, &target), row)| {
-            let target = row[target as usize];
+        for_each_piece(out, 1, |index, out| {
+            let row = &logits[index * vocab..][..vocab];
+            let target = row[targets[index] as usize];
             let (max, sum) = self.dispatch(SumExp { row });
-            *out = sum.ln() - (f64::from(target) - f64::from(max));
+            out[0] = sum.ln() - (f64::from(target) - f64::from(max));
         });
     }
 
@@ -54,9 +53,9 @@ impl Cpu {
     pub fn compare_logits(self, baseline: &[f32], other: &[f32], vocab: usize, out: &mut [Comparison]) {
         assert!(vocab > 0, "rows of no logits");
         assert_eq!((baseline.len(), other.len()), (vocab * out.len(), vocab * out.len()), "rows do not fit");
-        let rows = baseline.par_chunks_exact(vocab).zip(other.par_chunks_exact(vocab));
-        out.par_iter_mut().zip(rows).for_each(|(out, (baseline, other))| {
-            *out = Comparison {
+        for_each_piece(out, 1, |index, out| {
+            let [baseline, other] = [baseline, other].map(|logits| &logits[index * vocab..][..vocab]);
+            out[0] = Comparison {
                 kl_divergence: self.dispatch(Divergence { baseline, other }),
                 same_top: self.arg_max(baseline) == self.arg_max(other),
             };

@@ -10,6 +10,7 @@ use rayon::prelude::*;
 
 use super::dequantize::{BLOCK, Scratch, decode, row};
 use super::gemv::{Arithmetic, MAX_TOKENS};
+use super::pool::for_each_init;
 use super::simd::{LANES, Simd};
 use super::{Cpu, Kernel};
 use crate::matrix::Matrix;
@@ -83,7 +84,7 @@ impl Cpu {
         let tiles_a_task = tokens_a_task(tokens, panels).div_ceil(shape.tokens);
         let packed = pack_activations(x, cols, shape.tokens);
         let tiles: Vec<&[f32]> = packed.chunks(tiles_a_task * shape.tokens * cols).collect();
-        (0..panels * tiles.len()).into_par_iter().for_each_init(Buffers::default, |buffers, task| {
+        for_each_init(panels * tiles.len(), Buffers::default, |buffers, task| {
             let (panel, part) = (task / tiles.len(), task % tiles.len());
             self.dispatch(Gemm {
                 x: tiles[part],

@@ -25,6 +25,7 @@ mod matmul;
 mod matmul_int8;
 mod norm;
 mod panel;
+mod pool;
 pub mod probe;
 pub mod quantize;
 mod resolvent;
@@ -32,6 +33,7 @@ mod route;
 mod scalar;
 mod scale_search;
 mod scan;
+mod scratch;
 pub mod simd;
 
 use std::fmt;

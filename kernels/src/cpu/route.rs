@@ -2,6 +2,8 @@
 
 use std::cmp::Ordering;
 
+use super::scratch::Buffer;
+
 /// Chooses the `k` largest logits of each token and weighs them with their softmax (Mixtral's router).
 ///
 /// `logits` is `[tokens, experts]`; `chosen` and `weights` are `[tokens, k]`, in descending order of logit. Of equal
@@ -14,13 +16,12 @@ pub fn top_k(logits: &[f32], experts: usize, k: usize, chosen: &mut [u32], weigh
     assert!(logits.len().is_multiple_of(experts), "logits are not whole rows of {experts}");
     let slots = logits.len() / experts * k;
     assert_eq!((chosen.len(), weights.len()), (slots, slots), "chosen and weights need {slots} elements");
-    let mut order: Vec<u32> = Vec::with_capacity(experts);
+    let mut order = Buffer::zeros(experts);
+    let order: &mut [u32] = bytemuck::cast_slice_mut(&mut order);
     let slots = chosen.chunks_exact_mut(k).zip(weights.chunks_exact_mut(k));
     for (row, (chosen, weights)) in logits.chunks_exact(experts).zip(slots) {
-        order.clear();
-        order.extend(0..experts as u32);
-        // A stable sort keeps equal logits in the order of their index.
-        order.sort_by(|&a, &b| descending(row[a as usize], row[b as usize]));
+        (0..).zip(order.iter_mut()).for_each(|(index, slot)| *slot = index);
+        order.sort_unstable_by(|&a, &b| descending(row[a as usize], row[b as usize]).then(a.cmp(&b)));
         chosen.copy_from_slice(&order[..k]);
         let max = row[chosen[0] as usize];
         for (weight, &index) in weights.iter_mut().zip(chosen.iter()) {

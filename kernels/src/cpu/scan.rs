@@ -5,8 +5,9 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
+use super::matmul::Output;
+use super::pool::for_each_piece;
+use super::scratch::Buffer;
 use super::simd::Simd;
 use super::{Cpu, Kernel};
 
@@ -17,7 +18,7 @@ const GROUP: usize = 64;
 const TILE: usize = 32;
 
 /// State updates below which no other thread is asked to help.
-const SEQUENTIAL: usize = 1 << 16;
+const SEQUENTIAL: usize = 1 << 13;
 
 /// The operands of [`Cpu::selective_scan`].
 #[derive(Clone, Copy, Debug)]
@@ -59,18 +60,11 @@ impl Cpu {
 
         // Wide tasks read long pieces of rows; four a thread even out what threads do beside.
         let width = channels.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(GROUP);
-        let pieces = state.chunks_mut(width * state_size).enumerate();
-        let mut tasks: Vec<Task> = pieces
-            .map(|(index, state)| Task { scan, first: index * width, state, out: Vec::with_capacity(tokens) })
-            .collect();
-        for row in out.chunks_exact_mut(channels) {
-            row.chunks_mut(width).zip(&mut tasks).for_each(|(piece, task)| task.out.push(piece));
-        }
-        if tokens * states < SEQUENTIAL {
-            tasks.into_iter().for_each(|task| self.dispatch(task));
-        } else {
-            tasks.into_par_iter().for_each(|task| self.dispatch(task));
-        }
+        let width = if tokens * states < SEQUENTIAL { channels } else { width };
+        let out = &Output::new(out, tokens, channels);
+        for_each_piece(state, width * state_size, |index, state| {
+            self.dispatch(Task { scan, first: index * width, state, tokens, out });
+        });
     }
 }
 
@@ -79,23 +73,26 @@ struct Task<'a> {
     scan: &'a SelectiveScan<'a>,
     first: usize,
     state: &'a mut [f32], // [width, state_size]
-    /// For each token its piece of the row, `[width]`.
-    out: Vec<&'a mut [f32]>,
+    tokens: usize,
+    out: &'a Output<'a>, // [tokens, channels]
 }
 
 impl Kernel for Task<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
+    fn run<S: Simd>(self, simd: S) {
         let SelectiveScan { a, b, c, d, .. } = *self.scan;
         let size = a.len() / d.len();
         let width = self.state.len() / size;
         let blocks = width.div_ceil(16);
-        let mut passed = vec![[0.0; 16]; blocks]; // d
-        passed.as_flattened_mut()[..width].copy_from_slice(&d[self.first..][..width]);
-        let mut rates = vec![[0.0; 16]; blocks * size]; // [blocks, state_size, 16]
-        let mut states = vec![[0.0; 16]; blocks * size]; // [blocks, state_size, 16]
+        let mut passed = Buffer::zeros(blocks * 16); // d
+        passed[..width].copy_from_slice(&d[self.first..][..width]);
+        let (passed, _) = passed.as_chunks::<16>();
+        let mut rates = Buffer::zeros(blocks * size * 16); // [blocks, state_size, 16]
+        let (rates, _) = rates.as_chunks_mut::<16>();
+        let mut states = Buffer::zeros(blocks * size * 16); // [blocks, state_size, 16]
+        let (states, _) = states.as_chunks_mut::<16>();
         let a = a[self.first * size..][..width * size].chunks(16 * size);
         for (rates, a) in rates.chunks_exact_mut(size).zip(a) {
             transpose(simd, a, rates);
@@ -108,10 +105,11 @@ impl Kernel for Task<'_> {
             transpose(simd, state, states);
         }
 
-        let tile = self.out.len().min(TILE);
-        let (mut x, mut delta) = (vec![[0.0; GROUP]; tile], vec![[0.0; GROUP]; tile]);
-        for start in (0..self.out.len()).step_by(TILE) {
-            let tokens = (self.out.len() - start).min(TILE);
+        let tile = self.tokens.min(TILE);
+        let mut gathered = [Buffer::zeros(tile * GROUP), Buffer::zeros(tile * GROUP)];
+        let [x, delta] = gathered.each_mut().map(|buffer| buffer.as_chunks_mut::<GROUP>().0);
+        for start in (0..self.tokens).step_by(TILE) {
+            let tokens = (self.tokens - start).min(TILE);
             let inputs = b[start * size..].chunks_exact(size).zip(c[start * size..].chunks_exact(size));
             for first in (0..width).step_by(GROUP) {
                 let columns = first..(first + GROUP).min(width);
@@ -121,7 +119,7 @@ impl Kernel for Task<'_> {
                     let block = first / 16 + lane;
                     let (rates, states) = (&rates[block * size..][..size], &mut states[block * size..][..size]);
                     let d = simd.load(&passed[block]);
-                    for ((x, delta), (b, c)) in x[..tokens].iter_mut().zip(&delta).zip(inputs.clone()) {
+                    for ((x, delta), (b, c)) in x[..tokens].iter_mut().zip(delta.iter()).zip(inputs.clone()) {
                         let (x, delta) = (&mut x.as_chunks_mut().0[lane], simd.load(&delta.as_chunks().0[lane]));
                         let input = simd.mul(delta, simd.load(x));
                         let mut sum = simd.mul(d, simd.load(x));
@@ -134,8 +132,11 @@ impl Kernel for Task<'_> {
                         simd.store(sum, x);
                     }
                 }
-                for (out, sums) in self.out[start..].iter_mut().zip(&x[..tokens]) {
-                    out[columns.clone()].copy_from_slice(&sums[..columns.len()]);
+                for (token, sums) in (start..).zip(&x[..tokens]) {
+                    let columns = self.first + columns.start..self.first + columns.end;
+                    // SAFETY: every task has channels of its own, and this one makes one reference at a time.
+                    let out = unsafe { self.out.segment(token, columns) };
+                    out.copy_from_slice(&sums[..out.len()]);
                 }
             }
         }

@@ -1,0 +1,376 @@
+//! Threads for the parallel loops of a forward pass.
+//!
+//! Decoding a token takes hundreds of parallel loops of a few microseconds each: less than it takes to wake a thread that
+//! sleeps. So the threads of this pool, made once, wait for the next loop awake for a short while before they sleep, and
+//! a loop neither allocates nor takes a lock that anyone waits for. The calling thread works too, and in the end waits
+//! only for those that took part: one that sleeps through a loop delays nobody.
+
+use std::{
+    any::Any,
+    cell::UnsafeCell,
+    hint::spin_loop,
+    panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+    },
+    thread::{self, Thread},
+    time::{Duration, Instant},
+};
+
+/// How long a thread waits awake.
+const AWAKE: Duration = Duration::from_micros(50);
+
+/// Looks at the pool between two looks at the clock, and before the processor is offered to others.
+const LOOKS: usize = 64;
+
+static POOL: Pool = Pool {
+    workers: Mutex::new(Vec::new()),
+    state: AtomicU64::new(0),
+    next: AtomicUsize::new(0),
+    job: UnsafeCell::new(None),
+    panic: Mutex::new(None),
+};
+
+/// Calls `run` with each of `0..tasks`, in any order, on the calling thread and as many others as its rayon pool has:
+/// [`rayon::current_num_threads`] in all.
+///
+/// Within a task, or while another thread uses the pool, all tasks run on the calling thread.
+///
+/// # Panics
+/// With the panic of a task.
+pub(super) fn for_each(tasks: usize, run: impl Fn(usize) + Sync) {
+    for_each_init(tasks, || (), |(), task| run(task));
+}
+
+/// [`for_each`] where the tasks of one thread share what `init` makes.
+pub(super) fn for_each_init<T>(tasks: usize, init: impl Fn() -> T + Sync, run: impl Fn(&mut T, usize) + Sync) {
+    let helpers = rayon::current_num_threads().min(tasks).saturating_sub(1);
+    let workers = if helpers == 0 { None } else { POOL.enter() };
+    let Some(mut workers) = workers else {
+        if tasks > 0 {
+            let mut own = init();
+            (0..tasks).for_each(|task| run(&mut own, task));
+        }
+        return;
+    };
+    let share = || {
+        let mut own = None;
+        while let Some(task) = POOL.next_task(tasks) {
+            run(own.get_or_insert_with(&init), task);
+        }
+    };
+    let panic = POOL.run(&mut workers, helpers, &share);
+    drop(workers);
+    if let Some(panic) = panic {
+        resume_unwind(panic);
+    }
+}
+
+/// Calls `run` with the pieces of `size` values that `values` is cut into (the last may be shorter) and their indices.
+pub(super) fn for_each_piece<T: Send>(values: &mut [T], size: usize, run: impl Fn(usize, &mut [T]) + Sync) {
+    let (first, len) = (Pointer(values.as_mut_ptr()), values.len());
+    for_each(len.div_ceil(size), |index| {
+        let start = index * size;
+        // SAFETY: the piece lies within `values`, which is borrowed for the whole loop, and every index comes once.
+        let piece = unsafe { std::slice::from_raw_parts_mut(first.add(start), size.min(len - start)) };
+        run(index, piece);
+    });
+}
+
+/// Where values start that threads take pieces of.
+struct Pointer<T>(*mut T);
+
+// SAFETY: it only says where values are that may be sent; who makes references from it answers for these.
+unsafe impl<T: Send> Sync for Pointer<T> {}
+
+impl<T> Pointer<T> {
+    /// # Safety
+    /// The result is within the values or at their end.
+    unsafe fn add(&self, count: usize) -> *mut T {
+        // SAFETY: the caller promises it.
+        unsafe { self.0.add(count) }
+    }
+}
+
+/// A thread's share of a loop: it takes tasks until none is left.
+type Share<'a> = dyn Fn() + Sync + 'a;
+
+/// What a task panicked with.
+type Panic = Box<dyn Any + Send>;
+
+struct Pool {
+    /// Locked by the thread whose loop runs.
+    workers: Mutex<Vec<Worker>>,
+    /// From the lowest bits: 16 bits for the workers that are in the loop, 16 for how many may enter (none between
+    /// loops), 32 for the number of the loop.
+    state: AtomicU64,
+    /// The next task.
+    next: AtomicUsize,
+    /// Written while no worker is in the loop and none may enter.
+    job: UnsafeCell<Option<&'static Share<'static>>>,
+    panic: Mutex<Option<Panic>>,
+}
+
+// SAFETY: all but `job` is `Sync`. `job` is written by the one thread that holds the lock on `workers`, before `state`
+// admits workers and after all have left; workers read it between entering and leaving. The share it holds is `Sync`.
+unsafe impl Sync for Pool {}
+
+struct Worker {
+    thread: Thread,
+    asleep: Arc<AtomicBool>,
+}
+
+const ENTERED: u64 = 0xffff;
+const ADMITTED: u64 = ENTERED << 16;
+const MOST_HELPERS: usize = ENTERED as usize;
+
+const fn admitted(state: u64) -> usize {
+    ((state & ADMITTED) >> 16) as usize
+}
+
+const fn number(state: u64) -> u64 {
+    state >> 32
+}
+
+impl Pool {
+    /// The right to run a loop; `None` where a loop is running.
+    fn enter(&self) -> Option<MutexGuard<'_, Vec<Worker>>> {
+        match self.workers.try_lock() {
+            Ok(workers) => Some(workers),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    fn next_task(&self, tasks: usize) -> Option<usize> {
+        Some(self.next.fetch_add(1, Ordering::Relaxed)).filter(|&task| task < tasks)
+    }
+
+    /// Lets `helpers` workers run `share` beside the calling thread; gives the first panic.
+    fn run(&'static self, workers: &mut Vec<Worker>, helpers: usize, share: &Share) -> Option<Panic> {
+        let helpers = self.make_workers(workers, helpers.min(MOST_HELPERS));
+        // SAFETY: only the lifetime changes. No worker uses the reference after it left the loop, and this function
+        // neither returns nor unwinds before all have left and none can enter.
+        let endless = unsafe { std::mem::transmute::<&Share<'_>, &'static Share<'static>>(share) };
+        // SAFETY: this thread holds the lock on `workers`, no worker is in a loop, and none may enter one.
+        unsafe { *self.job.get() = Some(endless) };
+        self.next.store(0, Ordering::Relaxed);
+        let before = number(self.state.load(Ordering::Relaxed));
+        // Sequentially consistent, as are a worker's last look before it sleeps and its mark: one sees the other.
+        self.state.store((before + 1) << 32 | (helpers as u64) << 16, Ordering::SeqCst);
+        for worker in &workers[..helpers] {
+            if worker.asleep.load(Ordering::SeqCst) && worker.asleep.swap(false, Ordering::SeqCst) {
+                worker.thread.unpark();
+            }
+        }
+        self.share(share);
+        self.state.fetch_and(!ADMITTED, Ordering::Relaxed);
+        let mut looks = 0;
+        while self.state.load(Ordering::Acquire) & ENTERED > 0 {
+            looks += 1;
+            // A worker that has no processor cannot finish.
+            if looks % LOOKS == 0 { thread::yield_now() } else { spin_loop() }
+        }
+        self.panic.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Makes workers until there are `wanted`; gives how many of these there are.
+    fn make_workers(&'static self, workers: &mut Vec<Worker>, wanted: usize) -> usize {
+        while workers.len() < wanted {
+            let (index, asleep) = (workers.len(), Arc::new(AtomicBool::new(false)));
+            let mark = asleep.clone();
+            let made = thread::Builder::new().name(format!("bkpack-{index}")).spawn(move || self.work(index, &mark));
+            // Fewer threads give the same results.
+            let Ok(handle) = made else { break };
+            workers.push(Worker { thread: handle.thread().clone(), asleep });
+        }
+        wanted.min(workers.len())
+    }
+
+    /// Runs a share; a panic leaves no more tasks, and is kept.
+    fn share(&self, share: &Share) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(share)) {
+            self.next.store(usize::MAX / 2, Ordering::Relaxed);
+            self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+        }
+    }
+
+    /// What the worker of an index does all its life.
+    fn work(&self, index: usize, asleep: &AtomicBool) {
+        let mut last = 0;
+        loop {
+            let state = self.wait(index, last, asleep);
+            let entered = self.state.compare_exchange(state, state + 1, Ordering::Acquire, Ordering::Relaxed);
+            if entered.is_err() {
+                // Another worker entered or left first, or the loop is over.
+                continue;
+            }
+            last = number(state);
+            // SAFETY: `job` was written before the state that this worker entered with, and is not written again before
+            // it leaves.
+            if let Some(share) = unsafe { *self.job.get() } {
+                self.share(share);
+            }
+            self.state.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    /// The state of a loop other than `last` that the worker may enter.
+    fn wait(&self, index: usize, last: u64, asleep: &AtomicBool) -> u64 {
+        let enterable = |ordering| {
+            let state = self.state.load(ordering);
+            (admitted(state) > index && number(state) != last).then_some(state)
+        };
+        loop {
+            let start = Instant::now();
+            loop {
+                for _ in 0..LOOKS {
+                    if let Some(state) = enterable(Ordering::Relaxed) {
+                        return state;
+                    }
+                    spin_loop();
+                }
+                if start.elapsed() > AWAKE {
+                    break;
+                }
+            }
+            asleep.store(true, Ordering::SeqCst);
+            let state = enterable(Ordering::SeqCst);
+            if state.is_none() {
+                thread::park();
+            }
+            asleep.store(false, Ordering::SeqCst);
+            if let Some(state) = state {
+                return state;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::HashSet, panic, sync::Barrier};
+
+    use super::*;
+
+    fn with_threads<T: Send>(threads: usize, work: impl FnOnce() -> T + Send) -> T {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
+    }
+
+    /// How often each task ran.
+    fn counts(tasks: usize) -> Vec<usize> {
+        let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+        for_each(tasks, |task| {
+            counts[task].fetch_add(1, Ordering::Relaxed);
+        });
+        counts.into_iter().map(AtomicUsize::into_inner).collect()
+    }
+
+    #[test]
+    fn every_task_runs_once() {
+        for threads in [1, 2, 3, 7] {
+            with_threads(threads, || {
+                for tasks in (0..50).chain([1000]) {
+                    assert_eq!(counts(tasks), vec![1; tasks], "{threads} threads");
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn threads_share_the_tasks() {
+        // Each of three tasks waits for the other two, which needs three threads. Another test may hold the pool for a
+        // while, so this one waits for its turn.
+        with_threads(3, || {
+            let threads = loop {
+                let Some(mut workers) = POOL.enter() else { continue };
+                let (barrier, seen) = (Barrier::new(3), Mutex::new(HashSet::new()));
+                let share = || {
+                    while POOL.next_task(3).is_some() {
+                        barrier.wait();
+                        seen.lock().unwrap().insert(thread::current().id());
+                    }
+                };
+                assert!(POOL.run(&mut workers, 2, &share).is_none());
+                break seen.into_inner().unwrap();
+            };
+            assert_eq!(threads.len(), 3);
+        });
+    }
+
+    #[test]
+    fn loops_nest_and_run_from_several_threads() {
+        with_threads(4, || {
+            let sum = AtomicUsize::new(0);
+            let nested = || {
+                for_each(8, |outer| {
+                    for_each(8, |inner| {
+                        sum.fetch_add(8 * outer + inner, Ordering::Relaxed);
+                    });
+                });
+            };
+            thread::scope(|scope| {
+                for _ in 0..4 {
+                    scope.spawn(nested);
+                }
+            });
+            rayon::join(nested, nested);
+            assert_eq!(sum.into_inner(), 6 * 63 * 64 / 2);
+        });
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_leaves_the_pool_usable() {
+        with_threads(3, || {
+            for _ in 0..20 {
+                let result = panic::catch_unwind(|| for_each(100, |task| assert!(task != 40, "task 40")));
+                let message = result.unwrap_err();
+                assert_eq!(message.downcast_ref::<&str>(), Some(&"task 40"));
+                assert_eq!(counts(100), vec![1; 100]);
+            }
+        });
+    }
+
+    #[test]
+    fn pieces_cover_the_values() {
+        with_threads(3, || {
+            for len in [0, 1, 7, 64, 100] {
+                let mut values: Vec<usize> = vec![0; len];
+                for_each_piece(&mut values, 7, |index, piece| {
+                    assert!(piece.len() == 7 || index == len / 7);
+                    piece.iter_mut().enumerate().for_each(|(i, value)| *value += 7 * index + i);
+                });
+                assert_eq!(values, (0..len).collect::<Vec<_>>());
+            }
+        });
+    }
+
+    #[test]
+    fn tasks_of_a_thread_share_what_init_made() {
+        with_threads(2, || {
+            let (made, run) = (AtomicUsize::new(0), AtomicUsize::new(0));
+            let init = || made.fetch_add(1, Ordering::Relaxed);
+            for_each_init(100, init, |_, _| {
+                run.fetch_add(1, Ordering::Relaxed);
+            });
+            assert_eq!(run.into_inner(), 100);
+            assert!((1..=2).contains(&made.into_inner()));
+            for_each_init(0, || panic!("nothing to make"), |(), _| {});
+        });
+    }
+
+    #[test]
+    fn threads_sleep_when_there_is_nothing_to_do() {
+        with_threads(2, || for_each(4, |_| {}));
+        let asleep = || {
+            let workers = POOL.workers.lock().unwrap_or_else(PoisonError::into_inner);
+            workers.iter().all(|worker| worker.asleep.load(Ordering::SeqCst))
+        };
+        let start = Instant::now();
+        while !asleep() {
+            assert!(start.elapsed() < Duration::from_secs(10));
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
