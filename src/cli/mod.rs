@@ -15,6 +15,7 @@ mod inspect;
 mod logits;
 mod plot;
 mod progress;
+mod qat;
 mod report;
 mod sensitivity;
 mod source;
@@ -69,6 +70,7 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     Importance(importance::ImportanceArgs),
     Sensitivity(sensitivity::SensitivityArgs),
+    Qat(qat::QatArgs),
     Generate(generate::GenerateArgs),
     Logits(logits::LogitsArgs),
     Archive(archive::ArchiveArgs),
@@ -128,6 +130,7 @@ pub fn run() -> ExitCode {
         Command::Calibrate(args) => calibrate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Importance(args) => importance::run(args).map(|()| ExitCode::SUCCESS),
         Command::Sensitivity(args) => sensitivity::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Qat(args) => qat::run(args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Logits(args) => logits::run(args).map(|()| ExitCode::SUCCESS),
         Command::Archive(args) => archive::run(args).map(|()| ExitCode::SUCCESS),

@@ -298,8 +298,8 @@ pub(super) fn slice_rows(vocab_size: usize, models: usize) -> usize {
     (LOGITS_BYTES / (models * vocab_size * size_of::<f32>())).max(1)
 }
 
-/// Refuses a baseline whose logits are about other tokens.
-pub(super) fn check_comparable(
+/// Refuses a baseline, or a teacher, whose logits are about other tokens.
+pub(crate) fn check_comparable(
     (source, model): (&dyn TensorSource, &Model<CpuOps>),
     (baseline, baseline_model): (&dyn TensorSource, &Model<CpuOps>),
     ctx: usize,
