@@ -154,9 +154,9 @@ fn a_dry_run_tells_and_writes_nothing() {
     let trained = place.run("qwen3", "out", &[&arguments[..], &["-q"]].concat());
     assert_eq!(trained.status.code(), Some(0), "{trained:?}");
     let size = |name: &str| place.path("out").join(name).metadata().unwrap().len();
-    // The manifest of the packed file is that of another source: as long, but for the length of a number or two.
-    let difference = plan["packed_bytes"].as_u64().unwrap().abs_diff(size("model.bkpack"));
-    assert!(difference < 256, "{difference}");
+    // What is not quantized was BF16 in the checkpoint, and is F32 once it was trained: here that is little.
+    let ratio = plan["packed_bytes"].as_f64().unwrap() / size("model.bkpack") as f64;
+    assert!((0.97..1.03).contains(&ratio), "{ratio}");
     let folder: u64 =
         std::fs::read_dir(place.path("out")).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
     assert_eq!(folder - size("model.bkpack"), plan["folder_bytes"].as_u64().unwrap());

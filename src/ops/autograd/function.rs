@@ -170,39 +170,6 @@ impl<F: Function<3>> CustomOp3 for Recorded<F> {
     }
 }
 
-/// Nothing, whose gradient is known to be this: where a loss that is computed elsewhere begins to go backward.
-pub(super) struct Seed {
-    pub gradient: Vec<f32>,
-}
-
-impl CustomOp1 for Seed {
-    fn name(&self) -> &'static str {
-        "seed"
-    }
-
-    fn cpu_fwd(&self, s: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        let zero = in_type!(s.dtype(), "seed", T => T::to_cpu_storage_owned(vec![T::from_f64(0.0)]));
-        Ok((zero, Shape::from(())))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        Ok(Some(Tensor::from_vec(self.gradient.clone(), x.dims(), &Device::Cpu)?.to_dtype(x.dtype())?))
-    }
-}
-
-/// Adds the values of an f32 tensor to `sum`.
-pub(super) fn add_values(tensor: &Tensor, sum: &mut [f32]) -> Result<()> {
-    let tensor = tensor.contiguous()?;
-    let (storage, layout) = tensor.storage_and_layout();
-    let Storage::Cpu(storage) = &*storage else {
-        return Err(Error::Msg("a tensor is not in the CPU's memory".into()));
-    };
-    let values = contiguous::<f32>(storage, layout)?;
-    assert_eq!(values.len(), sum.len(), "a gradient has the shape of its tensor");
-    sum.par_iter_mut().zip(values).with_min_len(1 << 14).for_each(|(sum, value)| *sum += value);
-    Ok(())
-}
-
 /// The values of a contiguous tensor, in place.
 pub(super) fn contiguous<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     let (start, end) = layout.contiguous_offsets().ok_or(Error::RequiresContiguous { op: "custom operation" })?;

@@ -16,11 +16,11 @@ mod loss;
 mod norm;
 mod resolvent;
 mod scan;
+pub mod tape;
 mod threads;
 
 use std::{
     collections::{BTreeMap, HashMap},
-    ops::Range,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -30,7 +30,7 @@ use candle_core::{DType, Device, Tensor, Var, backprop::GradStore};
 use self::{
     attention::CausalSoftmax,
     elementwise::{Rope, SiluMultiply, Softplus},
-    function::{Seed, apply1, apply2, apply3},
+    function::{apply1, apply2, apply3},
     linear::Product,
     loss::CrossEntropy,
     resolvent::Resolvent,
@@ -60,8 +60,7 @@ pub struct AutogradOps {
     cpu: Cpu,
     dtype: DType,
     variables: Mutex<BTreeMap<String, Var>>,
-    /// `None` where nobody will ask for them.
-    outputs: Option<Mutex<HashMap<String, Moments>>>,
+    outputs: Mutex<HashMap<String, Moments>>,
 }
 
 /// A matrix `[out, in]`: a variable, or a few of its rows.
@@ -110,22 +109,7 @@ impl AutogradOps {
             Precision::Single => DType::F32,
             Precision::Double => DType::F64,
         };
-        Self { cpu, dtype, variables: Mutex::default(), outputs: Some(Mutex::default()) }
-    }
-
-    /// The same in f32 without [sums over outputs](Self::take_outputs), which training has no use for.
-    pub fn for_training(cpu: Cpu) -> Self {
-        Self { outputs: None, ..Self::new(cpu, Precision::Single) }
-    }
-
-    /// Gives a variable these values, `[rows, cols]`; models must be loaded again to see them.
-    ///
-    /// # Errors
-    /// [`Error::Autograd`](crate::Error::Autograd) if they do not fill the shape.
-    pub fn set(&self, name: &str, shape: (usize, usize), values: Vec<f32>) -> Result<()> {
-        let values = Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(self.dtype)?;
-        locked(&self.variables).insert(name.to_owned(), Var::from_tensor(&values)?);
-        Ok(())
+        Self { cpu, dtype, variables: Mutex::default(), outputs: Mutex::default() }
     }
 
     /// The variables' names.
@@ -140,7 +124,7 @@ impl AutogradOps {
 
     /// The sums over all values that [`Ops::linear`] and [`Ops::embed`] computed from each tensor since the last call.
     pub fn take_outputs(&self) -> HashMap<String, Moments> {
-        self.outputs.as_ref().map_or_else(HashMap::new, |outputs| std::mem::take(&mut locked(outputs)))
+        std::mem::take(&mut locked(&self.outputs))
     }
 
     /// The mean negative log-likelihood of the targets, in nats: an f64 scalar from logits `[targets, vocabulary]`.
@@ -169,48 +153,6 @@ impl AutogradOps {
         Ok((value, Gradients { by_tensor, variables: locked(&self.variables).clone() }))
     }
 
-    /// The gradients of a loss of final hidden states, `[rows, cols]`, whose own gradient a function tells slice by slice of
-    /// `rows` rows: what one slice computes is forgotten before the next.
-    ///
-    /// `slice` is given the hidden states and a slice's rows; it returns a tensor and the gradient of the loss with respect
-    /// to it, row-major.
-    ///
-    /// # Errors
-    /// As `hidden` and `slice`.
-    pub fn sliced_gradients(
-        &self,
-        hidden: impl FnOnce() -> Result<Tensor> + Send,
-        slices: &[Range<usize>],
-        mut slice: impl FnMut(&Tensor, Range<usize>) -> Result<(Tensor, Vec<f32>)> + Send,
-    ) -> Result<Gradients> {
-        let variables = locked(&self.variables).clone();
-        let by_tensor = uncut(|| -> Result<_> {
-            let hidden = hidden()?;
-            // The slices' gradients end here, and are added up before they go on.
-            let cut = Var::from_tensor(&hidden.detach())?;
-            let mut sum = Tensor::zeros(1, self.dtype, &Device::Cpu)?.backward()?;
-            let mut of_hidden: Option<Tensor> = None;
-            for range in slices {
-                let (output, gradient) = slice(cut.as_tensor(), range.clone())?;
-                let mut found = output.contiguous()?.apply_op1(Seed { gradient })?.backward()?;
-                if let Some(found) = found.remove(&cut) {
-                    of_hidden = Some(match of_hidden {
-                        Some(sum) => (sum + found)?,
-                        None => found,
-                    });
-                }
-                add_gradients(&mut sum, found, &variables)?;
-            }
-            if let Some(gradient) = of_hidden {
-                let gradient = gradient.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?;
-                let found = hidden.contiguous()?.apply_op1(Seed { gradient })?.backward()?;
-                add_gradients(&mut sum, found, &variables)?;
-            }
-            Ok(sum)
-        })?;
-        Ok(Gradients { by_tensor, variables })
-    }
-
     fn load(&self, source: &dyn TensorSource, name: &str) -> Result<Tensor> {
         if let Some(known) = self.variable(name) {
             return Ok(known.as_tensor().clone());
@@ -230,25 +172,10 @@ impl AutogradOps {
     }
 
     fn record(&self, name: &str, output: &Tensor) -> Result<()> {
-        let Some(outputs) = &self.outputs else { return Ok(()) };
         let moments = function::moments(output)?;
-        locked(outputs).entry(name.to_owned()).or_default().add(moments);
+        locked(&self.outputs).entry(name.to_owned()).or_default().add(moments);
         Ok(())
     }
-}
-
-/// Adds what was found of each variable.
-fn add_gradients(sum: &mut GradStore, mut found: GradStore, variables: &BTreeMap<String, Var>) -> Result<()> {
-    for variable in variables.values() {
-        if let Some(gradient) = found.remove(variable) {
-            let gradient = match sum.remove(variable) {
-                Some(sum) => (sum + gradient)?,
-                None => gradient,
-            };
-            sum.insert(variable, gradient);
-        }
-    }
-    Ok(())
 }
 
 /// The gradients of one loss.
@@ -272,17 +199,6 @@ impl Gradients {
             Some(gradient) => Ok(Some(function::marginal_squares(gradient)?)),
             None => Ok(None),
         }
-    }
-
-    /// Adds the gradient of a tensor to `sum`, row-major, in f32.
-    ///
-    /// # Panics
-    /// If `sum` is of another length.
-    pub fn add_to(&self, name: &str, sum: &mut [f32]) -> Result<()> {
-        if let Some(gradient) = self.variables.get(name).and_then(|variable| self.by_tensor.get(variable)) {
-            function::add_values(&gradient.to_dtype(DType::F32)?, sum)?;
-        }
-        Ok(())
     }
 
     /// The gradient of a tensor, row-major, in the order of its values; `None` where the loss does not depend on it.

@@ -1,14 +1,15 @@
 //! The training itself: step by step, from windows of a text to changed weights.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
+    panic::resume_unwind,
     path::Path,
     time::Instant,
 };
 
 use bkpack_kernels::{Cpu, Grid};
 use rand::{SeedableRng, rngs::Xoshiro256PlusPlus, seq::SliceRandom};
-use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder, prelude::*};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -27,10 +28,10 @@ use crate::{
         perplexity::{self, Protocol, evaluate},
         text::window_bos,
     },
-    model::{Model, check_tokens, config::check_not_synthetic},
+    model::{Model, check_tokens, config::check_not_synthetic, visit_tensors},
     ops::{
         Ops,
-        autograd::AutogradOps,
+        autograd::tape::{TapeOps, Variables},
         cpu::{Activations, CpuOps},
     },
     pack::{PackOptions, outline},
@@ -237,10 +238,14 @@ impl<'a> Training<'a> {
         }
         observer.begin("Training", self.options.steps * tokens_per_step, Unit::Tokens);
         observer.advance(self.done() * tokens_per_step);
-        let ops = AutogradOps::for_training(self.cpu);
+        let pools = single_threads(self.options.batch)?;
+        let exact = CpuOps::new(self.cpu, Activations::Exact);
+        let teacher = self.teacher;
+        let teacher = teacher.map(|teacher| Model::load(teacher, &exact)).transpose()?;
+        let teacher = teacher.as_ref().map(|model| Teacher { ops: &exact, model });
         while self.done() < self.options.steps {
             let step = self.done() + 1;
-            match self.step(&ops, step, observer) {
+            match self.step((&pools, teacher), step, observer) {
                 Ok(()) => {}
                 Err(Error::Cancelled) => {
                     save(saved, &self.key, &self.parameters, &self.history)?;
@@ -271,19 +276,25 @@ impl<'a> Training<'a> {
     }
 
     /// One update. Nothing has changed where it fails.
-    fn step(&mut self, ops: &AutogradOps, step: u64, observer: &dyn Observer) -> Result<()> {
+    fn step(
+        &mut self,
+        (pools, teacher): (&[ThreadPool], Option<Teacher>),
+        step: u64,
+        observer: &dyn Observer,
+    ) -> Result<()> {
         let start = Instant::now();
-        let mut stored = self.stored()?;
+        let stored = self.stored()?;
         let due = (step - 1).is_multiple_of(self.data.validate_every);
         if self.data.validation.is_some() && due && self.history.validation.last().is_none_or(|last| last.step < step - 1) {
             self.validate(step - 1, &stored)?;
         }
-        for (parameter, stored) in self.parameters.iter().zip(&mut stored) {
-            ops.set(&parameter.name, matrix_shape(&parameter.shape), stored.values.clone())?;
+        let mut variables = Variables::default();
+        for (parameter, stored) in self.parameters.iter().zip(&stored) {
+            variables.set(&parameter.name, matrix_shape(&parameter.shape), stored.values.clone());
         }
         let mut gradients: Vec<Vec<f32>> =
             self.parameters.iter().map(|parameter| vec![0.0; parameter.weights.values.len()]).collect();
-        let losses = self.gradients(ops, step, &mut gradients, observer)?;
+        let losses = self.gradients((pools, teacher), (step, &variables), &mut gradients, observer)?;
         let scored = (self.options.batch * (self.protocol.ctx - 1)) as f64;
         let mean = |sum: f64| sum / scored;
         let of_scales: Vec<Vec<f32>> = self
@@ -319,54 +330,81 @@ impl<'a> Training<'a> {
         Ok(())
     }
 
-    /// Adds the gradients of all windows of a step; returns their losses.
+    /// Adds the gradients of all windows of a step, a window on each thread; returns their losses.
     fn gradients(
         &self,
-        ops: &AutogradOps,
-        step: u64,
+        (pools, teacher): (&[ThreadPool], Option<Teacher>),
+        (step, variables): (u64, &Variables),
         sums: &mut [Vec<f32>],
         observer: &dyn Observer,
     ) -> Result<Losses> {
         let source = self.with_activations(HashMap::new());
-        let model = Model::load(&source, ops)?;
-        let exact = CpuOps::new(self.cpu, Activations::Exact);
-        let teacher = match self.teacher {
-            Some(teacher) => Some(Model::load(teacher, &exact)?),
-            None => None,
-        };
+        let mut losses = Losses::default();
+        for windows in self.windows(step).chunks(pools.len()) {
+            observer.check()?;
+            let found: Vec<Result<(Losses, HashMap<String, Vec<f32>>)>> = std::thread::scope(|scope| {
+                let run = |(pool, window)| {
+                    let (pool, window): (&ThreadPool, &Window) = (pool, window);
+                    let source = &source;
+                    scope.spawn(move || pool.install(|| self.window(source, variables, teacher, window)))
+                };
+                let running: Vec<_> = pools.iter().zip(windows).map(run).collect();
+                running.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+            });
+            // One after the other, whatever the number of threads.
+            for found in found {
+                let (found, gradients) = found?;
+                losses.add(found);
+                self.parameters.par_iter().zip(sums.par_iter_mut()).for_each(|(parameter, sum)| {
+                    if let Some(gradient) = gradients.get(&parameter.name) {
+                        sum.iter_mut().zip(gradient).for_each(|(sum, gradient)| *sum += gradient);
+                    }
+                });
+            }
+            observer.advance((windows.len() * self.protocol.ctx) as u64);
+        }
+        Ok(losses)
+    }
+
+    /// The losses of one window and their gradients.
+    fn window(
+        &self,
+        source: &dyn TensorSource,
+        variables: &Variables,
+        teacher: Option<Teacher>,
+        window: &Window,
+    ) -> Result<(Losses, HashMap<String, Vec<f32>>)> {
+        let ops = TapeOps::new(self.cpu, variables);
         let weight = 1.0 / (self.options.batch * (self.protocol.ctx - 1)) as f64;
         let mut losses = Losses::default();
-        for window in self.windows(step) {
-            observer.check()?;
-            let teacher = match &teacher {
-                Some(teacher) => {
-                    let hidden = teacher.forward(&window.inputs, &mut teacher.state(window.inputs.len())?)?;
-                    Some((teacher, hidden))
+        {
+            let model = Model::load(source, &ops)?;
+            let hidden = model.forward(&window.inputs, &mut model.state(window.inputs.len())?)?;
+            let taught = match teacher {
+                Some(Teacher { model, .. }) => {
+                    Some(model.forward(&window.inputs, &mut model.state(window.inputs.len())?)?)
                 }
                 None => None,
             };
-            let slices: Vec<_> = window.slices(model.vocab_size()).collect();
-            let hidden = || model.forward(&window.inputs, &mut model.state(window.inputs.len())?);
-            let gradients = ops.sliced_gradients(hidden, &slices, |hidden, rows| {
-                let logits = model.logits(hidden, rows.start, rows.len())?;
-                let (mut values, mut teaching) = (Vec::new(), Vec::new());
-                ops.read(&logits, &mut values)?;
-                if let Some((teacher, hidden)) = &teacher {
-                    exact.read(&teacher.logits(hidden, rows.start, rows.len())?, &mut teaching)?;
+            // What a slice of logits takes is forgotten before the next.
+            let position = ops.position();
+            for rows in window.slices(model.vocab_size()) {
+                let logits = model.logits(&hidden, rows.start, rows.len())?;
+                let mut teaching = Vec::new();
+                if let (Some(teacher), Some(hidden)) = (teacher, &taught) {
+                    teacher.ops.read(&teacher.model.logits(hidden, rows.start, rows.len())?, &mut teaching)?;
                 }
-                let teaching =
-                    teacher.as_ref().map(|_| Teaching { logits: &teaching, distillation: self.options.distillation });
-                let (found, gradient) =
-                    loss_and_gradient(self.cpu, &values, &window.targets[rows], teaching, weight);
+                let distillation = self.options.distillation;
+                let teaching = teacher.map(|_| Teaching { logits: &teaching, distillation });
+                let targets = &window.targets[rows];
+                let (found, gradient) = loss_and_gradient(self.cpu, logits.values(), targets, teaching, weight);
                 losses.add(found);
-                Ok((logits, gradient))
-            })?;
-            for (parameter, sum) in self.parameters.iter().zip(sums.iter_mut()) {
-                gradients.add_to(&parameter.name, sum)?;
+                ops.seed(&logits, gradient);
+                ops.backward(position);
             }
-            observer.advance(self.protocol.ctx as u64);
+            ops.backward(0);
         }
-        Ok(losses)
+        Ok((losses, ops.into_gradients()))
     }
 
     /// The windows of a step: those of the text in an order of their own each time it is gone through.
@@ -428,6 +466,23 @@ impl<'a> Training<'a> {
     }
 }
 
+/// A model that is followed, on its back end.
+#[derive(Clone, Copy)]
+struct Teacher<'a> {
+    ops: &'a CpuOps,
+    model: &'a Model<'a, CpuOps>,
+}
+
+/// A pool of one thread for each window that is run beside others.
+fn single_threads(batch: usize) -> Result<Vec<ThreadPool>> {
+    let count = rayon::current_num_threads().min(batch);
+    let pool = |_| {
+        let pool = ThreadPoolBuilder::new().num_threads(1).build();
+        pool.map_err(|error| Error::io("a thread")(std::io::Error::other(error)))
+    };
+    (0..count).map(pool).collect()
+}
+
 /// What the model sees and what it is to predict.
 struct Window {
     inputs: Vec<u32>,  // [ctx]
@@ -475,10 +530,11 @@ fn read_parameters(cpu: Cpu, checkpoint: &Checkpoint, pack: &PackOptions, learn_
     pack.policy.exceptions.check_patterns(checkpoint.names())?;
     let outline = outline(checkpoint, &pack.policy, &mut Vec::new())?;
     let decisions = pack.policy.resolve(&outline)?;
-    // A model loads all that it uses.
-    let ops = AutogradOps::for_training(cpu);
-    drop(Model::load(checkpoint, &ops)?);
-    let used: std::collections::HashSet<String> = ops.names().into_iter().collect();
+    let mut used = HashSet::new();
+    visit_tensors(checkpoint, &mut |name, _| {
+        used.insert(name);
+        Ok(())
+    })?;
     let mut parameters = Vec::new();
     for (info, decision) in outline.iter().zip(decisions).filter(|(info, _)| used.contains(&info.name)) {
         let tensor = checkpoint.tensor(&info.name)?;
