@@ -61,7 +61,7 @@ fn options(steps: u64) -> Options {
     }
 }
 
-fn pack(encoding: &str, rounding: Rounding) -> PackOptions {
+fn pack_options(encoding: &str, rounding: Rounding) -> PackOptions {
     PackOptions { rounding, ..PackOptions::new(Policy::uniform(encoding.parse().unwrap(), &[], &[]).unwrap()) }
 }
 
@@ -180,7 +180,8 @@ fn the_gradient_of_a_scale_is_the_slope_of_its_surrogate() {
                 let rounded = (weight - code * scale).abs() <= half;
                 if rounded { weight + moved * (code - weight / scale) } else { moved * code }
             };
-            let sum = |moved: f64| places().map(|place| f64::from(upstream[place]) * surrogate(place, moved)).sum::<f64>();
+            let sum =
+                |moved: f64| places().map(|place| f64::from(upstream[place]) * surrogate(place, moved)).sum::<f64>();
             let step = 1e-4;
             let slope = (sum(f64::from(scale) + step) - sum(f64::from(scale) - step)) / (2.0 * step);
             let error = (f64::from(found[index]) - slope).abs();
@@ -255,23 +256,20 @@ fn what_is_packed_is_what_was_trained_and_what_convert_writes() {
         ("resnet_bk", "fp16", Rounding::Search, false),
     ];
     for (name, encoding, rounding, teacher) in cases {
-        let (source, pack) = (open(name), pack(encoding, rounding));
+        let (source, pack) = (open(name), pack_options(encoding, rounding));
         let folder = tempfile::tempdir().unwrap();
         let output = folder.path().join("out");
         let trained = train(&source, &pack, &options(3), &data(true), teacher);
         let last = trained.history.validation.last().unwrap().clone();
         assert_eq!(last.step, 3);
-        trained.write(Cpu::detect(), &source, pack_again(encoding, rounding), (&output, false), &Silent).unwrap();
+        let again = pack_options(encoding, rounding);
+        trained.write(Cpu::detect(), &source, again, (&output, false), &Silent).unwrap();
         let packed = PackedFile::open(&output.join("model.bkpack")).unwrap();
         packed.check_contents(&Silent).unwrap();
 
         // The perplexity that was measured on the weights in training is that of the file, to the last bit.
-        let options = perplexity::Options {
-            ctx: Some(24),
-            skip: 1,
-            activations: Activations::Exact,
-            allow_lookahead: false,
-        };
+        let options =
+            perplexity::Options { ctx: Some(24), skip: 1, activations: Activations::Exact, allow_lookahead: false };
         let measured = evaluate(Cpu::detect(), &packed, None, &tokens(400), &options, &Silent).unwrap();
         assert_eq!(measured.nll, last.nll, "{name} {encoding}");
 
@@ -282,49 +280,45 @@ fn what_is_packed_is_what_was_trained_and_what_convert_writes() {
         planned.write(Cpu::detect(), false, &Silent).unwrap();
         assert!(contents(&PackedFile::open(&again).unwrap()) == contents(&packed), "{name} {encoding}");
         // And the weights have been trained.
-        let moved = source.names().iter().filter(|name| folder_again.shape(name).is_some()).any(|name| {
-            dequantized(&source.tensor(name).unwrap()) != dequantized(&folder_again.tensor(name).unwrap())
-        });
+        let moved =
+            source.names().iter().filter(|name| folder_again.shape(name).is_some()).any(|name| {
+                dequantized(&source.tensor(name).unwrap()) != dequantized(&folder_again.tensor(name).unwrap())
+            });
         assert!(moved, "{name}");
     }
-}
-
-fn pack_again(encoding: &str, rounding: Rounding) -> PackOptions {
-    pack(encoding, rounding)
 }
 
 #[test]
 fn learned_scales_are_packed_as_they_were_trained() {
     for (name, encoding) in [("qwen3", "int4:g32"), ("mamba", "ternary:g32"), ("resnet_bk", "binary:row")] {
-        let (source, pack) = (open(name), pack(encoding, Rounding::Search));
+        let (source, pack) = (open(name), pack_options(encoding, Rounding::Search));
         let folder = tempfile::tempdir().unwrap();
         let output = folder.path().join("out");
         let options = Options { learn_scales: true, ..options(4) };
         let trained = train(&source, &pack, &options, &data(true), false);
         let last = trained.history.validation.last().unwrap().clone();
-        let again = pack_again(encoding, Rounding::Search);
+        let again = pack_options(encoding, Rounding::Search);
         trained.write(Cpu::detect(), &source, again, (&output, false), &Silent).unwrap();
         let packed = PackedFile::open(&output.join("model.bkpack")).unwrap();
         packed.check_contents(&Silent).unwrap();
         assert_eq!(packed.manifest().policy["rounding"], "learned");
-        let how = perplexity::Options {
-            ctx: Some(24),
-            skip: 1,
-            activations: Activations::Exact,
-            allow_lookahead: false,
-        };
+        let how =
+            perplexity::Options { ctx: Some(24), skip: 1, activations: Activations::Exact, allow_lookahead: false };
         assert_eq!(evaluate(Cpu::detect(), &packed, None, &tokens(400), &how, &Silent).unwrap().nll, last.nll);
         let folder_again = checkpoint::open(&output).unwrap();
         let path = folder.path().join("again.bkpack");
         let planned = bkpack::pack::Packing::plan(&folder_again, &pack, &path, Cpu::detect(), &Silent).unwrap();
         planned.write(Cpu::detect(), false, &Silent).unwrap();
-        assert!(contents(&PackedFile::open(&path).unwrap()) != contents(&packed), "{name}: the scales were chosen anew");
+        assert!(
+            contents(&PackedFile::open(&path).unwrap()) != contents(&packed),
+            "{name}: the scales were chosen anew"
+        );
     }
 }
 
 #[test]
 fn activations_of_the_core_are_rounded_as_the_packed_file_rounds_them() {
-    let (source, pack) = (open("resnet_bk"), pack("int8:g32", Rounding::Search));
+    let (source, pack) = (open("resnet_bk"), pack_options("int8:g32", Rounding::Search));
     let folder = tempfile::tempdir().unwrap();
     let output = folder.path().join("out");
     let options = Options { core_bits: Some(8), ctx: None, ..options(2) };
@@ -333,12 +327,11 @@ fn activations_of_the_core_are_rounded_as_the_packed_file_rounds_them() {
     data.validation = Some(tokens(1024));
     let trained = train(&source, &pack, &options, &data, false);
     let last = trained.history.validation.last().unwrap().clone();
-    let again = pack_again("int8:g32", Rounding::Search);
+    let again = pack_options("int8:g32", Rounding::Search);
     trained.write(Cpu::detect(), &source, again, (&output, false), &Silent).unwrap();
     let packed = PackedFile::open(&output.join("model.bkpack")).unwrap();
     assert_eq!(packed.activations().len(), 1);
-    let how =
-        perplexity::Options { ctx: None, skip: 1, activations: Activations::Exact, allow_lookahead: false };
+    let how = perplexity::Options { ctx: None, skip: 1, activations: Activations::Exact, allow_lookahead: false };
     let measured = evaluate(Cpu::detect(), &packed, None, &tokens(1024), &how, &Silent).unwrap();
     assert!(measured.core_error.is_some());
     assert_eq!(measured.nll, last.nll);
@@ -369,20 +362,20 @@ fn written(trained: &Trained, source: &Checkpoint, pack: PackOptions) -> (Vec<u8
 #[test]
 fn a_training_that_was_stopped_ends_in_the_same_bytes() {
     for (name, encoding, learn_scales) in [("mamba", "ternary:g32", false), ("qwen3", "int4:g32", true)] {
-        let (source, pack, data) = (open(name), pack(encoding, Rounding::Search), data(true));
+        let (source, pack, data) = (open(name), pack_options(encoding, Rounding::Search), data(true));
         let options = Options { learn_scales, ..options(6) };
         let whole = train(&source, &pack, &options, &data, true);
         let folder = tempfile::tempdir().unwrap();
         let saved = folder.path().join("saved");
         let new = || Training::new(Cpu::detect(), &source, Some(&source), &pack, &options, &data, &Silent).unwrap();
-        // Three steps of two windows of 24 tokens, and one window of the fourth step, whose work is lost.
-        let stop = StopAfter(AtomicU64::new(7 * 24));
+        // Three steps of two windows of 24 tokens.
+        let stop = StopAfter(AtomicU64::new(6 * 24));
         assert!(matches!(new().run(&saved, 100, &|_| Ok(()), &stop), Err(Error::Cancelled)));
         let mut training = new();
         training.resume(&saved).unwrap();
         assert_eq!(training.done(), 3);
         let resumed = training.run(&saved, 100, &|_| Ok(()), &Silent).unwrap();
-        let packs = || pack_again(encoding, Rounding::Search);
+        let packs = || pack_options(encoding, Rounding::Search);
         assert!(written(&resumed, &source, packs()) == written(&whole, &source, packs()), "{name}");
         // The record is kept in decimals.
         let figures = |trained: &Trained| -> Vec<f64> {
@@ -412,7 +405,7 @@ fn a_training_that_was_stopped_ends_in_the_same_bytes() {
 #[test]
 fn the_loss_falls() {
     for (name, encoding) in [("mamba", "int4:g32"), ("qwen3", "ternary:g32"), ("resnet_bk", "binary:g32")] {
-        let (source, pack) = (open(name), pack(encoding, Rounding::Search));
+        let (source, pack) = (open(name), pack_options(encoding, Rounding::Search));
         let trained = train(&source, &pack, &options(40), &data(true), false);
         let steps = &trained.history.steps;
         let mean = |steps: &[bkpack::train::qat::StepRecord]| {
@@ -428,7 +421,7 @@ fn the_loss_falls() {
 
 #[test]
 fn what_cannot_be_trained_is_refused() {
-    let (pack, data) = (pack("int4:g32", Rounding::Search), data(false));
+    let (pack, data) = (pack_options("int4:g32", Rounding::Search), data(false));
     let refused = |name: &str, options: &Options, data: &Data| {
         let source = open(name);
         Training::new(Cpu::detect(), &source, None, &pack, options, data, &Silent).err().unwrap().to_string()
@@ -450,7 +443,8 @@ fn what_cannot_be_trained_is_refused() {
         let why = refused("mamba", &options, &data);
         assert!(why.contains(word), "{why}");
     }
-    let (source, other) = (open("mamba"), checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/llama")));
+    let (source, other) =
+        (open("mamba"), checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/llama")));
     let (options, other) = (options(2), other.unwrap());
     let teacher = Training::new(Cpu::detect(), &source, Some(&other), &pack, &options, &data, &Silent);
     assert!(matches!(teacher, Err(Error::Incomparable { .. })));

@@ -85,7 +85,15 @@ fn a_training_leaves_a_folder_metrics_and_a_figure() {
     // Both are ordinary models to every other subcommand.
     let eval = |model: &Path| {
         let mut command = Command::new(cargo_bin("bkpack"));
-        command.arg("eval").arg(model).args(["--tokens", &place.tokens, "--ctx", "24", "--limit-tokens", "96", "--json"]);
+        command.arg("eval").arg(model).args([
+            "--tokens",
+            &place.tokens,
+            "--ctx",
+            "24",
+            "--limit-tokens",
+            "96",
+            "--json",
+        ]);
         json_of(&command.output().unwrap())["ppl"].as_f64().unwrap()
     };
     assert_eq!(eval(&packed), summary["trained_ppl"].as_f64().unwrap());
@@ -100,7 +108,8 @@ fn a_training_leaves_a_folder_metrics_and_a_figure() {
     let replaced = place.run("mamba", "out", &["--encoding", "ternary:g32", "--steps", "1", "--force", "-q"]);
     assert_eq!((replaced.status.code(), replaced.stdout.len()), (Some(0), 0), "{replaced:?}");
     std::fs::create_dir(place.path("other")).unwrap();
-    std::fs::copy(Path::new(&source("mamba")).join("model.safetensors"), place.path("other/model.safetensors")).unwrap();
+    std::fs::copy(Path::new(&source("mamba")).join("model.safetensors"), place.path("other/model.safetensors"))
+        .unwrap();
     let refused = place.run("mamba", "other", &["--encoding", "int4:g32", "--steps", "1", "--force"]);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("which no training wrote"), "{refused:?}");
 }

@@ -11,7 +11,7 @@ use bkpack::{
     encoding::Request,
     eval::{
         calibrate::parse_core_width,
-        text::{read_either, read_text, read_tokens, Tokenizer},
+        text::{Tokenizer, read_either, read_text, read_tokens},
     },
     format::{self, Opened, write_file},
     pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions},
@@ -470,7 +470,8 @@ impl QatArgs {
             ("steps", format!("{} in {seconds:.1} s", last.step)),
             ("loss", format!("{:.4} at first, {:.4} at last", first.loss, last.loss)),
         ];
-        if let (Some(baseline), Some(untrained), Some(trained)) = (baseline_ppl, validation.first(), validation.last()) {
+        if let (Some(baseline), Some(untrained), Some(trained)) = (baseline_ppl, validation.first(), validation.last())
+        {
             let (untrained, trained) = (untrained.ppl, trained.ppl);
             let text = format!("{baseline:.3} as it was, {untrained:.3} packed without training, {trained:.3} trained");
             rows.push(("perplexity", text));

@@ -289,10 +289,8 @@ impl Sweep {
     pub fn pack(&self, subject: &Subject, precision: Precision, observer: &dyn Observer) -> Result<Packed> {
         let start = Instant::now();
         let request = precision.request(self.group, self.asymmetric && matches!(precision, Precision::Int(_)));
-        let options = PackOptions {
-            rounding: self.rounding,
-            ..PackOptions::new(Policy::uniform(request, &self.keep, &[])?)
-        };
+        let options =
+            PackOptions { rounding: self.rounding, ..PackOptions::new(Policy::uniform(request, &self.keep, &[])?) };
         let scratch = match self.keep_packed {
             true => None,
             false => Some(Scratch::create(&self.folder).map_err(Error::io(&self.folder))?),

@@ -115,13 +115,7 @@ pub fn quantize_calibrated(
 ///
 /// # Panics
 /// If the scales are of another number, or the grid has zero points.
-pub fn round_to_scales(
-    cpu: Cpu,
-    matrix: &Matrix,
-    options: &QuantizeOptions,
-    scales: &[f32],
-    output: &mut Quantized,
-) {
+pub fn round_to_scales(cpu: Cpu, matrix: &Matrix, options: &QuantizeOptions, scales: &[f32], output: &mut Quantized) {
     let (rows, cols) = (matrix.rows(), matrix.cols());
     let (code_bytes, groups) = (options.layout.code_bytes(cols), options.layout.groups(cols));
     assert_eq!(scales.len(), rows * groups, "a scale for each group");

@@ -95,7 +95,8 @@ fn means(losses: &[(u64, f64)]) -> Vec<(f64, f64)> {
 fn span(curve: &Curve) -> (f64, f64) {
     let all = curve.losses.iter().chain(&curve.validation).map(|(_, loss)| *loss).chain(curve.baseline);
     let finite = all.filter(|loss| loss.is_finite());
-    let (low, high) = finite.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), loss| (low.min(loss), high.max(loss)));
+    let (low, high) =
+        finite.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), loss| (low.min(loss), high.max(loss)));
     if low > high {
         return (0.0, 1.0);
     }

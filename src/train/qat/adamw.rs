@@ -96,7 +96,8 @@ mod tests {
             for i in 0..3 {
                 first[i] = 0.9 * first[i] + 0.1 * gradient[i];
                 second[i] = 0.95 * second[i] + 0.05 * gradient[i] * gradient[i];
-                let (m, v) = (first[i] / (1.0 - 0.9f64.powi(step as i32)), second[i] / (1.0 - 0.95f64.powi(step as i32)));
+                let (m, v) =
+                    (first[i] / (1.0 - 0.9f64.powi(step as i32)), second[i] / (1.0 - 0.95f64.powi(step as i32)));
                 expected[i] -= rate * (m / (v.sqrt() + 1e-8) + decay * expected[i]);
             }
         }

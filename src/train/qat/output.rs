@@ -43,7 +43,12 @@ pub fn check_target(output: &Path, force: bool) -> Result<()> {
 ///
 /// # Errors
 /// As [`Packing::plan`].
-pub fn file_bytes(cpu: Cpu, checkpoint: &Checkpoint, pack: &PackOptions, observer: &dyn Observer) -> Result<(u64, u64)> {
+pub fn file_bytes(
+    cpu: Cpu,
+    checkpoint: &Checkpoint,
+    pack: &PackOptions,
+    observer: &dyn Observer,
+) -> Result<(u64, u64)> {
     let packing = Packing::plan(checkpoint, pack, Path::new(PACKED), cpu, observer)?;
     let groups = groups(checkpoint, pack)?;
     let weights = Shards::plan(&groups, SHARD_BYTES, &[("format", "pt"), (MARK, "1")]).file_bytes();
@@ -171,7 +176,14 @@ impl Trained {
         Packing::plan(&trained, &pack, &path, cpu, observer)?.write(cpu, false, observer)?;
         if let Some(calibration) = &self.calibration {
             let packed = PackedFile::open(&path)?;
-            with_activations(&packed, vec![calibration.record.clone()], calibration.scales.clone(), &path, true, observer)?;
+            with_activations(
+                &packed,
+                vec![calibration.record.clone()],
+                calibration.scales.clone(),
+                &path,
+                true,
+                observer,
+            )?;
         }
         Ok(std::fs::metadata(&path).map_err(Error::io(&path))?.len())
     }

@@ -149,12 +149,17 @@ impl<'a> Training<'a> {
             let Some(tokens) = tokens else { continue };
             check_tokens(name, tokens, model.vocab_size())?;
             if tokens.len() < protocol.ctx {
-                let why = format!("{} tokens do not fill one window of {}; pass a smaller --ctx", tokens.len(), protocol.ctx);
+                let why =
+                    format!("{} tokens do not fill one window of {}; pass a smaller --ctx", tokens.len(), protocol.ctx);
                 return Err(Error::Tokens { source_name: name.into(), why });
             }
         }
         if let Some(teacher) = teacher {
-            perplexity::check_comparable((checkpoint, &model), (teacher, &Model::load(teacher, &exact)?), protocol.ctx)?;
+            perplexity::check_comparable(
+                (checkpoint, &model),
+                (teacher, &Model::load(teacher, &exact)?),
+                protocol.ctx,
+            )?;
         }
         let calibration = match options.core_bits {
             Some(bits) => {
@@ -167,20 +172,7 @@ impl<'a> Training<'a> {
         let key = key(checkpoint, teacher, pack, options, data, &parameters)?;
         let bos = window_bos(checkpoint)?;
         let history = History::default();
-        Ok(Self {
-            cpu,
-            checkpoint,
-            teacher,
-            pack,
-            options,
-            data,
-            protocol,
-            bos,
-            calibration,
-            parameters,
-            history,
-            key,
-        })
+        Ok(Self { cpu, checkpoint, teacher, pack, options, data, protocol, bos, calibration, parameters, history, key })
     }
 
     /// Weights that are trained.
@@ -285,7 +277,10 @@ impl<'a> Training<'a> {
         let start = Instant::now();
         let stored = self.stored()?;
         let due = (step - 1).is_multiple_of(self.data.validate_every);
-        if self.data.validation.is_some() && due && self.history.validation.last().is_none_or(|last| last.step < step - 1) {
+        if self.data.validation.is_some()
+            && due
+            && self.history.validation.last().is_none_or(|last| last.step < step - 1)
+        {
             self.validate(step - 1, &stored)?;
         }
         let mut variables = Variables::default();
@@ -526,7 +521,12 @@ pub fn least_bits(checkpoint: &Checkpoint, pack: &PackOptions) -> Result<f64> {
 }
 
 /// The weights that the model uses, in F32, with what the policy says of them.
-fn read_parameters(cpu: Cpu, checkpoint: &Checkpoint, pack: &PackOptions, learn_scales: bool) -> Result<Vec<Parameter>> {
+fn read_parameters(
+    cpu: Cpu,
+    checkpoint: &Checkpoint,
+    pack: &PackOptions,
+    learn_scales: bool,
+) -> Result<Vec<Parameter>> {
     pack.policy.exceptions.check_patterns(checkpoint.names())?;
     let outline = outline(checkpoint, &pack.policy, &mut Vec::new())?;
     let decisions = pack.policy.resolve(&outline)?;
@@ -590,4 +590,3 @@ fn key(
     }
     Ok(hasher.finalize().to_hex().to_string())
 }
-

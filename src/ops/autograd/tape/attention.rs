@@ -54,7 +54,8 @@ impl Attention {
         // Heads that share keys are one matrix.
         let shared = self.heads / self.kv_heads * self.tokens * self.head_dim;
         let own = self.tokens * self.head_dim;
-        for (query, (key, value)) in query.chunks_exact(shared).zip(key.chunks_exact(own).zip(value.chunks_exact(own))) {
+        for (query, (key, value)) in query.chunks_exact(shared).zip(key.chunks_exact(own).zip(value.chunks_exact(own)))
+        {
             let mut scores = multiply(self.cpu, query, key, self.head_dim); // [shared rows, tokens]
             for (row, scores) in scores.chunks_exact_mut(self.tokens).enumerate() {
                 let visible = self.visible(row);

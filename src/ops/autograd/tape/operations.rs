@@ -97,7 +97,8 @@ impl Ops for TapeOps<'_> {
 
     fn columns(&self, x: &Node, first: usize, count: usize) -> Result<Node> {
         let (id, cols, whole) = (x.id, x.cols, x.values.len());
-        let values: Vec<f32> = x.values.chunks_exact(cols).flat_map(|row| &row[first..first + count]).copied().collect();
+        let values: Vec<f32> =
+            x.values.chunks_exact(cols).flat_map(|row| &row[first..first + count]).copied().collect();
         Ok(self.record((x.rows, count), values.into(), &[id], move |gradient, sums| {
             let Some(sum) = sums.of(id, whole) else { return };
             for (sum, gradient) in sum.chunks_exact_mut(cols).zip(gradient.chunks_exact(count)) {
@@ -371,7 +372,8 @@ impl Ops for TapeOps<'_> {
         let kept = weights.clone();
         let weights = self.record((tokens, chosen), weights, &[id], move |gradient, sums| {
             let mut out = vec![0.0; tokens * experts];
-            let rows = gradient.chunks_exact(chosen).zip(kept.chunks_exact(chosen)).zip(experts_of.chunks_exact(chosen));
+            let rows =
+                gradient.chunks_exact(chosen).zip(kept.chunks_exact(chosen)).zip(experts_of.chunks_exact(chosen));
             for (token, ((gradient, weights), experts_of)) in rows.enumerate() {
                 let mean: f32 = gradient.iter().zip(weights).map(|(gradient, weight)| gradient * weight).sum();
                 for ((gradient, weight), &expert) in gradient.iter().zip(weights).zip(experts_of) {
