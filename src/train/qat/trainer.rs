@@ -337,7 +337,7 @@ impl<'a> Training<'a> {
         let mut losses = Losses::default();
         for windows in self.windows(step).chunks(pools.len()) {
             observer.check()?;
-            let found: Vec<Result<(Losses, HashMap<String, Vec<f32>>)>> = std::thread::scope(|scope| {
+            let found: Vec<Result<WindowGradients>> = std::thread::scope(|scope| {
                 let run = |(pool, window)| {
                     let (pool, window): (&ThreadPool, &Window) = (pool, window);
                     let source = &source;
@@ -368,7 +368,7 @@ impl<'a> Training<'a> {
         variables: &Variables,
         teacher: Option<Teacher>,
         window: &Window,
-    ) -> Result<(Losses, HashMap<String, Vec<f32>>)> {
+    ) -> Result<WindowGradients> {
         let ops = TapeOps::new(self.cpu, variables);
         let weight = 1.0 / (self.options.batch * (self.protocol.ctx - 1)) as f64;
         let mut losses = Losses::default();
@@ -460,6 +460,9 @@ impl<'a> Training<'a> {
         evaluate(self.cpu, &source, None, tokens, &options, &Silent)
     }
 }
+
+/// What one window comes to: its losses, and the gradient of each parameter by name.
+type WindowGradients = (Losses, HashMap<String, Vec<f32>>);
 
 /// A model that is followed, on its back end.
 #[derive(Clone, Copy)]

@@ -51,7 +51,7 @@ impl Ops for TapeOps<'_> {
     /// Whether a text was seen.
     type Cache = bool;
 
-    fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<Weight> {
+    fn weight(&self, source: &dyn TensorSource, name: &str) -> Result<Weight> {
         let (id, matrix) = self.load(source, name)?;
         Ok(Weight { id, offset: 0, whole: matrix.values.len(), matrix })
     }
