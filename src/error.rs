@@ -344,6 +344,15 @@ pub enum Error {
     /// The library that differentiates refused an operation.
     #[error("gradients cannot be computed: {0}")]
     Autograd(Box<candle_core::Error>),
+    /// A training cannot begin, or its saved state is not what it must be.
+    #[error("{}: {why}", path.display(), why = long(why))]
+    Training { path: PathBuf, why: String },
+    /// A training ran away.
+    #[error(
+        "{}: the loss or its gradient is NaN or infinite at step {step}; try a lower --learning-rate, a longer --warmup or \
+         a smaller --clip", path.display()
+    )]
+    Diverged { path: PathBuf, step: u64 },
     /// An importance file, or the partial one of an interrupted run, is not what it must be.
     #[error("{}: {why}", path.display())]
     Importance { path: PathBuf, why: String },

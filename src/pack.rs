@@ -9,7 +9,7 @@ use std::{
 };
 
 use bkpack_kernels::{
-    Cpu, Data, FloatType,
+    Cpu, Data, FloatType, Matrix,
     cpu::quantize::{QuantizeOptions, Range, Rounding},
 };
 use half::f16;
@@ -27,7 +27,7 @@ use crate::{
         reason::{Instead, Reason, Why},
     },
     progress::{Observer, Unit},
-    quant,
+    quant::{self, Quantized},
     tensor::{CalibrationText, Tensor, TensorSource, matrix_shape},
 };
 
@@ -46,6 +46,8 @@ pub struct PackOptions {
     /// The text that the policy or the rounding goes by.
     pub calibration: Option<Calibration>,
     pub ternary_threshold: f32,
+    /// Scales `[rows, groups]` by tensor that weights are rounded to as they are, instead of scales that are chosen.
+    pub scales: HashMap<String, Vec<f32>>,
     /// Keep a tensor with NaN or infinite values as FP32 instead of refusing it.
     pub allow_nonfinite: bool,
     /// The most bytes of data in one file.
@@ -62,8 +64,42 @@ impl PackOptions {
             feedback: false,
             calibration: None,
             ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
+            scales: HashMap::new(),
             allow_nonfinite: false,
             shard_bytes: None,
+        }
+    }
+
+    /// How a tensor of this encoding is quantized; `None` for plain values.
+    pub fn quantize_options(&self, encoding: Encoding) -> Option<QuantizeOptions> {
+        let (layout, scale_type) = encoding.layout()?;
+        let Self { rounding, ternary_threshold, .. } = *self;
+        Some(QuantizeOptions { layout, scale_type, rounding, ternary_threshold })
+    }
+
+    /// The encoding that a tensor of a checkpoint gets with these values, if `alternative` is what its policy says.
+    ///
+    /// # Errors
+    /// As [`Packing::plan`].
+    pub fn encoding(
+        &self,
+        checkpoint: &Checkpoint,
+        (name, tensor): (&str, &Tensor),
+        alternative: Alternative,
+        cpu: Cpu,
+    ) -> Result<Encoding> {
+        Ok(Decider::new(checkpoint, name, tensor, self, cpu).outcome(alternative)?.encoding)
+    }
+
+    /// The bytes of a tensor of this encoding, which is no plain values.
+    ///
+    /// # Panics
+    /// If it is plain values, or scales are given that do not fit it.
+    pub fn quantize(&self, cpu: Cpu, name: &str, matrix: &Matrix, encoding: Encoding, output: &mut Quantized) {
+        let options = self.quantize_options(encoding).expect("not plain values");
+        match self.scales.get(name) {
+            Some(scales) => quant::round_to_scales(cpu, matrix, &options, scales, output),
+            None => quant::quantize(cpu, matrix, &options, output),
         }
     }
 }
@@ -240,6 +276,7 @@ impl<'a> Packing<'a> {
         let source = Source { kind: self.checkpoint.kind().name().into(), files: files.collect() };
         let mut policy = self.options.policy.record();
         policy["rounding"] = match (self.options.feedback, self.options.rounding) {
+            _ if !self.options.scales.is_empty() => json!("learned"),
             (true, _) => json!("gptq"),
             (false, Rounding::Nearest) => json!("rtn"),
             (false, Rounding::Search) => json!("search"),
@@ -259,9 +296,7 @@ impl<'a> Packing<'a> {
 
     /// How a tensor is quantized; `None` for plain values.
     fn quantize_options(&self, encoding: Encoding) -> Option<QuantizeOptions> {
-        let (layout, scale_type) = encoding.layout()?;
-        let PackOptions { rounding, ternary_threshold, .. } = *self.options;
-        Some(QuantizeOptions { layout, scale_type, rounding, ternary_threshold })
+        self.options.quantize_options(encoding)
     }
 
     /// Every tensor with its encoding.
@@ -304,7 +339,7 @@ impl<'a> Packing<'a> {
 }
 
 /// The tensors that the packed file will hold.
-fn outline(checkpoint: &Checkpoint, policy: &Policy, notices: &mut Vec<String>) -> Result<Vec<TensorInfo>> {
+pub(crate) fn outline(checkpoint: &Checkpoint, policy: &Policy, notices: &mut Vec<String>) -> Result<Vec<TensorInfo>> {
     let architecture = checkpoint.config().and_then(|config| config["architectures"][0].as_str());
     let tied = tied_head(checkpoint)?;
     if let Some(name) = tied {

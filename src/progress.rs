@@ -8,6 +8,8 @@ pub trait Observer: Sync {
     fn begin(&self, stage: &str, total: u64, unit: Unit);
     /// So much more of the stage is done.
     fn advance(&self, amount: u64);
+    /// What the stage has come to, in a few words.
+    fn status(&self, _text: &str) {}
     /// The stage is over.
     fn end(&self);
     /// Whether the caller wants to stop.

@@ -43,6 +43,18 @@ impl<'a> Tensor<'a> {
         Ok(tensor)
     }
 
+    /// A tensor of F32 values, on little-endian machines borrowed.
+    ///
+    /// # Panics
+    /// If the values do not fill the shape.
+    pub fn floats(shape: Vec<usize>, values: &'a [f32]) -> Self {
+        let values = match cfg!(target_endian = "little") {
+            true => Cow::Borrowed(bytemuck::cast_slice(values)),
+            false => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        };
+        Self::new(shape, TensorData::Float { dtype: FloatType::F32, values }).expect("the values fill the shape")
+    }
+
     /// The same tensor, its bytes borrowed from this one.
     pub fn borrowed(&self) -> Tensor<'_> {
         fn borrow(bytes: &[u8]) -> Cow<'_, [u8]> {

@@ -102,6 +102,7 @@ fn packed_fixture(output: &Path) {
         feedback: false,
         calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
+        scales: Default::default(),
         allow_nonfinite: false,
         shard_bytes: None,
     };

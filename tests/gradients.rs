@@ -9,13 +9,18 @@ use std::path::{Path, PathBuf};
 use bkpack::{
     checkpoint::{self, Checkpoint},
     eval::perplexity::{Options, evaluate},
+    model::Model,
     ops::{
-        autograd::{AutogradOps, Precision},
+        Ops,
+        autograd::{
+            AutogradOps, Precision,
+            tape::{TapeOps, Variables},
+        },
         cpu::{Activations, CpuOps},
     },
     progress::Silent,
     tensor::{TensorSource, matrix_shape},
-    train::gradients::Differentiator,
+    train::{gradients::Differentiator, qat::loss::loss_and_gradient},
 };
 use bkpack_kernels::Cpu;
 use candle_core::Tensor;
@@ -192,4 +197,89 @@ fn gradients_are_those_of_pytorch() {
         }
         println!("{name}: norms within {worst_norm:e}, entries within {worst_entry:e}");
     }
+}
+
+#[test]
+fn the_tape_finds_the_same_gradients() {
+    for name in ARCHITECTURES {
+        let (source, window) = (open(name), tokens(20, 96));
+        let reference = AutogradOps::new(Cpu::detect(), Precision::Double);
+        let differentiator = Differentiator::new(&source, &reference, Some(window.len()), 1).unwrap();
+        let expected = differentiator.gradients(&window).unwrap();
+
+        let mut variables = Variables::default();
+        for tensor in source.names() {
+            let stored = source.tensor(tensor).unwrap();
+            let mut values = vec![0.0; stored.elements()];
+            Cpu::detect().dequantize(&stored.matrix(), 0, &mut values);
+            variables.set(tensor, matrix_shape(stored.shape()), values);
+        }
+        // Logits as a whole, and in slices.
+        for rows in [19, 6] {
+            let ops = TapeOps::new(Cpu::detect(), &variables);
+            let mut nll = 0.0;
+            {
+                let model = Model::load(&source, &ops).unwrap();
+                let hidden = model.forward(&window, &mut model.state(20).unwrap()).unwrap();
+                let position = ops.position();
+                for first in (0..19).step_by(rows) {
+                    let count = rows.min(19 - first);
+                    let logits = model.logits(&hidden, first, count).unwrap();
+                    let targets = &window[first + 1..][..count];
+                    let (losses, gradient) =
+                        loss_and_gradient(Cpu::detect(), logits.values(), targets, None, 1.0 / 19.0);
+                    nll += losses.cross_entropy / 19.0;
+                    ops.seed(&logits, gradient);
+                    ops.backward(position);
+                }
+                ops.backward(0);
+            }
+            assert!((nll / expected.nll - 1.0).abs() < 2e-6, "{name}: {nll} instead of {}", expected.nll);
+            let found = ops.into_gradients();
+            for tensor in source.names() {
+                let Some(expected) = expected.gradients.get(tensor).unwrap() else {
+                    assert!(found.get(tensor).is_none_or(|found| found.iter().all(|&value| value == 0.0)));
+                    continue;
+                };
+                let largest = expected.iter().fold(0f64, |largest, value| largest.max(value.abs()));
+                let found = found.get(tensor).unwrap_or_else(|| panic!("{name}: {tensor} has no gradient"));
+                for (index, (&found, expected)) in found.iter().zip(&expected).enumerate() {
+                    let error = (f64::from(found) - expected).abs();
+                    assert!(error <= 5e-5 * largest + 1e-9, "{name}: {tensor}[{index}]: {found} instead of {expected}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rounding_to_a_grid_is_straight_through_and_stops_at_its_ends() {
+    // Scales 0.5 and 0.1 with codes up to 7: values from -3.5 to 3.5, and from -0.7 to 0.7; zero where the scale is zero.
+    let values = vec![0.3f32, -3.4, 3.6, -3.51, 0.04, 0.69, -0.71, 5.0, 0.2];
+    let scales = vec![0.5f32, 0.5, 0.5, 0.5, 0.1, 0.1, 0.1, 0.1, 0.0];
+    let rounded = [0.5f32, -3.5, 3.5, -3.5, 0.0, 0.7, -0.7, 0.7, 0.0];
+    let expected = [1.0, 2.0, 0.0, 0.0, 5.0, 6.0, 0.0, 0.0, 0.0];
+    let upstream: Vec<f32> = (1..=9).map(|i| i as f32).collect();
+
+    let ops = AutogradOps::new(Cpu::detect(), Precision::Single);
+    let variable = candle_core::Var::new(&values[..], &candle_core::Device::Cpu).unwrap();
+    let x = variable.as_tensor().reshape((9, 1)).unwrap();
+    let steps = ops.constant(scales.clone(), 1).unwrap();
+    let result = ops.round_to_grid(x, &steps, 7.0).unwrap();
+    let close = |found: &[f32]| found.iter().zip(rounded).all(|(found, expected)| (found - expected).abs() < 1e-6);
+    assert!(close(&result.flatten_all().unwrap().to_vec1::<f32>().unwrap()));
+    let loss = (result * ops.constant(upstream.clone(), 1).unwrap()).unwrap().sum_all().unwrap();
+    let gradient = loss.backward().unwrap().get(&variable).unwrap().to_vec1::<f32>().unwrap();
+    assert_eq!(gradient, expected);
+
+    let source = open("mamba");
+    let (name, mut variables) = ("backbone.norm_f.weight", Variables::default());
+    variables.set(name, (9, 1), values);
+    let ops = TapeOps::new(Cpu::detect(), &variables);
+    let x = ops.parameter(&source, name).unwrap();
+    let result = ops.round_to_grid(x, &ops.constant(scales, 1).unwrap(), 7.0).unwrap();
+    assert!(close(result.values()));
+    ops.seed(&result, upstream);
+    ops.backward(0);
+    assert_eq!(ops.into_gradients()[name], expected);
 }

@@ -37,6 +37,7 @@ fn options(default: &str, overrides: &[&str]) -> PackOptions {
         feedback: false,
         calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
+        scales: Default::default(),
         allow_nonfinite: false,
         shard_bytes: None,
     }

@@ -47,6 +47,7 @@ fn pack(encoding: &str, keep: &[&str], rounding: Rounding) -> (TempDir, PackedFi
         feedback: false,
         calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
+        scales: Default::default(),
         allow_nonfinite: false,
         shard_bytes: None,
     };

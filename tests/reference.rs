@@ -101,6 +101,7 @@ fn perplexities_are_those_of_pytorch() {
                 feedback: false,
                 calibration: None,
                 ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
+                scales: Default::default(),
                 allow_nonfinite: false,
                 shard_bytes: None,
             };

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use bkpack::{
     Error, Result,
     eval::{
-        calibrate::{Calibration, calibrate_core},
+        calibrate::{Calibration, calibrate_core, parse_core_width},
         text::read_either,
     },
     format::{PackedFile, amend::with_activations},
@@ -45,7 +45,7 @@ pub struct CalibrateArgs {
     tokens: Option<PathBuf>,
 
     /// Component and width: bk_core=int8 or bk_core=int4
-    #[arg(long, value_name = "COMPONENT=WIDTH", value_parser = parse_width)]
+    #[arg(long, value_name = "COMPONENT=WIDTH", value_parser = parse_core_width)]
     activations: u32,
 
     /// Windows of the model's whole context to look at; fewer if the text is shorter
@@ -66,14 +66,6 @@ pub struct CalibrateArgs {
 
     #[command(flatten)]
     common: Common,
-}
-
-fn parse_width(text: &str) -> Result<u32, &'static str> {
-    match text.strip_prefix(COMPONENT).and_then(|rest| rest.strip_prefix('=')) {
-        Some("int8") => Ok(8),
-        Some("int4") => Ok(4),
-        _ => Err("use bk_core=int8 or bk_core=int4"),
-    }
 }
 
 /// Runs the subcommand.

@@ -18,6 +18,7 @@ mod inspect;
 mod logits;
 mod plot;
 mod progress;
+mod qat;
 mod report;
 mod sensitivity;
 mod source;
@@ -72,6 +73,7 @@ enum Command {
     Calibrate(calibrate::CalibrateArgs),
     Importance(importance::ImportanceArgs),
     Sensitivity(sensitivity::SensitivityArgs),
+    Qat(qat::QatArgs),
     Generate(generate::GenerateArgs),
     Bench(bench::BenchArgs),
     Logits(logits::LogitsArgs),
@@ -132,6 +134,7 @@ pub fn run() -> ExitCode {
         Command::Calibrate(args) => calibrate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Importance(args) => importance::run(args).map(|()| ExitCode::SUCCESS),
         Command::Sensitivity(args) => sensitivity::run(args).map(|()| ExitCode::SUCCESS),
+        Command::Qat(args) => qat::run(args).map(|()| ExitCode::SUCCESS),
         Command::Generate(args) => generate::run(args).map(|()| ExitCode::SUCCESS),
         Command::Bench(args) => bench::run(args).map(|()| ExitCode::SUCCESS),
         Command::Logits(args) => logits::run(args).map(|()| ExitCode::SUCCESS),

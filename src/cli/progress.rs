@@ -55,7 +55,7 @@ impl Observer for ProgressObserver {
             Unit::Bytes => {
                 "{prefix:>10} [{bar:20}] {decimal_bytes}/{decimal_total_bytes} {decimal_bytes_per_sec} {eta} left"
             }
-            Unit::Tokens => "{prefix:>10} [{bar:20}] {human_pos}/{human_len} tokens {per_sec} {eta} left",
+            Unit::Tokens => "{prefix:>10} [{bar:20}] {human_pos}/{human_len} tokens {per_sec} {eta} left {msg}",
         };
         let style = ProgressStyle::with_template(template).expect("the template is valid").progress_chars("=> ");
         let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr_with_hz(10));
@@ -68,6 +68,12 @@ impl Observer for ProgressObserver {
     fn advance(&self, amount: u64) {
         if let Some(bar) = &*self.bar.lock().expect("no panic while drawing") {
             bar.inc(amount);
+        }
+    }
+
+    fn status(&self, text: &str) {
+        if let Some(bar) = &*self.bar.lock().expect("no panic while drawing") {
+            bar.set_message(text.to_owned());
         }
     }
 

@@ -29,6 +29,18 @@ pub struct Calibration {
     pub scales: Vec<(String, Vec<usize>, Vec<f32>)>,
 }
 
+/// Reads a component and its width: `bk_core=int8` or `bk_core=int4`.
+///
+/// # Errors
+/// A sentence that names these.
+pub fn parse_core_width(text: &str) -> Result<u32, &'static str> {
+    match text.strip_prefix(COMPONENT).and_then(|rest| rest.strip_prefix('=')) {
+        Some("int8") => Ok(8),
+        Some("int4") => Ok(4),
+        _ => Err("use bk_core=int8 or bk_core=int4"),
+    }
+}
+
 /// Positions that share a scale: each position has its own at 8 bits, 128 share one at 4.
 pub fn group_size(bits: u32) -> usize {
     if bits == 8 { 1 } else { 128 }

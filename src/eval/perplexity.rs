@@ -341,8 +341,8 @@ pub(super) fn slice_rows(vocab_size: usize, models: usize) -> usize {
     (LOGITS_BYTES / (models * vocab_size * size_of::<f32>())).max(1)
 }
 
-/// Refuses a baseline whose logits are about other tokens.
-pub(super) fn check_comparable<O: Ops>(
+/// Refuses a baseline, or a teacher, whose logits are about other tokens.
+pub(crate) fn check_comparable<O: Ops>(
     (source, model): (&dyn TensorSource, &Model<O>),
     (baseline, baseline_model): (&dyn TensorSource, &Model<O>),
     ctx: usize,

@@ -26,7 +26,7 @@ use crate::{
     format::{self, PackedFile},
     json, model,
     ops::cpu::Activations,
-    pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
+    pack::{PackOptions, Packing},
     policy::Policy,
     progress::Observer,
     tensor::{CalibrationText, TensorSource},
@@ -289,15 +289,8 @@ impl Sweep {
     pub fn pack(&self, subject: &Subject, precision: Precision, observer: &dyn Observer) -> Result<Packed> {
         let start = Instant::now();
         let request = precision.request(self.group, self.asymmetric && matches!(precision, Precision::Int(_)));
-        let options = PackOptions {
-            policy: Policy::uniform(request, &self.keep, &[])?,
-            rounding: self.rounding,
-            feedback: false,
-            calibration: None,
-            ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
-            allow_nonfinite: false,
-            shard_bytes: None,
-        };
+        let options =
+            PackOptions { rounding: self.rounding, ..PackOptions::new(Policy::uniform(request, &self.keep, &[])?) };
         let scratch = match self.keep_packed {
             true => None,
             false => Some(Scratch::create(&self.folder).map_err(Error::io(&self.folder))?),

@@ -83,6 +83,11 @@ impl<'a> PartialFolder<'a> {
         file.write_all(bytes).and_then(|()| file.sync_data()).map_err(Error::io(self.target.join(name)))
     }
 
+    /// The folder as it is now named.
+    pub(crate) fn temporary(&self) -> &Path {
+        self.temporary.path()
+    }
+
     /// The name that a file of it will have.
     pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.target.join(name)

@@ -100,8 +100,8 @@ impl<'a> Writing<'a> {
             let matrix = tensor.matrix();
             match (planned.encoding, self.packing.quantize_options(planned.encoding)) {
                 _ if self.written.contains(&planned.name) => {}
-                (_, Some(options)) => {
-                    quant::quantize(self.cpu, &matrix, &options, &mut quantized);
+                (encoding, Some(_)) => {
+                    self.packing.options.quantize(self.cpu, &planned.name, &matrix, encoding, &mut quantized);
                     self.write_quantized(&planned, &quantized)?;
                 }
                 (Encoding::Float { dtype }, _) => {

@@ -110,6 +110,32 @@ pub fn quantize_calibrated(
     });
 }
 
+/// Rounds a matrix of floats to the nearest codes on given scales, `[rows, groups]`, which are stored in the type that
+/// `options` names; the grid has no zero points. Runs on all threads of the pool.
+///
+/// # Panics
+/// If the scales are of another number, or the grid has zero points.
+pub fn round_to_scales(cpu: Cpu, matrix: &Matrix, options: &QuantizeOptions, scales: &[f32], output: &mut Quantized) {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let (code_bytes, groups) = (options.layout.code_bytes(cols), options.layout.groups(cols));
+    assert_eq!(scales.len(), rows * groups, "a scale for each group");
+    let scale_bytes = groups * options.scale_type.bytes();
+    output.codes.resize(rows * code_bytes, 0);
+    output.scales.resize(rows * scale_bytes, 0);
+    output.zeros.clear();
+    if rows * cols == 0 {
+        return;
+    }
+    write_floats(scales, options.scale_type, &mut output.scales);
+    let step = rows_per_task(cols);
+    let chunks = output.codes.par_chunks_mut(step * code_bytes).zip(output.scales.par_chunks(step * scale_bytes));
+    chunks.enumerate().for_each_init(Vec::new, |scratch, (task, (codes, scales))| {
+        let first = task * step;
+        let x = float_rows(cpu, matrix, first, step.min(rows - first), scratch);
+        cpu.round_rows(options, cols, x, scales, codes);
+    });
+}
+
 /// Rows as f32: in place where they already are, else widened into `scratch`.
 fn float_rows<'a>(cpu: Cpu, matrix: &Matrix<'a>, first: usize, count: usize, scratch: &'a mut Vec<f32>) -> &'a [f32] {
     let cols = matrix.cols();

@@ -15,3 +15,4 @@ pub mod robustness_figure;
 pub mod simulate;
 pub mod table;
 pub mod tensors;
+pub mod training;

@@ -20,6 +20,11 @@ impl<'a> Mixed<'a> {
         Self { source, replaced, activations: source.activations() }
     }
 
+    /// The same with these records of quantized activations, whose scales are among the replaced tensors.
+    pub fn with_activations(self, activations: &'a [ActivationQuantization]) -> Self {
+        Self { activations, ..self }
+    }
+
     /// The same without scales for quantized activations.
     pub fn without_activations(self) -> Self {
         Self { activations: &[], ..self }

@@ -201,8 +201,15 @@ impl<'a> Conversion<'a> {
         };
         let is_budget = options.policy.is_budget();
         let ConvertOptions { ternary_threshold, allow_nonfinite, shard_size: shard_bytes, .. } = *options;
-        let options =
-            PackOptions { policy, rounding, feedback, calibration, ternary_threshold, allow_nonfinite, shard_bytes };
+        let options = PackOptions {
+            rounding,
+            feedback,
+            calibration,
+            ternary_threshold,
+            allow_nonfinite,
+            shard_bytes,
+            ..PackOptions::new(policy)
+        };
         Ok(Self { checkpoint, around, options, text, is_budget })
     }
 

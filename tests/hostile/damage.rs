@@ -125,6 +125,7 @@ fn options() -> PackOptions {
         feedback: false,
         calibration: None,
         ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
+        scales: Default::default(),
         allow_nonfinite: false,
         shard_bytes: None,
     }

@@ -90,7 +90,22 @@ impl Cpu {
         zeros: &mut [u8],
     ) {
         if cols > 0 {
-            self.dispatch(QuantizeRows { options, cols, x, input_squares, codes, scales, zeros });
+            self.dispatch(QuantizeRows { options, cols, x, input_squares, given: false, codes, scales, zeros });
+        }
+    }
+
+    /// Chooses the codes of rows `x` `[rows, cols]` on scales `[rows, groups]` that are given as they are stored, whatever
+    /// [`QuantizeOptions::rounding`] says; the grid has no zero points. All values must be finite. Runs on the calling
+    /// thread.
+    ///
+    /// # Panics
+    /// If a length does not fit the layout, or the grid has zero points.
+    pub fn round_rows(self, options: &QuantizeOptions, cols: usize, x: &[f32], scales: &[u8], codes: &mut [u8]) {
+        assert!(!options.layout.grid.has_zero_points(), "zero points are not given");
+        if cols > 0 {
+            let (mut scales, input_squares, zeros) = (scales.to_vec(), None, &mut [][..]);
+            let scales = &mut scales[..];
+            self.dispatch(QuantizeRows { options, cols, x, input_squares, given: true, codes, scales, zeros });
         }
     }
 }
@@ -198,6 +213,8 @@ struct QuantizeRows<'a> {
     cols: usize,
     x: &'a [f32],
     input_squares: Option<&'a [f32]>, // [cols]
+    /// Whether `scales` holds the scales already.
+    given: bool,
     codes: &'a mut [u8],
     scales: &'a mut [u8],
     zeros: &'a mut [u8],
@@ -214,7 +231,7 @@ impl Kernel for QuantizeRows<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let Self { options, cols, x, input_squares, codes, scales, zeros } = self;
+        let Self { options, cols, x, input_squares, given, codes, scales, zeros } = self;
         let layout = options.layout;
         let (groups, code_bytes, zero_bytes) = (layout.groups(cols), layout.code_bytes(cols), layout.zero_bytes(cols));
         let scale_bytes = groups * options.scale_type.bytes();
@@ -246,6 +263,18 @@ impl Kernel for QuantizeRows<'_> {
                     padded
                 };
                 let count = columns.len();
+                let place = (row * groups + group) * options.scale_type.bytes();
+                // Whole vectors: what runs into the next group is overwritten by it.
+                let target = columns.start..columns.start + weights.len() * LANES;
+                if given {
+                    let scale = match options.scale_type {
+                        FloatType::F32 => f32::from_le_bytes(std::array::from_fn(|byte| scales[place + byte])),
+                        _ => f16::from_le_bytes([scales[place], scales[place + 1]]).to_f32(),
+                    };
+                    let chosen = GroupScale { scale, zero: symmetric_zero(layout.grid) };
+                    write_codes(s, options, weights, &chosen, &mut row_codes[target]);
+                    continue;
+                }
                 let (low, high) = extremes(s, weights);
                 let unit = unit(high.max(-low));
                 let ends = (low * unit, high * unit);
@@ -262,11 +291,8 @@ impl Kernel for QuantizeRows<'_> {
                     weigh(s, layout.grid, moderate, squares, count, importance);
                 }
                 let chosen = choose_scale(s, options, Group { weights: moderate, importance }, ends, count, unit);
-                // Whole vectors: what runs into the next group is overwritten by it.
-                let target = &mut row_codes[columns.start..columns.start + weights.len() * LANES];
-                write_codes(s, options, weights, &chosen, target);
+                write_codes(s, options, weights, &chosen, &mut row_codes[target]);
                 *row_zero = chosen.zero;
-                let place = (row * groups + group) * options.scale_type.bytes();
                 match options.scale_type {
                     FloatType::F32 => scales[place..place + 4].copy_from_slice(&chosen.scale.to_le_bytes()),
                     _ => scales[place..place + 2].copy_from_slice(&f16::from_f32(chosen.scale).to_le_bytes()),
@@ -356,6 +382,14 @@ fn weigh<S: Simd>(
             }
         }
         (_, Grid::Ternary | Grid::Binary) => flat[..count].fill(1.0),
+    }
+}
+
+/// The code of zero on a grid without zero points.
+fn symmetric_zero(grid: Grid) -> u8 {
+    match grid {
+        Grid::Int { bits, .. } => 1 << (bits - 1),
+        Grid::Ternary | Grid::Binary => 0,
     }
 }
 

@@ -16,6 +16,7 @@ mod loss;
 mod norm;
 mod resolvent;
 mod scan;
+pub mod tape;
 mod threads;
 
 use std::{

@@ -1,0 +1,19 @@
+//! Quantization-aware training: weights are trained through what the packed file will hold of them, so that the file that
+//! is written is the model that was trained (Jacob et al., arXiv 1712.05877; straight-through: Bengio et al., arXiv
+//! 1308.3432), alone or to follow a teacher (Hinton et al., arXiv 1503.02531).
+
+mod adamw;
+pub mod grid;
+pub mod loss;
+mod options;
+mod output;
+mod parameter;
+mod saved;
+mod trainer;
+
+pub use self::{
+    adamw::learning_rate,
+    options::{Distillation, Options},
+    output::{check_target, file_bytes},
+    trainer::{Data, History, StepRecord, Trained, Training, ValidationRecord, least_bits},
+};
