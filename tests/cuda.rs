@@ -262,6 +262,7 @@ mod card {
                 feedback: false,
                 calibration: None,
                 ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
+                scales: Default::default(),
                 allow_nonfinite: false,
                 shard_bytes: None,
             };

@@ -607,11 +607,4 @@ impl Simd for Avx2 {
         }
         out
     }
-
-    #[inline(always)]
-    fn load_i32(self, from: &[i32; 16]) -> [__m256i; 2] {
-        let from: *const __m256i = from.as_ptr().cast();
-        // SAFETY: the token exists only on CPUs with AVX2; the array is two registers long, and loads may be unaligned.
-        unsafe { [_mm256_loadu_si256(from), _mm256_loadu_si256(from.add(1))] }
-    }
 }

@@ -489,10 +489,4 @@ impl Simd for Avx512 {
         // SAFETY: the token exists only on CPUs with AVX-512; the arrays are 64 bytes, and loads may be unaligned.
         unsafe { _mm512_permutexvar_ps(_mm512_loadu_si512(index.as_ptr().cast()), _mm512_loadu_ps(from.as_ptr())) }
     }
-
-    #[inline(always)]
-    fn load_i32(self, from: &[i32; 16]) -> __m512i {
-        // SAFETY: the token exists only on CPUs with AVX-512; the array is 64 bytes, and the load may be unaligned.
-        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
-    }
 }

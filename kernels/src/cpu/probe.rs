@@ -155,12 +155,12 @@ impl<const CHAINS: usize> Kernel for Dot<CHAINS> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) -> i32 {
-        let codes = black_box([3; 64]);
-        let activations = black_box([1, -2, 3, -4]);
+        let codes = simd.splat_i32(black_box(0x0303_0303));
+        let activations = simd.splat_i32(black_box(0x01fe_03fc));
         let mut sums = [simd.splat_i32(0); CHAINS];
         for _ in 0..ROUNDS {
             for sum in &mut sums {
-                *sum = simd.dot_u7i8(&codes, activations, *sum);
+                *sum = simd.dot_u7i8(codes, activations, *sum);
             }
         }
         sums.into_iter().fold(0, |total: i32, sum| total.wrapping_add(simd.sum_i32(sum)))

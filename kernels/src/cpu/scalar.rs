@@ -327,9 +327,4 @@ impl Simd for Scalar {
     fn permute(self, from: &[f32; 16], index: &[i32; 16]) -> [f32; 16] {
         index.map(|index| from[index as usize])
     }
-
-    #[inline(always)]
-    fn load_i32(self, from: &[i32; 16]) -> [i32; 16] {
-        *from
-    }
 }

@@ -155,8 +155,6 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Lane `i` is `from[index[i]]`; an index is from 0 to 15.
     fn permute(self, from: &[f32; 16], index: &[i32; 16]) -> Self::F32;
 
-    fn load_i32(self, from: &[i32; 16]) -> Self::I32;
-
     /// Packs 64 codes of `bits` bits into the first `8 * bits` bytes of `out`: the inverse of
     /// [`unpack64`](Self::unpack64). Higher bits of a code are dropped.
     ///

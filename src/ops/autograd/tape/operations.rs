@@ -50,6 +50,7 @@ impl Ops for TapeOps<'_> {
     type Weight<'a> = Weight;
     /// Whether a text was seen.
     type Cache = bool;
+    type StepGraph = ();
 
     fn weight(&self, source: &dyn TensorSource, name: &str) -> Result<Weight> {
         let (id, matrix) = self.load(source, name)?;
