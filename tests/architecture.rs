@@ -10,7 +10,7 @@ use std::{
 use bkpack::{
     Error, Result,
     eval::perplexity::{Options, evaluate},
-    model::{self, Architecture, Model, config::LlamaConfig, rope::rotations},
+    model::{self, Architecture, Model, config::LlamaConfig},
     ops::{
         Ops,
         cpu::{Activations, CpuOps},
@@ -78,7 +78,8 @@ impl Random {
     fn logits(&self, tokens: &[u32], shape: Heads, frequencies: &[f32], head: &str) -> Vec<f32> {
         let narrow = |values: Vec<f64>| values.into_iter().map(|value| value as f32).collect::<Vec<f32>>();
         let Heads { heads, kv_heads, head_dim } = shape;
-        let (cos, sin) = rotations(frequencies, 0, tokens.len());
+        let angles = (0..tokens.len()).flat_map(|position| frequencies.iter().map(move |f| position as f32 * f));
+        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.map(|angle| (angle.cos(), angle.sin())).unzip();
         let norm = |x: &[f32], name: &str| narrow(reference::rms_norm(x, self.values(name), 1e-5));
         let embedding = self.values("model.embed_tokens.weight");
         let hidden = embedding.len() / VOCAB;
