@@ -18,6 +18,12 @@ pub(super) const GROUPS: usize = 256;
 /// Room for groups: a load starts up to seven groups early and ends at a whole step, and a vector starts at any group.
 const ROOM: usize = GROUPS + 2 * STEP;
 
+/// The least number of bytes by which codes are asked for ahead of their load: about what memory takes to answer.
+const AHEAD: usize = 2048;
+
+/// Rows that are longer together are streams that the hardware follows by itself.
+const LONG: usize = 1 << 14;
+
 /// The most rows that kernels take at a time.
 pub(super) const ROWS: usize = 4;
 
@@ -114,6 +120,9 @@ pub(super) struct Packed<'a, S: Simd> {
     bits: usize,
     codes: &'a [u8],
     code_bytes: usize,
+    /// How far ahead of its load a byte is asked for: whole sets of [`ROWS`] rows, since those at hand are read side by
+    /// side.
+    ahead: usize,
     /// Bytes that the loads of a row may touch.
     loaded_bytes: usize,
     /// The first row that is taken from `tail`.
@@ -137,6 +146,8 @@ impl<'a, S: Simd> Packed<'a, S> {
         let bits = layout.grid.stream_bits().unwrap_or(8);
         let (steps, code_bytes) = (w.cols().div_ceil(STEP), layout.code_bytes(w.cols()));
         let loaded_bytes = D::offset(bits as usize, steps.saturating_sub(1)) + STEP;
+        let together = (ROWS * code_bytes).max(1);
+        let ahead = if together > LONG { AHEAD } else { AHEAD.next_multiple_of(together) };
         let tail_row = (codes.len() + code_bytes).saturating_sub(loaded_bytes) / code_bytes.max(1);
         tail.clear();
         if tail_row < end {
@@ -152,6 +163,7 @@ impl<'a, S: Simd> Packed<'a, S> {
             bits: bits as usize,
             codes,
             code_bytes,
+            ahead,
             loaded_bytes,
             tail_row,
             tail,
@@ -177,7 +189,8 @@ impl<'a, S: Simd> Packed<'a, S> {
         let offset = D::offset(self.bits, step);
         debug_assert!(step < self.steps && offset + STEP <= row.0.len());
         // SAFETY: the row has as many bytes as the load of the last step touches, which is the caller's promise.
-        let bytes = unsafe { &*row.0.as_ptr().add(offset).cast() };
+        let bytes: &[u8; STEP] = unsafe { &*row.0.as_ptr().add(offset).cast() };
+        self.simd.prefetch(bytes.as_ptr().wrapping_add(self.ahead));
         D::codes(self.simd, &self.unpack, bytes, step)
     }
 

@@ -105,6 +105,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Smallest lane, folded with [`min`](Self::min) in the order of [`sum`](Self::sum).
     fn min_lane(self, v: Self::F32) -> f32;
 
+    /// Asks for the cache line at `at`, which may be any address, for a load soon.
+    #[inline(always)]
+    fn prefetch(self, _at: *const u8) {}
+
     /// Every lane `value`.
     fn splat_i32(self, value: i32) -> Self::I32;
     fn load_i32(self, from: &[i32; 16]) -> Self::I32;
