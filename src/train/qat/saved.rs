@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     adamw::Slot,
     parameter::{LearnedScales, Parameter},
-    trainer::History,
+    record::History,
 };
 use crate::{
     error::{Error, Result},
