@@ -1,7 +1,7 @@
 //! The training itself: step by step, from windows of a text to changed weights.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     panic::resume_unwind,
     path::Path,
     time::Instant,
@@ -16,7 +16,7 @@ use super::{
     options::Options,
     parameter::{Packer, Parameter, Stored},
     record::{History, StepRecord, ValidationRecord},
-    saved::{restore, save},
+    saved::{key, restore, save},
     windows::{Data, Window},
 };
 use crate::{
@@ -36,7 +36,7 @@ use crate::{
     },
     pack::{PackOptions, outline},
     policy::PLAIN,
-    progress::{Observer, Silent, Unit},
+    progress::{Observer, Unit, Unshown},
     tensor::{Tensor, TensorSource, matrix_shape, mixed::Mixed, natural_order},
 };
 
@@ -135,8 +135,10 @@ impl<'a> Training<'a> {
     /// Bytes of memory that the training needs at least: weights, their gradients, what the optimizer remembers, and what the
     /// forward pass sees. What one window computes comes on top.
     pub fn memory_bytes(&self) -> u64 {
-        // Weights, two moments, stored values, variables, gradients of a window and of a step.
-        7 * 4 * self.weights()
+        // Weights, two moments, stored values, variables and their transposes, gradients of a step, and of each window that
+        // runs beside others.
+        let windows = rayon::current_num_threads().min(self.options.batch) as u64;
+        (7 + windows) * 4 * self.weights()
     }
 
     /// Steps that are done.
@@ -173,7 +175,7 @@ impl<'a> Training<'a> {
     ) -> Result<Trained> {
         let tokens_per_step = (self.options.batch * self.protocol.ctx) as u64;
         if self.data.validation.is_some() && self.history.baseline_ppl.is_none() {
-            self.history.baseline_ppl = Some(self.measure(&HashMap::new())?.ppl);
+            self.history.baseline_ppl = Some(self.measure(&HashMap::new(), observer)?.ppl);
         }
         observer.begin("Training", self.options.steps * tokens_per_step, Unit::Tokens);
         observer.advance(self.done() * tokens_per_step);
@@ -201,7 +203,10 @@ impl<'a> Training<'a> {
         }
         if self.data.validation.is_some() && self.history.validation.last().is_none_or(|last| last.step < self.done()) {
             let stored = self.stored()?;
-            self.validate(self.done(), &stored)?;
+            if let Err(error) = self.validate(self.done(), &stored, observer) {
+                save(saved, &self.key, &self.parameters, &self.history)?;
+                return Err(error);
+            }
         }
         observer.end();
         note(&self.history)?;
@@ -228,7 +233,7 @@ impl<'a> Training<'a> {
             && due
             && self.history.validation.last().is_none_or(|last| last.step < step - 1)
         {
-            self.validate(step - 1, &stored)?;
+            self.validate(step - 1, &stored, observer)?;
         }
         let mut variables = Variables::default();
         for (parameter, stored) in self.parameters.iter().zip(&stored) {
@@ -362,16 +367,16 @@ impl<'a> Training<'a> {
     }
 
     /// Measures what would be packed, and remembers it.
-    fn validate(&mut self, step: u64, stored: &[Stored]) -> Result<()> {
+    fn validate(&mut self, step: u64, stored: &[Stored], observer: &dyn Observer) -> Result<()> {
         let pairs = self.parameters.iter().zip(stored);
         let tensors = pairs.map(|(parameter, stored)| (parameter.name.clone(), stored.tensor.borrowed())).collect();
-        let measured = self.measure(&tensors)?;
+        let measured = self.measure(&tensors, observer)?;
         self.history.validation.push(ValidationRecord { step, ppl: measured.ppl, nll: measured.nll });
         Ok(())
     }
 
     /// The perplexity on the validation text; of the checkpoint itself where no tensors are given.
-    fn measure(&self, tensors: &HashMap<String, Tensor>) -> Result<perplexity::Evaluation> {
+    fn measure(&self, tensors: &HashMap<String, Tensor>, observer: &dyn Observer) -> Result<perplexity::Evaluation> {
         let borrowed = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.borrowed())).collect();
         let source = match tensors.is_empty() {
             true => Mixed::new(self.checkpoint, borrowed),
@@ -384,7 +389,7 @@ impl<'a> Training<'a> {
             allow_lookahead: false,
         };
         let tokens = self.data.validation.as_ref().expect("measured only where there is a text");
-        evaluate(self.cpu, &source, None, tokens, &options, &Silent)
+        evaluate(self.cpu, &source, None, tokens, &options, &Unshown(observer))
     }
 }
 
@@ -461,38 +466,4 @@ fn read_parameters(
     }
     parameters.sort_by(|a, b| natural_order(&a.name, &b.name));
     Ok(parameters)
-}
-
-/// A hash of everything that the trained weights depend on.
-fn key(
-    checkpoint: &Checkpoint,
-    teacher: Option<&dyn TensorSource>,
-    pack: &PackOptions,
-    options: &Options,
-    data: &Data,
-    parameters: &[Parameter],
-) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    let requests: BTreeMap<&str, String> = parameters
-        .iter()
-        .map(|parameter| (parameter.name.as_str(), parameter.alternative.request.to_string()))
-        .collect();
-    let how = (options, requests, pack.ternary_threshold);
-    hasher.update(serde_json::to_string(&how).expect("plain numbers and strings").as_bytes());
-    hasher.update(format!("qat 1 {:?} {}", pack.rounding, checkpoint.config().is_some()).as_bytes());
-    hasher.update_rayon(bytemuck::cast_slice(&data.tokens));
-    for parameter in parameters {
-        hasher.update_rayon(bytemuck::cast_slice(&parameter.weights.values));
-    }
-    if let Some(teacher) = teacher {
-        for name in teacher.names() {
-            let tensor = teacher.tensor(name)?;
-            let matrix = tensor.matrix();
-            hasher.update(format!("{name:?} {:?}", tensor.shape()).as_bytes());
-            if let bkpack_kernels::Data::Float { values, .. } = matrix.data() {
-                hasher.update_rayon(values);
-            }
-        }
-    }
-    Ok(hasher.finalize().to_hex().to_string())
 }
