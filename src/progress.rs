@@ -39,3 +39,15 @@ impl Observer for Silent {
         false
     }
 }
+
+/// Passes on nothing but whether to stop: a small work within a stage.
+pub struct Unshown<'a>(pub &'a dyn Observer);
+
+impl Observer for Unshown<'_> {
+    fn begin(&self, _: &str, _: u64, _: Unit) {}
+    fn advance(&self, _: u64) {}
+    fn end(&self) {}
+    fn cancelled(&self) -> bool {
+        self.0.cancelled()
+    }
+}

@@ -267,7 +267,7 @@ pub fn run(args: &QatArgs) -> Result<()> {
     };
     let trained = training.run(&partial, args.checkpoint_every, &keep_metrics, &observer);
     let trained = trained.inspect_err(|error| match error {
-        Error::Cancelled => notice(&format!(
+        Error::Cancelled if partial.exists() => notice(&format!(
             "the state is saved in {}; the same command with --resume goes on there",
             partial.display()
         )),

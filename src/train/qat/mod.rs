@@ -8,12 +8,16 @@ pub mod loss;
 mod options;
 mod output;
 mod parameter;
+mod record;
 mod saved;
 mod trainer;
+mod windows;
 
 pub use self::{
     adamw::learning_rate,
     options::{Distillation, Options},
     output::{check_target, file_bytes},
-    trainer::{Data, History, StepRecord, Trained, Training, ValidationRecord, least_bits},
+    record::{History, StepRecord, ValidationRecord},
+    trainer::{Trained, Training, least_bits},
+    windows::Data,
 };

@@ -1,20 +1,25 @@
 //! An interrupted training, kept so that it goes on as if it had not been: a safetensors file with the weights, what the
 //! optimizer remembers, and the record so far.
 
-use std::{borrow::Cow, path::Path};
+use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
 use super::{
     adamw::Slot,
+    options::Options,
     parameter::{LearnedScales, Parameter},
-    trainer::History,
+    record::History,
+    windows::Data,
 };
 use crate::{
+    checkpoint::Checkpoint,
     error::{Error, Result},
     format::write_file,
     mmap::FileMap,
+    pack::PackOptions,
+    tensor::TensorSource,
 };
 
 /// The metadata key of the record.
@@ -112,4 +117,38 @@ pub(super) fn restore(path: &Path, key: &str, parameters: &mut [Parameter]) -> R
         }
     }
     Ok(record.history)
+}
+
+/// A hash of everything that the trained weights depend on.
+pub(super) fn key(
+    checkpoint: &Checkpoint,
+    teacher: Option<&dyn TensorSource>,
+    pack: &PackOptions,
+    options: &Options,
+    data: &Data,
+    parameters: &[Parameter],
+) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    let requests: BTreeMap<&str, String> = parameters
+        .iter()
+        .map(|parameter| (parameter.name.as_str(), parameter.alternative.request.to_string()))
+        .collect();
+    let how = (options, requests, pack.ternary_threshold);
+    hasher.update(serde_json::to_string(&how).expect("plain numbers and strings").as_bytes());
+    hasher.update(format!("qat 1 {:?} {}", pack.rounding, checkpoint.config().is_some()).as_bytes());
+    hasher.update_rayon(bytemuck::cast_slice(&data.tokens));
+    for parameter in parameters {
+        hasher.update_rayon(bytemuck::cast_slice(&parameter.weights.values));
+    }
+    if let Some(teacher) = teacher {
+        for name in teacher.names() {
+            let tensor = teacher.tensor(name)?;
+            let matrix = tensor.matrix();
+            hasher.update(format!("{name:?} {:?}", tensor.shape()).as_bytes());
+            if let bkpack_kernels::Data::Float { values, .. } = matrix.data() {
+                hasher.update_rayon(values);
+            }
+        }
+    }
+    Ok(hasher.finalize().to_hex().to_string())
 }

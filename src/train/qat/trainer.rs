@@ -1,23 +1,23 @@
 //! The training itself: step by step, from windows of a text to changed weights.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     panic::resume_unwind,
     path::Path,
     time::Instant,
 };
 
 use bkpack_kernels::{Cpu, Grid};
-use rand::{SeedableRng, rngs::Xoshiro256PlusPlus, seq::SliceRandom};
 use rayon::{ThreadPool, ThreadPoolBuilder, prelude::*};
-use serde::{Deserialize, Serialize};
 
 use super::{
     adamw::{Update, learning_rate, squares},
     loss::{Losses, Teaching, loss_and_gradient},
     options::Options,
     parameter::{Packer, Parameter, Stored},
-    saved::{restore, save},
+    record::{History, StepRecord, ValidationRecord},
+    saved::{key, restore, save},
+    windows::{Data, Window},
 };
 use crate::{
     checkpoint::Checkpoint,
@@ -36,65 +36,12 @@ use crate::{
     },
     pack::{PackOptions, outline},
     policy::PLAIN,
-    progress::{Observer, Silent, Unit},
-    tensor::{CalibrationText, Tensor, TensorSource, matrix_shape, mixed::Mixed, natural_order},
+    progress::{Observer, Unit, Unshown},
+    tensor::{Tensor, TensorSource, matrix_shape, mixed::Mixed, natural_order},
 };
-
-/// Memory for the logits of one model and their gradient: positions are taken in slices.
-const LOGITS_BYTES: usize = 16 << 20;
 
 /// Windows that the scales of activations are calibrated on.
 const CALIBRATION_WINDOWS: usize = 100;
-
-/// What is trained on.
-#[derive(Clone, Debug)]
-pub struct Data {
-    pub text: CalibrationText,
-    pub tokens: Vec<u32>,
-    /// What the perplexity is measured on along the way, never trained on.
-    pub validation: Option<Vec<u32>>,
-    /// Steps between two such measurements.
-    pub validate_every: u64,
-}
-
-/// One step of a training.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct StepRecord {
-    /// From 1.
-    pub step: u64,
-    /// What the step made smaller.
-    pub loss: f64,
-    /// Mean negative log-likelihood of a token, in nats.
-    pub cross_entropy: f64,
-    /// Mean divergence from the teacher, in nats, where there is one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub divergence: Option<f64>,
-    pub learning_rate: f64,
-    /// Of all gradients together, before it was made shorter.
-    pub gradient_norm: f64,
-    pub tokens_per_second: f64,
-}
-
-/// The perplexity of what would be packed after a step; of step 0, without training.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ValidationRecord {
-    pub step: u64,
-    pub ppl: f64,
-    pub nll: f64,
-}
-
-/// The record of a training so far.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct History {
-    pub steps: Vec<StepRecord>,
-    pub validation: Vec<ValidationRecord>,
-    /// The perplexity of the checkpoint itself on the same text.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub baseline_ppl: Option<f64>,
-}
 
 /// What was trained.
 pub struct Trained {
@@ -188,8 +135,10 @@ impl<'a> Training<'a> {
     /// Bytes of memory that the training needs at least: weights, their gradients, what the optimizer remembers, and what the
     /// forward pass sees. What one window computes comes on top.
     pub fn memory_bytes(&self) -> u64 {
-        // Weights, two moments, stored values, variables, gradients of a window and of a step.
-        7 * 4 * self.weights()
+        // Weights, two moments, stored values, variables and their transposes, gradients of a step, and of each window that
+        // runs beside others.
+        let windows = rayon::current_num_threads().min(self.options.batch) as u64;
+        (7 + windows) * 4 * self.weights()
     }
 
     /// Steps that are done.
@@ -226,7 +175,7 @@ impl<'a> Training<'a> {
     ) -> Result<Trained> {
         let tokens_per_step = (self.options.batch * self.protocol.ctx) as u64;
         if self.data.validation.is_some() && self.history.baseline_ppl.is_none() {
-            self.history.baseline_ppl = Some(self.measure(&HashMap::new())?.ppl);
+            self.history.baseline_ppl = Some(self.measure(&HashMap::new(), observer)?.ppl);
         }
         observer.begin("Training", self.options.steps * tokens_per_step, Unit::Tokens);
         observer.advance(self.done() * tokens_per_step);
@@ -254,7 +203,10 @@ impl<'a> Training<'a> {
         }
         if self.data.validation.is_some() && self.history.validation.last().is_none_or(|last| last.step < self.done()) {
             let stored = self.stored()?;
-            self.validate(self.done(), &stored)?;
+            if let Err(error) = self.validate(self.done(), &stored, observer) {
+                save(saved, &self.key, &self.parameters, &self.history)?;
+                return Err(error);
+            }
         }
         observer.end();
         note(&self.history)?;
@@ -281,7 +233,7 @@ impl<'a> Training<'a> {
             && due
             && self.history.validation.last().is_none_or(|last| last.step < step - 1)
         {
-            self.validate(step - 1, &stored)?;
+            self.validate(step - 1, &stored, observer)?;
         }
         let mut variables = Variables::default();
         for (parameter, stored) in self.parameters.iter().zip(&stored) {
@@ -335,7 +287,8 @@ impl<'a> Training<'a> {
     ) -> Result<Losses> {
         let source = self.with_activations(HashMap::new());
         let mut losses = Losses::default();
-        for windows in self.windows(step).chunks(pools.len()) {
+        let windows = self.data.windows(step, self.options, (self.protocol.ctx, self.bos));
+        for windows in windows.chunks(pools.len()) {
             observer.check()?;
             let found: Vec<Result<WindowGradients>> = std::thread::scope(|scope| {
                 let run = |(pool, window)| {
@@ -402,27 +355,6 @@ impl<'a> Training<'a> {
         Ok((losses, ops.into_gradients()))
     }
 
-    /// The windows of a step: those of the text in an order of their own each time it is gone through.
-    fn windows(&self, step: u64) -> Vec<Window> {
-        let count = (self.data.tokens.len() / self.protocol.ctx) as u64;
-        let mut order: (u64, Vec<u32>) = (u64::MAX, Vec::new());
-        let first = (step - 1) * self.options.batch as u64;
-        let window = |place: u64| {
-            let (round, place) = (place / count, place % count);
-            if order.0 != round {
-                order = (round, shuffled(count as u32, self.options.seed, round));
-            }
-            let index = order.1[place as usize] as usize;
-            let tokens = &self.data.tokens[index * self.protocol.ctx..][..self.protocol.ctx];
-            let mut inputs = tokens.to_vec();
-            if let Some(bos) = self.bos {
-                inputs[0] = bos;
-            }
-            Window { inputs, targets: tokens[1..].to_vec() }
-        };
-        (first..first + self.options.batch as u64).map(window).collect()
-    }
-
     /// The checkpoint with these tensors in place of its own, and with the scales of its activations.
     fn with_activations<'s>(&'s self, mut tensors: HashMap<String, Tensor<'s>>) -> Mixed<'s> {
         let Some(Calibration { record, scales }) = &self.calibration else {
@@ -435,16 +367,16 @@ impl<'a> Training<'a> {
     }
 
     /// Measures what would be packed, and remembers it.
-    fn validate(&mut self, step: u64, stored: &[Stored]) -> Result<()> {
+    fn validate(&mut self, step: u64, stored: &[Stored], observer: &dyn Observer) -> Result<()> {
         let pairs = self.parameters.iter().zip(stored);
         let tensors = pairs.map(|(parameter, stored)| (parameter.name.clone(), stored.tensor.borrowed())).collect();
-        let measured = self.measure(&tensors)?;
+        let measured = self.measure(&tensors, observer)?;
         self.history.validation.push(ValidationRecord { step, ppl: measured.ppl, nll: measured.nll });
         Ok(())
     }
 
     /// The perplexity on the validation text; of the checkpoint itself where no tensors are given.
-    fn measure(&self, tensors: &HashMap<String, Tensor>) -> Result<perplexity::Evaluation> {
+    fn measure(&self, tensors: &HashMap<String, Tensor>, observer: &dyn Observer) -> Result<perplexity::Evaluation> {
         let borrowed = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.borrowed())).collect();
         let source = match tensors.is_empty() {
             true => Mixed::new(self.checkpoint, borrowed),
@@ -457,7 +389,7 @@ impl<'a> Training<'a> {
             allow_lookahead: false,
         };
         let tokens = self.data.validation.as_ref().expect("measured only where there is a text");
-        evaluate(self.cpu, &source, None, tokens, &options, &Silent)
+        evaluate(self.cpu, &source, None, tokens, &options, &Unshown(observer))
     }
 }
 
@@ -479,30 +411,6 @@ fn single_threads(batch: usize) -> Result<Vec<ThreadPool>> {
         pool.map_err(|error| Error::io("a thread")(std::io::Error::other(error)))
     };
     (0..count).map(pool).collect()
-}
-
-/// What the model sees and what it is to predict.
-struct Window {
-    inputs: Vec<u32>,  // [ctx]
-    targets: Vec<u32>, // [ctx - 1]
-}
-
-impl Window {
-    /// Positions whose logits and gradients fit the memory set aside for them.
-    fn slices(&self, vocab_size: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-        let rows = (LOGITS_BYTES / (2 * vocab_size * size_of::<f32>())).max(1);
-        let count = self.targets.len();
-        (0..count).step_by(rows).map(move |first| first..count.min(first + rows))
-    }
-}
-
-/// The order of windows in one round through the text.
-fn shuffled(count: u32, seed: u64, round: u64) -> Vec<u32> {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(&seed.to_le_bytes()).update(&round.to_le_bytes());
-    let mut order: Vec<u32> = (0..count).collect();
-    order.shuffle(&mut Xoshiro256PlusPlus::from_seed(hasher.finalize().into()));
-    order
 }
 
 /// The fewest bits that a quantized tensor of the policy has, scales not counted; 16 where none is quantized.
@@ -558,38 +466,4 @@ fn read_parameters(
     }
     parameters.sort_by(|a, b| natural_order(&a.name, &b.name));
     Ok(parameters)
-}
-
-/// A hash of everything that the trained weights depend on.
-fn key(
-    checkpoint: &Checkpoint,
-    teacher: Option<&dyn TensorSource>,
-    pack: &PackOptions,
-    options: &Options,
-    data: &Data,
-    parameters: &[Parameter],
-) -> Result<String> {
-    let mut hasher = blake3::Hasher::new();
-    let requests: BTreeMap<&str, String> = parameters
-        .iter()
-        .map(|parameter| (parameter.name.as_str(), parameter.alternative.request.to_string()))
-        .collect();
-    let how = (options, requests, pack.ternary_threshold);
-    hasher.update(serde_json::to_string(&how).expect("plain numbers and strings").as_bytes());
-    hasher.update(format!("qat 1 {:?} {}", pack.rounding, checkpoint.config().is_some()).as_bytes());
-    hasher.update_rayon(bytemuck::cast_slice(&data.tokens));
-    for parameter in parameters {
-        hasher.update_rayon(bytemuck::cast_slice(&parameter.weights.values));
-    }
-    if let Some(teacher) = teacher {
-        for name in teacher.names() {
-            let tensor = teacher.tensor(name)?;
-            let matrix = tensor.matrix();
-            hasher.update(format!("{name:?} {:?}", tensor.shape()).as_bytes());
-            if let bkpack_kernels::Data::Float { values, .. } = matrix.data() {
-                hasher.update_rayon(values);
-            }
-        }
-    }
-    Ok(hasher.finalize().to_hex().to_string())
 }
