@@ -3,6 +3,7 @@
 
 use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
+use bkpack_kernels::Data as Values;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
@@ -145,8 +146,12 @@ pub(super) fn key(
             let tensor = teacher.tensor(name)?;
             let matrix = tensor.matrix();
             hasher.update(format!("{name:?} {:?}", tensor.shape()).as_bytes());
-            if let bkpack_kernels::Data::Float { values, .. } = matrix.data() {
-                hasher.update_rayon(values);
+            let parts = match matrix.data() {
+                Values::Float { values, .. } => [values, &[], &[]],
+                Values::Quantized { codes, scales, zeros, .. } => [codes, scales, zeros],
+            };
+            for part in parts {
+                hasher.update_rayon(part);
             }
         }
     }
