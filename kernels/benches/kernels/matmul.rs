@@ -109,10 +109,10 @@ fn product(bench: &mut Bench, label: &str, figure: Figure, weights: &Weights, to
     }
 }
 
-/// About 100 MB of codes, which no cache holds.
+/// About 100 MB of codes, which no cache holds, in rows as long as a large and a small model's.
 pub fn few_tokens(bench: &mut Bench) {
-    for (name, encoding) in encodings() {
-        let cols = 4096;
+    for ((name, encoding), cols) in encodings().into_iter().flat_map(|one| [4096, 576].map(|cols| (one.clone(), cols)))
+    {
         let rows = 100_000_000 / encoding.row_bytes(cols);
         let labels = [1, 4].map(|tokens| (tokens, format!("gemv  {name:20} [{rows}, {cols}] x {tokens}")));
         let wanted = |label: &str| ["exact", "int8"].iter().any(|mode| bench.wants(&format!("{label}  {mode}")));

@@ -7,13 +7,14 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::Cpu;
-use super::gemv_exact::ExactProduct;
+use super::gemv_exact::{BF16, ExactProduct, F16, F32, FloatProduct};
 use super::gemv_int8::RoundedProduct;
 use super::gemv_prepare::{Form, Prepare, Prepared, Scaling};
-use super::gemv_row::{ROWS, Scratch, Task, constant_zero};
+use super::gemv_row::{Decode, Scratch, Stream, Task, Ternary, constant_zero};
 use super::matmul::Output;
 use super::pool::for_each;
-use crate::matrix::{Data, Matrix};
+use super::simd::LANES;
+use crate::matrix::{Data, FloatType, Grid, Matrix};
 
 /// The most tokens that are a few.
 pub(super) const MAX_TOKENS: usize = 7;
@@ -126,7 +127,7 @@ impl Cpu {
             if rows == 0 || tokens == 0 {
                 continue;
             }
-            let rows_a_task = (BYTES_A_TASK * rows).div_ceil(w.bytes()).next_multiple_of(ROWS);
+            let rows_a_task = (BYTES_A_TASK * rows).div_ceil(w.bytes()).next_multiple_of(LANES);
             tasks += rows.div_ceil(rows_a_task);
             let x = self.prepare(&mut prepared, &mut used, x, cols, form(w, arithmetic));
             *job = Some(Job { w, x, out, rows_a_task, end: tasks });
@@ -161,9 +162,37 @@ impl Cpu {
     /// Some rows of one weight times all prepared tokens, on the calling thread.
     fn rows(self, w: &Matrix, x: &Prepared, rows: Range<usize>, out: &Output) {
         let task = Task { x, w, rows, out };
-        SCRATCH.with_borrow_mut(|scratch| match x.form {
-            Some(Form::Rounded { .. }) => self.dispatch(RoundedProduct { task, scratch }),
-            _ => self.dispatch(ExactProduct { task, scratch }),
+        let layout = match w.data() {
+            Data::Float { dtype: FloatType::F32, .. } => return self.dispatch(FloatProduct::<F32>::new(task)),
+            Data::Float { dtype: FloatType::F16, .. } => return self.dispatch(FloatProduct::<F16>::new(task)),
+            Data::Float { dtype: FloatType::BF16, .. } => return self.dispatch(FloatProduct::<BF16>::new(task)),
+            Data::Quantized { layout, .. } => layout,
+        };
+        SCRATCH.with_borrow_mut(|scratch| match (x.form, layout.grid) {
+            (Some(Form::Rounded { .. }), Grid::Ternary) => self.rounded::<Ternary, true>(task, scratch),
+            (Some(Form::Rounded { .. }), grid) if grid.has_zero_points() => {
+                self.rounded::<Stream, false>(task, scratch)
+            }
+            (Some(Form::Rounded { .. }), _) => self.rounded::<Stream, true>(task, scratch),
+            (_, Grid::Ternary) => self.exact::<Ternary, true>(task, scratch),
+            (_, grid) if grid.max_code() < 16 => self.exact::<Stream, true>(task, scratch),
+            _ => self.exact::<Stream, false>(task, scratch),
         });
+    }
+
+    fn rounded<D: Decode, const CONSTANT: bool>(self, task: Task, scratch: &mut Scratch) {
+        if task.x.form.is_some_and(Form::scales_steps) {
+            self.dispatch(RoundedProduct::<D, CONSTANT, true>::new(task, scratch));
+        } else {
+            self.dispatch(RoundedProduct::<D, CONSTANT, false>::new(task, scratch));
+        }
+    }
+
+    fn exact<D: Decode, const NARROW: bool>(self, task: Task, scratch: &mut Scratch) {
+        if task.x.form.is_some_and(Form::scales_steps) {
+            self.dispatch(ExactProduct::<D, NARROW, true>::new(task, scratch));
+        } else {
+            self.dispatch(ExactProduct::<D, NARROW, false>::new(task, scratch));
+        }
     }
 }

@@ -10,242 +10,232 @@
     reason = "loops over constant counts are unrolled, iterators over them not always"
 )]
 
+use std::marker::PhantomData;
+
 use super::Kernel;
 use super::gemv_prepare::{Prepared, STEP};
-use super::gemv_row::{Decode, GROUPS, Groups, Packed, ROWS, Scratch, Stream, Task, Ternary};
+use super::gemv_row::{Codes, Decode, GROUPS, Groups, Packed, STEPS_A_LOAD, Scratch, Task};
 use super::simd::Simd;
-use crate::matrix::{Data, Grid};
 
 /// A task with activations rounded to INT8.
-pub(super) struct RoundedProduct<'a> {
-    pub(super) task: Task<'a>,
-    pub(super) scratch: &'a mut Scratch,
+pub(super) struct RoundedProduct<'a, D, const CONSTANT: bool, const STEPS: bool> {
+    task: Task<'a>,
+    scratch: &'a mut Scratch,
+    decode: PhantomData<D>,
 }
 
-impl Kernel for RoundedProduct<'_> {
+impl<'a, D, const CONSTANT: bool, const STEPS: bool> RoundedProduct<'a, D, CONSTANT, STEPS> {
+    pub(super) fn new(task: Task<'a>, scratch: &'a mut Scratch) -> Self {
+        Self { task, scratch, decode: PhantomData }
+    }
+}
+
+impl<D: Decode, const CONSTANT: bool, const STEPS: bool> Kernel for RoundedProduct<'_, D, CONSTANT, STEPS> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { task, scratch } = self;
-        let Data::Quantized { layout, .. } = task.w.data() else { return };
-        match layout.grid {
-            Grid::Ternary => task.rounded::<S, Ternary, true>(simd, scratch),
-            grid if grid.has_zero_points() => task.rounded::<S, Stream, false>(simd, scratch),
-            _ => task.rounded::<S, Stream, true>(simd, scratch),
+        let Self { task, scratch: Scratch { groups, tail }, .. } = self;
+        let Some(w) = &Packed::new::<D>(simd, task.w, task.rows.end, tail) else { return };
+        let Prepared { steps, planes, tokens, ref codes, ref starts, ref sums, .. } = *task.x;
+        let slots = steps * planes * tokens;
+        assert!(steps == w.steps && codes.len() == slots);
+        assert!(if CONSTANT { starts.len() } else { sums.len() } == slots);
+        if STEPS {
+            assert!(planes == 1 && task.x.scales.len() == slots);
+        } else {
+            assert!(task.x.groups.len() == steps * planes && task.x.lane_scales.len() == slots);
+            assert!(task.x.first_groups.len() == steps);
+        }
+        let mut token = 0;
+        while token < tokens {
+            token += match tokens - token {
+                1 => task.rounded_rows::<S, D, CONSTANT, STEPS, 1>(w, token, groups),
+                3 | 5 | 6 if S::REGISTERS >= 32 => task.rounded_rows::<S, D, CONSTANT, STEPS, 3>(w, token, groups),
+                4.. if S::REGISTERS >= 32 => task.rounded_rows::<S, D, CONSTANT, STEPS, 4>(w, token, groups),
+                _ => task.rounded_rows::<S, D, CONSTANT, STEPS, 2>(w, token, groups),
+            };
         }
     }
 }
 
 impl Task<'_> {
+    /// `T` tokens from `token` on. Gives `T`.
     #[inline(always)]
-    fn rounded<S: Simd, D: Decode, const CONSTANT: bool>(&self, simd: S, scratch: &mut Scratch) {
-        let Scratch { groups, tail } = scratch;
-        let Some(w) = &Packed::new::<D>(simd, self.w, self.rows.end, tail) else { return };
-        let Prepared { steps, planes, tokens, ref codes, ref starts, ref sums, .. } = *self.x;
-        let slots = steps * planes * tokens;
-        assert!(steps == w.steps && codes.len() == slots);
-        assert!(if CONSTANT { starts.len() } else { sums.len() } == slots);
-        if self.x.lane_scales.is_empty() {
-            assert!(planes == 1 && self.x.scales.len() == slots);
-            self.rounded_tokens::<S, D, CONSTANT, true>(w, groups);
-        } else {
-            assert!(self.x.groups.len() == steps * planes && self.x.lane_scales.len() == slots);
-            assert!(self.x.first_groups.len() == steps);
-            self.rounded_tokens::<S, D, CONSTANT, false>(w, groups);
-        }
-    }
-
-    #[inline(always)]
-    fn rounded_tokens<S: Simd, D: Decode, const CONSTANT: bool, const STEPS: bool>(
-        &self,
-        w: &Packed<S>,
-        groups: &mut [Groups; ROWS],
-    ) {
-        let mut token = 0;
-        while token < self.x.tokens {
-            let left = self.x.tokens - token;
-            if S::REGISTERS >= 32 {
-                token += match left {
-                    1 => self.rounded_rows::<S, D, CONSTANT, STEPS, 1, 4>(w, token, groups),
-                    2 => self.rounded_rows::<S, D, CONSTANT, STEPS, 2, 2>(w, token, groups),
-                    3 | 5 | 6 => self.rounded_rows::<S, D, CONSTANT, STEPS, 3, 1>(w, token, groups),
-                    _ => self.rounded_rows::<S, D, CONSTANT, STEPS, 4, 1>(w, token, groups),
-                };
-            } else {
-                token += match left {
-                    1 => self.rounded_rows::<S, D, CONSTANT, STEPS, 1, 2>(w, token, groups),
-                    _ => self.rounded_rows::<S, D, CONSTANT, STEPS, 2, 1>(w, token, groups),
-                };
-            }
-        }
-    }
-
-    /// `T` tokens from `token` on, `R` rows at a time. Gives `T`.
-    #[inline(always)]
-    fn rounded_rows<S: Simd, D: Decode, const CONSTANT: bool, const STEPS: bool, const T: usize, const R: usize>(
+    fn rounded_rows<S: Simd, D: Decode, const CONSTANT: bool, const STEPS: bool, const T: usize>(
         &self,
         w: &Packed<S>,
         token: usize,
-        groups: &mut [Groups; ROWS],
+        groups: &mut Groups,
     ) -> usize {
         assert!(token + T <= self.x.tokens);
-        let mut row = self.rows.start;
-        while row < self.rows.end {
-            row += match (STEPS, self.rows.end - row >= R) {
-                // SAFETY: the tokens were checked above, and the lengths by `rounded`.
-                (true, true) => unsafe { self.rounded_steps::<S, D, CONSTANT, T, R>(w, token, row, groups) },
+        for row in self.rows.clone() {
+            let sums = if STEPS {
+                // SAFETY: the tokens were checked above, and the lengths by the kernel.
+                unsafe { self.rounded_steps::<S, D, CONSTANT, T>(w, token, row, groups) }
+            } else {
                 // SAFETY: as above.
-                (true, false) => unsafe { self.rounded_steps::<S, D, CONSTANT, T, 1>(w, token, row, groups) },
-                // SAFETY: as above.
-                (false, true) => unsafe { self.rounded_lanes::<S, D, CONSTANT, T, R>(w, token, row, groups) },
-                // SAFETY: as above.
-                (false, false) => unsafe { self.rounded_lanes::<S, D, CONSTANT, T, 1>(w, token, row, groups) },
+                unsafe { self.rounded_lanes::<S, D, CONSTANT, T>(w, token, row, groups) }
             };
+            self.store(w.simd, token, row, &sums);
         }
         T
     }
 
-    /// `T` tokens times `R` rows where scales are of whole steps. Gives `R`.
+    /// `T` tokens times a row where scales are of whole steps.
     ///
     /// # Safety
     /// The activations have `token + T` tokens or more, a value for each slot in every part that is read, and the steps
     /// of `w`.
     #[inline(always)]
-    unsafe fn rounded_steps<S: Simd, D: Decode, const CONSTANT: bool, const T: usize, const R: usize>(
+    unsafe fn rounded_steps<S: Simd, D: Decode, const CONSTANT: bool, const T: usize>(
         &self,
         w: &Packed<S>,
         token: usize,
         row: usize,
-        groups: &mut [Groups; ROWS],
-    ) -> usize {
+        groups: &mut Groups,
+    ) -> [S::F32; T] {
         let simd = w.simd;
-        let Prepared { steps, tokens, ref codes, ref starts, ref sums, ref scales, .. } = *self.x;
-        let eight_bits = w.layout.grid.max_code() > 127;
+        let steps = self.x.steps;
         let steps_a_group = w.layout.group.div_ceil(STEP).min(steps);
-        let mut rows = [w.row(row); R];
-        for r in 1..R {
-            rows[r] = w.row(row + r);
-        }
-        let mut out = [[simd.splat(0.0); T]; R];
+        let row_codes = w.row(row);
+        let mut out = [simd.splat(0.0); T];
         let mut first = 0;
         for first_group in (0..w.groups).step_by(GROUPS) {
-            let some_groups = first_group..w.groups.min(first_group + GROUPS);
-            for r in 0..R {
-                groups[r].load(w, row + r, first_group, some_groups.len());
-            }
-            for group in some_groups {
+            let count = GROUPS.min(w.groups - first_group);
+            groups.load(w, row, first_group, count);
+            let (weight_scales, zeros) = groups.loaded(first_group, count);
+            for (weight_scale, zero) in weight_scales.iter().zip(zeros) {
                 let end = steps.min(first + steps_a_group);
-                let mut of_group = [[simd.splat(0.0); T]; R];
-                let mut minus_zeros = [simd.splat(0.0); R];
-                if !CONSTANT {
-                    for r in 0..R {
-                        minus_zeros[r] = simd.splat(-groups[r].zero(group));
+                let minus_zero = simd.splat(-zero);
+                let mut of_group = [simd.splat(0.0); T];
+                // The usual group is two steps.
+                while first + 2 <= end {
+                    // SAFETY: the steps are below `steps`; the rest is the caller's promise.
+                    unsafe {
+                        self.rounded_step::<S, D, CONSTANT, T>(w, row_codes, token, first, minus_zero, &mut of_group);
+                        self.rounded_step::<S, D, CONSTANT, T>(
+                            w,
+                            row_codes,
+                            token,
+                            first + 1,
+                            minus_zero,
+                            &mut of_group,
+                        );
                     }
+                    first += 2;
                 }
-                for step in first..end {
-                    for r in 0..R {
-                        // SAFETY: the step is below that of the activations, which `w` has too.
-                        let u = unsafe { w.codes::<D>(rows[r], step) };
-                        for t in 0..T {
-                            let slot = step * tokens + token + t;
-                            // SAFETY: steps and tokens are below those of the activations, which have all slots.
-                            let (a, scale) = unsafe { (codes.get_unchecked(slot), *scales.get_unchecked(slot)) };
-                            let dot = if CONSTANT {
-                                // SAFETY: as above.
-                                let start = simd.load_i32(unsafe { starts.get_unchecked(slot) });
-                                simd.i32_to_f32(simd.dot_codes(u, a, start, eight_bits))
-                            } else {
-                                let dot = simd.i32_to_f32(simd.dot_codes(u, a, simd.splat_i32(0), eight_bits));
-                                // SAFETY: as above.
-                                let sum = simd.load(unsafe { sums.get_unchecked(slot) });
-                                // Both terms and their sum are integers below 2^24, so this is exact.
-                                simd.mul_add(minus_zeros[r], sum, dot)
-                            };
-                            of_group[r][t] = simd.mul_add(dot, simd.splat(scale), of_group[r][t]);
-                        }
-                    }
+                if first < end {
+                    // SAFETY: as above.
+                    unsafe {
+                        self.rounded_step::<S, D, CONSTANT, T>(w, row_codes, token, first, minus_zero, &mut of_group)
+                    };
+                    first += 1;
                 }
-                for r in 0..R {
-                    let scale = simd.splat(groups[r].scale(group));
-                    for t in 0..T {
-                        out[r][t] = simd.mul_add(of_group[r][t], scale, out[r][t]);
-                    }
+                for t in 0..T {
+                    out[t] = simd.mul_add(of_group[t], simd.splat(*weight_scale), out[t]);
                 }
-                first = end;
             }
         }
-        self.store(simd, token, row, &out);
-        R
+        out
     }
 
-    /// `T` tokens times `R` rows where lanes have scales of their own. Gives `R`.
+    /// Adds the products of one step to those of its group.
+    ///
+    /// # Safety
+    /// As for [`rounded_steps`](Self::rounded_steps), and `step` is below the steps of `w`.
+    #[inline(always)]
+    unsafe fn rounded_step<S: Simd, D: Decode, const CONSTANT: bool, const T: usize>(
+        &self,
+        w: &Packed<S>,
+        row: Codes,
+        token: usize,
+        step: usize,
+        minus_zero: S::F32,
+        of_group: &mut [S::F32; T],
+    ) {
+        let simd = w.simd;
+        let Prepared { steps, ref codes, ref starts, ref sums, ref scales, .. } = *self.x;
+        let eight_bits = w.layout.grid.max_code() > 127;
+        // SAFETY: the step is below that of the activations, which `w` has too.
+        let u = unsafe { w.codes::<D>(row, step) };
+        for t in 0..T {
+            let slot = (token + t) * steps + step;
+            // SAFETY: steps and tokens are below those of the activations, which have all slots.
+            let (a, scale) = unsafe { (codes.get_unchecked(slot), *scales.get_unchecked(slot)) };
+            let dot = if CONSTANT {
+                // SAFETY: as above.
+                let start = simd.load_i32(unsafe { starts.get_unchecked(slot) });
+                simd.i32_to_f32(simd.dot_codes(u, a, start, eight_bits))
+            } else {
+                let dot = simd.i32_to_f32(simd.dot_codes(u, a, simd.splat_i32(0), eight_bits));
+                // SAFETY: as above.
+                let sum = simd.load(unsafe { sums.get_unchecked(slot) });
+                // Both terms and their sum are integers below 2^24, so this is exact.
+                simd.mul_add(minus_zero, sum, dot)
+            };
+            of_group[t] = simd.mul_add(dot, simd.splat(scale), of_group[t]);
+        }
+    }
+
+    /// `T` tokens times a row where lanes have scales of their own.
     ///
     /// # Safety
     /// The activations have `token + T` tokens or more, a value for each slot in every part that is read, and the steps
     /// of `w`.
     #[inline(always)]
-    unsafe fn rounded_lanes<S: Simd, D: Decode, const CONSTANT: bool, const T: usize, const R: usize>(
+    unsafe fn rounded_lanes<S: Simd, D: Decode, const CONSTANT: bool, const T: usize>(
         &self,
         w: &Packed<S>,
         token: usize,
         row: usize,
-        groups: &mut [Groups; ROWS],
-    ) -> usize {
-        const STEPS_A_LOAD: usize = GROUPS / STEP;
+        groups: &mut Groups,
+    ) -> [S::F32; T] {
         let simd = w.simd;
-        let Prepared { steps, planes, tokens, ref codes, ref starts, ref sums, ref lane_scales, .. } = *self.x;
+        let Prepared { steps, planes, ref codes, ref starts, ref sums, ref lane_scales, .. } = *self.x;
         let group = w.layout.group;
         let near = group >= 4;
         let eight_bits = w.layout.grid.max_code() > 127;
-        let mut rows = [w.row(row); R];
-        for r in 1..R {
-            rows[r] = w.row(row + r);
-        }
-        let mut out = [[simd.splat(0.0); T]; R];
+        let row_codes = w.row(row);
+        let mut out = [simd.splat(0.0); T];
         for first in (0..steps).step_by(STEPS_A_LOAD) {
             let end = steps.min(first + STEPS_A_LOAD);
             let some_groups = first * STEP / group..(end * STEP).div_ceil(group).min(w.groups);
-            for r in 0..R {
-                groups[r].load(w, row + r, some_groups.start, some_groups.len());
-            }
+            groups.load(w, row, some_groups.start, some_groups.len());
             for step in first..end {
                 // SAFETY: the step is below that of the activations.
                 let base = *unsafe { self.x.first_groups.get_unchecked(step) };
-                for r in 0..R {
-                    // SAFETY: the step is below that of the activations, which `w` has too.
-                    let u = unsafe { w.codes::<D>(rows[r], step) };
-                    for plane in 0..planes {
-                        // SAFETY: steps and planes are below those of the activations.
-                        let of_lanes = unsafe { self.x.groups.get_unchecked(step * planes + plane) };
-                        let weight_scale = groups[r].lane_scales(simd, base, of_lanes, near);
-                        let mut minus_zero = simd.splat(0.0);
-                        if !CONSTANT {
-                            minus_zero = simd.neg(groups[r].lane_zeros(simd, base, of_lanes, near));
-                        }
-                        for t in 0..T {
-                            let slot = (step * planes + plane) * tokens + token + t;
-                            // SAFETY: steps, planes and tokens are below those of the activations, which have all slots.
-                            let (a, scale) = unsafe { (codes.get_unchecked(slot), lane_scales.get_unchecked(slot)) };
-                            let dot = if CONSTANT {
-                                // SAFETY: as above.
-                                let start = simd.load_i32(unsafe { starts.get_unchecked(slot) });
-                                simd.i32_to_f32(simd.dot_codes(u, a, start, eight_bits))
-                            } else {
-                                let dot = simd.i32_to_f32(simd.dot_codes(u, a, simd.splat_i32(0), eight_bits));
-                                // SAFETY: as above.
-                                let sum = simd.load(unsafe { sums.get_unchecked(slot) });
-                                // Both terms and their sum are integers below 2^24, so this is exact.
-                                simd.mul_add(minus_zero, sum, dot)
-                            };
-                            let dot = simd.mul(dot, simd.load(scale));
-                            out[r][t] = simd.mul_add(dot, weight_scale, out[r][t]);
-                        }
+                // SAFETY: the step is below that of the activations, which `w` has too.
+                let u = unsafe { w.codes::<D>(row_codes, step) };
+                for plane in 0..planes {
+                    // SAFETY: steps and planes are below those of the activations.
+                    let of_lanes = unsafe { self.x.groups.get_unchecked(step * planes + plane) };
+                    let weight_scale = groups.lane_scales(simd, base, of_lanes, near);
+                    let mut minus_zero = simd.splat(0.0);
+                    if !CONSTANT {
+                        minus_zero = simd.neg(groups.lane_zeros(simd, base, of_lanes, near));
+                    }
+                    for t in 0..T {
+                        let slot = ((token + t) * steps + step) * planes + plane;
+                        // SAFETY: steps, planes and tokens are below those of the activations, which have all slots.
+                        let (a, scale) = unsafe { (codes.get_unchecked(slot), lane_scales.get_unchecked(slot)) };
+                        let dot = if CONSTANT {
+                            // SAFETY: as above.
+                            let start = simd.load_i32(unsafe { starts.get_unchecked(slot) });
+                            simd.i32_to_f32(simd.dot_codes(u, a, start, eight_bits))
+                        } else {
+                            let dot = simd.i32_to_f32(simd.dot_codes(u, a, simd.splat_i32(0), eight_bits));
+                            // SAFETY: as above.
+                            let sum = simd.load(unsafe { sums.get_unchecked(slot) });
+                            // Both terms and their sum are integers below 2^24, so this is exact.
+                            simd.mul_add(minus_zero, sum, dot)
+                        };
+                        let dot = simd.mul(dot, simd.load(scale));
+                        out[t] = simd.mul_add(dot, weight_scale, out[t]);
                     }
                 }
             }
         }
-        self.store(simd, token, row, &out);
-        R
+        out
     }
 }

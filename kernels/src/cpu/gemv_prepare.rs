@@ -42,6 +42,13 @@ pub(super) enum Form {
     Rounded { scaling: Scaling, zero: Option<i32> },
 }
 
+impl Form {
+    /// Whether the scales of a step are one number each.
+    pub(super) fn scales_steps(self) -> bool {
+        matches!(self, Self::Interleaved(Scaling::Steps) | Self::Rounded { scaling: Scaling::Steps, .. })
+    }
+}
+
 /// The activations of all tokens.
 #[derive(Default)]
 pub(super) struct Prepared {
@@ -54,18 +61,18 @@ pub(super) struct Prepared {
     pub(super) groups: Vec<[i32; LANES]>,
     /// The group of each step's first column; with [`Scaling::Lanes`]. [steps]
     pub(super) first_groups: Vec<usize>,
-    /// [`Form::Natural`]: [steps, tokens, 4, LANES], padded with zeros. [`Form::Interleaved`]: [steps, planes, tokens, 4,
+    /// [`Form::Natural`]: [tokens, steps, 4, LANES], padded with zeros. [`Form::Interleaved`]: [tokens, steps, planes, 4,
     /// LANES], where vector `k` has column `k` of each lane.
     pub(super) floats: Vec<[[f32; LANES]; LANE]>,
-    /// [`Form::Rounded`], and the rest too: in the order of the columns. [steps, planes, tokens]
+    /// [`Form::Rounded`], and the rest too: in the order of the columns. [tokens, steps, planes]
     pub(super) codes: Vec<[i8; STEP]>,
-    /// The constant zero point times minus the sum of each lane's codes. [steps, planes, tokens]
+    /// The constant zero point times minus the sum of each lane's codes. [tokens, steps, planes]
     pub(super) starts: Vec<[i32; LANES]>,
-    /// The sum of each lane's codes; without a constant zero point. [steps, planes, tokens]
+    /// The sum of each lane's codes; without a constant zero point. [tokens, steps, planes]
     pub(super) sums: Vec<[f32; LANES]>,
-    /// Scales of whole steps. [steps, tokens]
+    /// Scales of whole steps. [tokens, steps]
     pub(super) scales: Vec<f32>,
-    /// Scales of lanes. [steps, planes, tokens]
+    /// Scales of lanes. [tokens, steps, planes]
     pub(super) lane_scales: Vec<[f32; LANES]>,
 }
 
@@ -129,7 +136,7 @@ impl Prepared {
         self.floats.resize(self.slots(), [[0.0; LANES]; LANE]);
         for (token, x) in x.chunks_exact(cols).enumerate() {
             for (step, x) in x.chunks(STEP).enumerate() {
-                self.floats[step * self.tokens + token].as_flattened_mut()[..x.len()].copy_from_slice(x);
+                self.floats[token * self.steps + step].as_flattened_mut()[..x.len()].copy_from_slice(x);
             }
         }
     }
@@ -155,7 +162,7 @@ impl Prepared {
     }
 
     fn interleave(&mut self, x: &[f32], cols: usize, scaling: Scaling) {
-        let (tokens, planes) = (self.tokens, self.planes);
+        let (steps, planes) = (self.steps, self.planes);
         self.floats.clear();
         self.floats.resize(self.slots(), [[0.0; LANES]; LANE]);
         for (token, x) in x.chunks_exact(cols).enumerate() {
@@ -164,7 +171,7 @@ impl Prepared {
                     let mut before = None;
                     for block in activation_blocks(group, cols) {
                         each_lane(&block, &mut before, |lane, columns, plane| {
-                            let to = &mut self.floats[(lane / LANES * planes + plane) * tokens + token];
+                            let to = &mut self.floats[(token * steps + lane / LANES) * planes + plane];
                             for column in columns {
                                 to[column % LANE][lane % LANES] = x[column];
                             }
@@ -173,7 +180,7 @@ impl Prepared {
                 }
                 _ => {
                     for (step, x) in x.chunks(STEP).enumerate() {
-                        let to = &mut self.floats[step * tokens + token];
+                        let to = &mut self.floats[token * steps + step];
                         let (fours, rest) = x.as_chunks::<LANE>();
                         for (lane, four) in fours.iter().enumerate() {
                             for (to, &value) in to.iter_mut().zip(four) {
@@ -191,7 +198,7 @@ impl Prepared {
 
     #[inline(always)]
     fn round<S: Simd>(&mut self, simd: S, x: &[f32], cols: usize, scaling: Scaling, zero: Option<i32>) {
-        let (slots, tokens, planes) = (self.slots(), self.tokens, self.planes);
+        let (slots, steps, planes) = (self.slots(), self.steps, self.planes);
         self.codes.clear();
         self.codes.resize(slots, [0; STEP]);
         self.scales.clear();
@@ -204,7 +211,7 @@ impl Prepared {
             match scaling {
                 Scaling::Steps => {
                     for (step, x) in x.chunks(STEP).enumerate() {
-                        let slot = step * tokens + token;
+                        let slot = token * steps + step;
                         self.scales[slot] = round_block(simd, x, &mut self.codes[slot]);
                     }
                 }
@@ -214,7 +221,7 @@ impl Prepared {
                         let mut rounded = [0; STEP];
                         let scale = round_block(simd, &x[block.clone()], &mut rounded);
                         each_lane(&block, &mut before, |lane, columns, plane| {
-                            let slot = (lane / LANES * planes + plane) * tokens + token;
+                            let slot = (token * steps + lane / LANES) * planes + plane;
                             self.lane_scales[slot][lane % LANES] = scale;
                             for column in columns {
                                 self.codes[slot][column % STEP] = rounded[column - block.start];

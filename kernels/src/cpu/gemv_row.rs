@@ -18,16 +18,13 @@ pub(super) const GROUPS: usize = 256;
 /// Room for groups: a load starts up to seven groups early and ends at a whole step, and a vector starts at any group.
 const ROOM: usize = GROUPS + 2 * STEP;
 
-/// The least number of bytes by which codes are asked for ahead of their load: about what memory takes to answer.
+/// Steps whose groups are widened at a time where lanes have scales of their own.
+pub(super) const STEPS_A_LOAD: usize = GROUPS / STEP;
+
+/// How far ahead of its load a byte is asked for: the hardware follows a row, but not from one page to the next.
 const AHEAD: usize = 2048;
 
-/// Rows that are longer together are streams that the hardware follows by itself.
-const LONG: usize = 1 << 14;
-
-/// The most rows that kernels take at a time.
-pub(super) const ROWS: usize = 4;
-
-/// Some rows of a weight times all tokens.
+/// Some rows of a weight times all tokens, row after row: memory answers one rising stream faster than several.
 pub(super) struct Task<'a> {
     pub(super) x: &'a Prepared,
     pub(super) w: &'a Matrix<'a>,
@@ -36,36 +33,26 @@ pub(super) struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// Adds the lanes and writes the outputs of `T` tokens from `token` on, `R` rows from `row` on.
+    /// Adds the lanes and writes the outputs of `T` tokens from `token` on.
     #[inline(always)]
-    pub(super) fn store<S: Simd, const T: usize, const R: usize>(
-        &self,
-        simd: S,
-        token: usize,
-        row: usize,
-        out: &[[S::F32; T]; R],
-    ) {
-        #[expect(clippy::needless_range_loop, reason = "a loop over a constant count is unrolled")]
-        for t in 0..T {
+    pub(super) fn store<S: Simd, const T: usize>(&self, simd: S, token: usize, row: usize, out: &[S::F32; T]) {
+        for (t, &out) in out.iter().enumerate() {
             // SAFETY: every task has rows of its own, and this one makes one reference at a time.
-            let to = unsafe { self.out.segment(token + t, row..row + R) };
-            for r in 0..R {
-                to[r] = simd.sum(out[r][t]);
-            }
+            unsafe { self.out.segment(token + t, row..row + 1) }.copy_from_slice(&[simd.sum(out)]);
         }
     }
 }
 
 /// What a thread keeps for the rows at hand.
 pub(super) struct Scratch {
-    pub(super) groups: [Groups; ROWS],
+    pub(super) groups: Groups,
     /// The codes of the last rows, with room for loads past them.
     pub(super) tail: Vec<u8>,
 }
 
 impl Scratch {
     pub(super) const fn new() -> Self {
-        Self { groups: [const { Groups::new() }; ROWS], tail: Vec::new() }
+        Self { groups: Groups::new(), tail: Vec::new() }
     }
 }
 
@@ -120,9 +107,6 @@ pub(super) struct Packed<'a, S: Simd> {
     bits: usize,
     codes: &'a [u8],
     code_bytes: usize,
-    /// How far ahead of its load a byte is asked for: whole sets of [`ROWS`] rows, since those at hand are read side by
-    /// side.
-    ahead: usize,
     /// Bytes that the loads of a row may touch.
     loaded_bytes: usize,
     /// The first row that is taken from `tail`.
@@ -146,8 +130,6 @@ impl<'a, S: Simd> Packed<'a, S> {
         let bits = layout.grid.stream_bits().unwrap_or(8);
         let (steps, code_bytes) = (w.cols().div_ceil(STEP), layout.code_bytes(w.cols()));
         let loaded_bytes = D::offset(bits as usize, steps.saturating_sub(1)) + STEP;
-        let together = (ROWS * code_bytes).max(1);
-        let ahead = if together > LONG { AHEAD } else { AHEAD.next_multiple_of(together) };
         let tail_row = (codes.len() + code_bytes).saturating_sub(loaded_bytes) / code_bytes.max(1);
         tail.clear();
         if tail_row < end {
@@ -163,7 +145,6 @@ impl<'a, S: Simd> Packed<'a, S> {
             bits: bits as usize,
             codes,
             code_bytes,
-            ahead,
             loaded_bytes,
             tail_row,
             tail,
@@ -190,7 +171,7 @@ impl<'a, S: Simd> Packed<'a, S> {
         debug_assert!(step < self.steps && offset + STEP <= row.0.len());
         // SAFETY: the row has as many bytes as the load of the last step touches, which is the caller's promise.
         let bytes: &[u8; STEP] = unsafe { &*row.0.as_ptr().add(offset).cast() };
-        self.simd.prefetch(bytes.as_ptr().wrapping_add(self.ahead));
+        self.simd.prefetch(bytes.as_ptr().wrapping_add(AHEAD));
         D::codes(self.simd, &self.unpack, bytes, step)
     }
 
@@ -259,18 +240,15 @@ impl Groups {
     #[inline(always)]
     fn index(&self, group: usize, room: usize) -> usize {
         let index = group.wrapping_sub(self.first);
-        assert!(index < ROOM - room);
+        assert!(index <= ROOM - room);
         index
     }
 
+    /// The scales and zero points of `count` groups from `first` on, among those that were loaded.
     #[inline(always)]
-    pub(super) fn scale(&self, group: usize) -> f32 {
-        self.scales[self.index(group, 0)]
-    }
-
-    #[inline(always)]
-    pub(super) fn zero(&self, group: usize) -> f32 {
-        self.zeros[self.index(group, 0)]
+    pub(super) fn loaded(&self, first: usize, count: usize) -> (&[f32], &[f32]) {
+        let start = self.index(first, count);
+        (&self.scales[start..start + count], &self.zeros[start..start + count])
     }
 
     /// The scale of each lane's group; `groups` counts from `base`.
