@@ -111,6 +111,40 @@ fn ternary_codes() {
     }
 }
 
+/// Dot products with the low and with the high four bits of each byte.
+struct Halves<'a>(&'a [u8; 64], &'a [i8; 64]);
+
+impl Kernel for Halves<'_> {
+    type Output = [[f32; 16]; 2];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> [[f32; 16]; 2] {
+        let mut out = [[0.0; 16]; 2];
+        for (u, out) in simd.nibbles(self.0).into_iter().zip(&mut out) {
+            simd.store(simd.i32_to_f32(simd.dot_codes(u, self.1, simd.splat_i32(0), false)), out);
+        }
+        out
+    }
+}
+
+#[test]
+fn nibbles() {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for _ in 0..20 {
+        let bytes: [u8; 64] = std::array::from_fn(|_| random.below(256) as u8);
+        let a: [i8; 64] = std::array::from_fn(|_| (random.below(255) as i32 - 127) as i8);
+        let dots = |shift: u32| -> [f32; 16] {
+            std::array::from_fn(|lane| {
+                let products = (4 * lane..4 * lane + 4).map(|i| i32::from(bytes[i] >> shift & 15) * i32::from(a[i]));
+                products.sum::<i32>() as f32
+            })
+        };
+        for cpu in Cpu::available() {
+            assert_eq!(cpu.dispatch(Halves(&bytes, &a)), [dots(0), dots(4)], "{}", cpu.isa());
+        }
+    }
+}
+
 /// One vector by an index for each lane.
 struct Permute<'a>(&'a [f32; 16], &'a [i32; 16]);
 

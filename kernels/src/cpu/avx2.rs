@@ -531,6 +531,17 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn nibbles(self, bytes: &[u8; 64]) -> [[__m256i; 2]; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2; the array is 64 bytes, and loads may be unaligned.
+        unsafe {
+            let from: *const __m256i = bytes.as_ptr().cast();
+            let (bytes, mask) = ([_mm256_loadu_si256(from), _mm256_loadu_si256(from.add(1))], _mm256_set1_epi8(15));
+            let low = bytes.map(|half| _mm256_and_si256(half, mask));
+            [low, bytes.map(|half| _mm256_and_si256(_mm256_srli_epi16::<4>(half), mask))]
+        }
+    }
+
+    #[inline(always)]
     fn ternary_codes(self, bytes: &[u8; 64], phase: usize) -> [__m256i; 2] {
         let places = &TERNARY_PLACES[phase];
         let mut codes = [self.splat_i32(0)[0]; 2];

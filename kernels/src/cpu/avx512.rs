@@ -443,6 +443,15 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn nibbles(self, bytes: &[u8; 64]) -> [__m512i; 2] {
+        // SAFETY: the token exists only on CPUs with AVX-512 BW; the array is 64 bytes, and the load may be unaligned.
+        unsafe {
+            let (bytes, mask) = (_mm512_loadu_si512(bytes.as_ptr().cast()), _mm512_set1_epi8(15));
+            [_mm512_and_si512(bytes, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), mask)]
+        }
+    }
+
+    #[inline(always)]
     fn ternary_codes(self, bytes: &[u8; 64], phase: usize) -> __m512i {
         let places = &TERNARY_PLACES[phase];
         // SAFETY: the token exists only on CPUs with AVX-512 VBMI and BW; the arrays are 64 bytes, and loads may be unaligned.

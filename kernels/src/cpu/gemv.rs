@@ -9,6 +9,7 @@ use std::ops::Range;
 use super::Cpu;
 use super::gemv_exact::{BF16, ExactProduct, F16, F32, FloatProduct};
 use super::gemv_int8::RoundedProduct;
+use super::gemv_nibbles::NibbleProduct;
 use super::gemv_prepare::{Form, Prepare, Prepared, Scaling};
 use super::gemv_row::{Decode, Scratch, Stream, Task, Ternary, constant_zero};
 use super::matmul::Output;
@@ -44,10 +45,9 @@ thread_local! {
 /// The form in which `w` takes its activations.
 fn form(w: &Matrix, arithmetic: Arithmetic) -> Form {
     let Data::Quantized { layout, .. } = w.data() else { return Form::Natural };
-    let scaling = Scaling::of(layout, w.cols());
     match arithmetic {
-        Arithmetic::Exact => Form::Interleaved(scaling),
-        Arithmetic::Int8 => Form::Rounded { scaling, zero: constant_zero(layout.grid).map(|zero| zero as i32) },
+        Arithmetic::Exact => Form::Interleaved(Scaling::of(layout, w.cols())),
+        Arithmetic::Int8 => Form::rounded(layout, w.cols(), constant_zero(layout.grid).map(|zero| zero as i32)),
     }
 }
 
@@ -169,6 +169,8 @@ impl Cpu {
             Data::Quantized { layout, .. } => layout,
         };
         SCRATCH.with_borrow_mut(|scratch| match (x.form, layout.grid) {
+            (Some(Form::Nibbles { zero: Some(_) }), _) => self.dispatch(NibbleProduct::<true> { task, scratch }),
+            (Some(Form::Nibbles { zero: None }), _) => self.dispatch(NibbleProduct::<false> { task, scratch }),
             (Some(Form::Rounded { .. }), Grid::Ternary) => self.rounded::<Ternary, true>(task, scratch),
             (Some(Form::Rounded { .. }), grid) if grid.has_zero_points() => {
                 self.rounded::<Stream, false>(task, scratch)

@@ -97,6 +97,7 @@ impl Task<'_> {
     ) -> [S::F32; T] {
         let simd = w.simd;
         let steps = self.x.steps;
+        let x = &self.x.floats[token * steps..];
         let steps_a_group = w.layout.group.div_ceil(STEP).min(steps);
         let constant = w.constant_zero();
         let row_codes = w.row(row);
@@ -114,14 +115,14 @@ impl Task<'_> {
                 while first + 2 <= end {
                     // SAFETY: the steps are below `steps`; the rest is the caller's promise.
                     unsafe {
-                        self.exact_step::<S, D, NARROW, T>(w, row_codes, token, first, zero, &mut of_group);
-                        self.exact_step::<S, D, NARROW, T>(w, row_codes, token, first + 1, zero, &mut of_group);
+                        add_step::<S, D, NARROW, T>(w, x, row_codes, first, zero, &mut of_group);
+                        add_step::<S, D, NARROW, T>(w, x, row_codes, first + 1, zero, &mut of_group);
                     }
                     first += 2;
                 }
                 if first < end {
                     // SAFETY: as above.
-                    unsafe { self.exact_step::<S, D, NARROW, T>(w, row_codes, token, first, zero, &mut of_group) };
+                    unsafe { add_step::<S, D, NARROW, T>(w, x, row_codes, first, zero, &mut of_group) };
                     first += 1;
                 }
                 for t in 0..T {
@@ -131,34 +132,6 @@ impl Task<'_> {
             }
         }
         out
-    }
-
-    /// Adds the products of one step to those of its group.
-    ///
-    /// # Safety
-    /// As for [`exact_steps`](Self::exact_steps), and `step` is below the steps of `w`.
-    #[inline(always)]
-    unsafe fn exact_step<S: Simd, D: Decode, const NARROW: bool, const T: usize>(
-        &self,
-        w: &Packed<S>,
-        row: Codes,
-        token: usize,
-        step: usize,
-        zero: S::F32,
-        of_group: &mut [[S::F32; 2]; T],
-    ) {
-        let simd = w.simd;
-        let Prepared { steps, ref floats, .. } = *self.x;
-        // SAFETY: the step is below that of the activations, which `w` has too.
-        let levels = simd.levels::<NARROW>(unsafe { w.codes::<D>(row, step) }, zero);
-        for t in 0..T {
-            // SAFETY: steps and tokens are below those of the activations, which have all slots.
-            let x = unsafe { floats.get_unchecked((token + t) * steps + step) };
-            for k in 0..4 {
-                let sum = &mut of_group[t][k % 2];
-                *sum = simd.mul_add(levels[k], simd.load(&x[k]), *sum);
-            }
-        }
     }
 
     /// `T` tokens times a row where lanes have scales of their own.
@@ -214,6 +187,31 @@ impl Task<'_> {
             }
         }
         out
+    }
+}
+
+/// Adds the products of one step to those of its group. `x` is [tokens, steps] from the first token on.
+///
+/// # Safety
+/// `step` is below the steps of `w` and of the activations, of which there are `T` tokens or more, and `row` comes from `w`.
+#[inline(always)]
+unsafe fn add_step<S: Simd, D: Decode, const NARROW: bool, const T: usize>(
+    w: &Packed<S>,
+    x: &[[[f32; LANES]; 4]],
+    row: Codes,
+    step: usize,
+    zero: S::F32,
+    of_group: &mut [[S::F32; 2]; T],
+) {
+    let simd = w.simd;
+    // SAFETY: the caller's promise.
+    let levels = simd.levels::<NARROW>(unsafe { w.codes::<D>(row, step) }, zero);
+    for (t, sums) in of_group.iter_mut().enumerate() {
+        // SAFETY: steps and tokens are below those of the activations, which have all slots.
+        let x = unsafe { x.get_unchecked(t * w.steps + step) };
+        for (k, (level, x)) in levels.iter().zip(x).enumerate() {
+            sums[k % 2] = simd.mul_add(*level, simd.load(x), sums[k % 2]);
+        }
     }
 }
 

@@ -15,7 +15,7 @@ use std::marker::PhantomData;
 use super::Kernel;
 use super::gemv_prepare::{Prepared, STEP};
 use super::gemv_row::{Codes, Decode, GROUPS, Groups, Packed, STEPS_A_LOAD, Scratch, Task};
-use super::simd::Simd;
+use super::simd::{LANES, Simd};
 
 /// A task with activations rounded to INT8.
 pub(super) struct RoundedProduct<'a, D, const CONSTANT: bool, const STEPS: bool> {
@@ -97,6 +97,14 @@ impl Task<'_> {
     ) -> [S::F32; T] {
         let simd = w.simd;
         let steps = self.x.steps;
+        let from = token * steps;
+        let x = Slots {
+            steps,
+            codes: &self.x.codes[from..],
+            starts: if CONSTANT { &self.x.starts[from..] } else { &[] },
+            sums: if CONSTANT { &[] } else { &self.x.sums[from..] },
+            scales: &self.x.scales[from..],
+        };
         let steps_a_group = w.layout.group.div_ceil(STEP).min(steps);
         let row_codes = w.row(row);
         let mut out = [simd.splat(0.0); T];
@@ -113,23 +121,14 @@ impl Task<'_> {
                 while first + 2 <= end {
                     // SAFETY: the steps are below `steps`; the rest is the caller's promise.
                     unsafe {
-                        self.rounded_step::<S, D, CONSTANT, T>(w, row_codes, token, first, minus_zero, &mut of_group);
-                        self.rounded_step::<S, D, CONSTANT, T>(
-                            w,
-                            row_codes,
-                            token,
-                            first + 1,
-                            minus_zero,
-                            &mut of_group,
-                        );
+                        x.add::<S, D, CONSTANT, T>(w, row_codes, first, minus_zero, &mut of_group);
+                        x.add::<S, D, CONSTANT, T>(w, row_codes, first + 1, minus_zero, &mut of_group);
                     }
                     first += 2;
                 }
                 if first < end {
                     // SAFETY: as above.
-                    unsafe {
-                        self.rounded_step::<S, D, CONSTANT, T>(w, row_codes, token, first, minus_zero, &mut of_group)
-                    };
+                    unsafe { x.add::<S, D, CONSTANT, T>(w, row_codes, first, minus_zero, &mut of_group) };
                     first += 1;
                 }
                 for t in 0..T {
@@ -138,44 +137,6 @@ impl Task<'_> {
             }
         }
         out
-    }
-
-    /// Adds the products of one step to those of its group.
-    ///
-    /// # Safety
-    /// As for [`rounded_steps`](Self::rounded_steps), and `step` is below the steps of `w`.
-    #[inline(always)]
-    unsafe fn rounded_step<S: Simd, D: Decode, const CONSTANT: bool, const T: usize>(
-        &self,
-        w: &Packed<S>,
-        row: Codes,
-        token: usize,
-        step: usize,
-        minus_zero: S::F32,
-        of_group: &mut [S::F32; T],
-    ) {
-        let simd = w.simd;
-        let Prepared { steps, ref codes, ref starts, ref sums, ref scales, .. } = *self.x;
-        let eight_bits = w.layout.grid.max_code() > 127;
-        // SAFETY: the step is below that of the activations, which `w` has too.
-        let u = unsafe { w.codes::<D>(row, step) };
-        for t in 0..T {
-            let slot = (token + t) * steps + step;
-            // SAFETY: steps and tokens are below those of the activations, which have all slots.
-            let (a, scale) = unsafe { (codes.get_unchecked(slot), *scales.get_unchecked(slot)) };
-            let dot = if CONSTANT {
-                // SAFETY: as above.
-                let start = simd.load_i32(unsafe { starts.get_unchecked(slot) });
-                simd.i32_to_f32(simd.dot_codes(u, a, start, eight_bits))
-            } else {
-                let dot = simd.i32_to_f32(simd.dot_codes(u, a, simd.splat_i32(0), eight_bits));
-                // SAFETY: as above.
-                let sum = simd.load(unsafe { sums.get_unchecked(slot) });
-                // Both terms and their sum are integers below 2^24, so this is exact.
-                simd.mul_add(minus_zero, sum, dot)
-            };
-            of_group[t] = simd.mul_add(dot, simd.splat(scale), of_group[t]);
-        }
     }
 
     /// `T` tokens times a row where lanes have scales of their own.
@@ -237,5 +198,54 @@ impl Task<'_> {
             }
         }
         out
+    }
+}
+
+/// The activations that a product reads where scales are of whole steps. [tokens, steps]
+#[derive(Clone, Copy)]
+struct Slots<'a> {
+    steps: usize,
+    codes: &'a [[i8; STEP]],
+    starts: &'a [[i32; LANES]],
+    sums: &'a [[f32; LANES]],
+    scales: &'a [f32],
+}
+
+impl Slots<'_> {
+    /// Adds the products of one step to those of its group.
+    ///
+    /// # Safety
+    /// `step` is below the steps of `w` and of the activations, of which there are `T` tokens or more, and `row` comes from
+    /// `w`.
+    #[inline(always)]
+    unsafe fn add<S: Simd, D: Decode, const CONSTANT: bool, const T: usize>(
+        self,
+        w: &Packed<S>,
+        row: Codes,
+        step: usize,
+        minus_zero: S::F32,
+        of_group: &mut [S::F32; T],
+    ) {
+        let simd = w.simd;
+        let eight_bits = w.layout.grid.max_code() > 127;
+        // SAFETY: the caller's promise.
+        let u = unsafe { w.codes::<D>(row, step) };
+        for (t, of_group) in of_group.iter_mut().enumerate() {
+            let slot = t * self.steps + step;
+            // SAFETY: steps and tokens are below those of the activations, which have all slots.
+            let (a, scale) = unsafe { (self.codes.get_unchecked(slot), *self.scales.get_unchecked(slot)) };
+            let dot = if CONSTANT {
+                // SAFETY: as above.
+                let start = simd.load_i32(unsafe { self.starts.get_unchecked(slot) });
+                simd.i32_to_f32(simd.dot_codes(u, a, start, eight_bits))
+            } else {
+                let dot = simd.i32_to_f32(simd.dot_codes(u, a, simd.splat_i32(0), eight_bits));
+                // SAFETY: as above.
+                let sum = simd.load(unsafe { self.sums.get_unchecked(slot) });
+                // Both terms and their sum are integers below 2^24, so this is exact.
+                simd.mul_add(minus_zero, sum, dot)
+            };
+            *of_group = simd.mul_add(dot, simd.splat(scale), *of_group);
+        }
     }
 }

@@ -7,7 +7,7 @@
 use super::Kernel;
 use super::matmul_int8::activation_blocks;
 use super::simd::{LANES, Simd};
-use crate::matrix::Layout;
+use crate::matrix::{Grid, Layout};
 
 /// Columns of a step.
 pub(super) const STEP: usize = 64;
@@ -40,9 +40,20 @@ pub(super) enum Form {
     Interleaved(Scaling),
     /// INT8 with the sums that a zero point meets: of all groups, or of none.
     Rounded { scaling: Scaling, zero: Option<i32> },
+    /// As `Rounded`, in steps of 128 columns in which lane `l` has columns `8l` to `8l + 7`: for codes of four bits.
+    Nibbles { zero: Option<i32> },
 }
 
 impl Form {
+    /// The form in which weights of `layout` take rounded activations.
+    pub(super) fn rounded(layout: Layout, cols: usize, zero: Option<i32>) -> Self {
+        let whole_steps = layout.group.is_multiple_of(2 * STEP) || layout.group >= cols;
+        match layout.grid {
+            Grid::Int { bits: 4, .. } if whole_steps => Self::Nibbles { zero },
+            _ => Self::Rounded { scaling: Scaling::of(layout, cols), zero },
+        }
+    }
+
     /// Whether the scales of a step are one number each.
     pub(super) fn scales_steps(self) -> bool {
         matches!(self, Self::Interleaved(Scaling::Steps) | Self::Rounded { scaling: Scaling::Steps, .. })
@@ -65,6 +76,8 @@ pub(super) struct Prepared {
     /// LANES], where vector `k` has column `k` of each lane.
     pub(super) floats: Vec<[[f32; LANES]; LANE]>,
     /// [`Form::Rounded`], and the rest too: in the order of the columns. [tokens, steps, planes]
+    ///
+    /// [`Form::Nibbles`]: the even columns, then the odd ones. [tokens, steps, 2]
     pub(super) codes: Vec<[i8; STEP]>,
     /// The constant zero point times minus the sum of each lane's codes. [tokens, steps, planes]
     pub(super) starts: Vec<[i32; LANES]>,
@@ -96,6 +109,7 @@ impl Kernel for Prepare<'_> {
         to.planes = 1;
         let scaling = match form {
             Form::Natural => return to.natural(x, cols),
+            Form::Nibbles { zero } => return to.round_nibbles(simd, x, cols, zero),
             Form::Interleaved(scaling) | Form::Rounded { scaling, .. } => scaling,
         };
         if let Scaling::Lanes { group } = scaling {
@@ -231,18 +245,54 @@ impl Prepared {
                 }
             }
         }
+        self.add_lanes::<1>(zero);
+    }
+
+    /// The rounding of [`round`](Self::round) where blocks are of 64 columns.
+    #[inline(always)]
+    fn round_nibbles<S: Simd>(&mut self, simd: S, x: &[f32], cols: usize, zero: Option<i32>) {
+        const COLUMNS: usize = 2 * STEP;
+        self.steps = cols.div_ceil(COLUMNS);
+        let slots = self.slots();
+        self.codes.clear();
+        self.codes.resize(2 * slots, [0; STEP]);
+        self.scales.clear();
+        self.lane_scales.clear();
+        self.lane_scales.resize(slots, [0.0; LANES]);
+        let pairs = self.codes.as_chunks_mut::<2>().0;
+        for (x, (pairs, scales)) in
+            x.chunks_exact(cols).zip(pairs.chunks_mut(self.steps).zip(self.lane_scales.chunks_mut(self.steps)))
+        {
+            for (x, ([even, odd], scales)) in x.chunks(COLUMNS).zip(pairs.iter_mut().zip(scales)) {
+                for (half, x) in x.chunks(STEP).enumerate() {
+                    let mut codes = [0; STEP];
+                    scales[half * LANES / 2..][..LANES / 2].fill(round_block(simd, x, &mut codes));
+                    for (i, codes) in codes.as_chunks::<2>().0.iter().enumerate() {
+                        [even[half * STEP / 2 + i], odd[half * STEP / 2 + i]] = *codes;
+                    }
+                }
+            }
+        }
+        self.add_lanes::<2>(zero);
+    }
+
+    /// What a zero point meets: the codes of each lane, added over `VECTORS` vectors of them.
+    fn add_lanes<const VECTORS: usize>(&mut self, zero: Option<i32>) {
         self.starts.clear();
         self.sums.clear();
-        let lane_sums = |codes: &[i8; STEP]| {
+        let lane_sums = |vectors: &[[i8; STEP]; VECTORS]| {
             let mut sums = [0; LANES];
-            for (sum, codes) in sums.iter_mut().zip(codes.as_chunks::<LANE>().0) {
-                *sum = codes.iter().map(|&code| i32::from(code)).sum();
+            for codes in vectors {
+                for (sum, codes) in sums.iter_mut().zip(codes.as_chunks::<LANE>().0) {
+                    *sum += codes.iter().map(|&code| i32::from(code)).sum::<i32>();
+                }
             }
             sums
         };
+        let slots = self.codes.as_chunks::<VECTORS>().0;
         match zero {
-            Some(zero) => self.starts.extend(self.codes.iter().map(|codes| lane_sums(codes).map(|sum| -zero * sum))),
-            None => self.sums.extend(self.codes.iter().map(|codes| lane_sums(codes).map(|sum| sum as f32))),
+            Some(zero) => self.starts.extend(slots.iter().map(|slot| lane_sums(slot).map(|sum| -zero * sum))),
+            None => self.sums.extend(slots.iter().map(|slot| lane_sums(slot).map(|sum| sum as f32))),
         }
     }
 }

@@ -57,10 +57,16 @@ impl Scratch {
 }
 
 /// How a row holds its codes, known when the loop is compiled.
-pub(super) trait Decode {
+pub(super) trait Hold {
+    /// Columns of a step.
+    const COLUMNS: usize;
+
     /// The byte in which the codes of step `step` start.
     fn offset(bits: usize, step: usize) -> usize;
+}
 
+/// Codes of a step in one vector.
+pub(super) trait Decode: Hold {
     /// The codes of a step, so that `(code - zero) * scale` is the weight: binary codes are doubled.
     fn codes<S: Simd>(simd: S, unpack: &S::Unpack, bytes: &[u8; STEP], step: usize) -> S::U8;
 }
@@ -68,12 +74,16 @@ pub(super) trait Decode {
 /// A dense stream.
 pub(super) struct Stream;
 
-impl Decode for Stream {
+impl Hold for Stream {
+    const COLUMNS: usize = STEP;
+
     #[inline(always)]
     fn offset(bits: usize, step: usize) -> usize {
         step * (STEP / 8 * bits)
     }
+}
 
+impl Decode for Stream {
     #[inline(always)]
     fn codes<S: Simd>(simd: S, unpack: &S::Unpack, bytes: &[u8; STEP], _: usize) -> S::U8 {
         simd.codes(unpack, bytes)
@@ -83,15 +93,31 @@ impl Decode for Stream {
 /// Five ternary codes to a byte.
 pub(super) struct Ternary;
 
-impl Decode for Ternary {
+impl Hold for Ternary {
+    const COLUMNS: usize = STEP;
+
     #[inline(always)]
     fn offset(_: usize, step: usize) -> usize {
         step * STEP / TERNARY_PER_BYTE
     }
+}
 
+impl Decode for Ternary {
     #[inline(always)]
     fn codes<S: Simd>(simd: S, _: &S::Unpack, bytes: &[u8; STEP], step: usize) -> S::U8 {
         simd.ternary_codes(bytes, step * STEP % TERNARY_PER_BYTE)
+    }
+}
+
+/// A stream of codes of four bits, a whole vector of bytes at a time.
+pub(super) struct Nibbles;
+
+impl Hold for Nibbles {
+    const COLUMNS: usize = 2 * STEP;
+
+    #[inline(always)]
+    fn offset(_: usize, step: usize) -> usize {
+        step * STEP
     }
 }
 
@@ -125,11 +151,11 @@ pub(super) struct Codes<'a>(&'a [u8]);
 impl<'a, S: Simd> Packed<'a, S> {
     /// The rows of `w` before `end`; `None` for a float matrix.
     #[inline(always)]
-    pub(super) fn new<D: Decode>(simd: S, w: &Matrix<'a>, end: usize, tail: &'a mut Vec<u8>) -> Option<Self> {
+    pub(super) fn new<H: Hold>(simd: S, w: &Matrix<'a>, end: usize, tail: &'a mut Vec<u8>) -> Option<Self> {
         let Data::Quantized { layout, codes, scale_type, scales, zeros } = w.data() else { return None };
         let bits = layout.grid.stream_bits().unwrap_or(8);
-        let (steps, code_bytes) = (w.cols().div_ceil(STEP), layout.code_bytes(w.cols()));
-        let loaded_bytes = D::offset(bits as usize, steps.saturating_sub(1)) + STEP;
+        let (steps, code_bytes) = (w.cols().div_ceil(H::COLUMNS), layout.code_bytes(w.cols()));
+        let loaded_bytes = H::offset(bits as usize, steps.saturating_sub(1)) + STEP;
         let tail_row = (codes.len() + code_bytes).saturating_sub(loaded_bytes) / code_bytes.max(1);
         tail.clear();
         if tail_row < end {
@@ -161,18 +187,28 @@ impl<'a, S: Simd> Packed<'a, S> {
         Codes(&bytes[row * self.code_bytes..][..self.loaded_bytes])
     }
 
-    /// The codes of step `step` of `row`.
+    /// The bytes from the codes of step `step` of `row` on.
     ///
     /// # Safety
     /// `step` is below [`steps`](Self::steps), and `row` comes from [`row`](Self::row).
     #[inline(always)]
-    pub(super) unsafe fn codes<D: Decode>(&self, row: Codes, step: usize) -> S::U8 {
-        let offset = D::offset(self.bits, step);
+    pub(super) unsafe fn bytes<'r, H: Hold>(&self, row: Codes<'r>, step: usize) -> &'r [u8; STEP] {
+        let offset = H::offset(self.bits, step);
         debug_assert!(step < self.steps && offset + STEP <= row.0.len());
         // SAFETY: the row has as many bytes as the load of the last step touches, which is the caller's promise.
-        let bytes: &[u8; STEP] = unsafe { &*row.0.as_ptr().add(offset).cast() };
+        let bytes: &'r [u8; STEP] = unsafe { &*row.0.as_ptr().add(offset).cast() };
         self.simd.prefetch(bytes.as_ptr().wrapping_add(AHEAD));
-        D::codes(self.simd, &self.unpack, bytes, step)
+        bytes
+    }
+
+    /// The codes of step `step` of `row`.
+    ///
+    /// # Safety
+    /// As for [`bytes`](Self::bytes).
+    #[inline(always)]
+    pub(super) unsafe fn codes<D: Decode>(&self, row: Codes, step: usize) -> S::U8 {
+        // SAFETY: the caller's promise.
+        D::codes(self.simd, &self.unpack, unsafe { self.bytes::<D>(row, step) }, step)
     }
 
     /// The zero point of every group, unless each has its own.

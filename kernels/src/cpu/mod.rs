@@ -17,6 +17,7 @@ mod gemm_int8;
 mod gemv;
 mod gemv_exact;
 mod gemv_int8;
+mod gemv_nibbles;
 mod gemv_prepare;
 mod gemv_row;
 mod gram;

@@ -297,6 +297,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn nibbles(self, bytes: &[u8; 64]) -> [[u8; 64]; 2] {
+        [bytes.map(|byte| byte & 15), bytes.map(|byte| byte >> 4)]
+    }
+
+    #[inline(always)]
     fn ternary_codes(self, bytes: &[u8; 64], phase: usize) -> [u8; 64] {
         std::array::from_fn(|i| {
             let fraction = u16::from(bytes[(phase + i) / 5]).wrapping_mul(TERNARY_FACTORS[(phase + i) % 5]);

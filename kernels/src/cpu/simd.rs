@@ -144,6 +144,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// are ignored.
     fn codes(self, unpack: &Self::Unpack, stream: &[u8; 64]) -> Self::U8;
 
+    /// The low and the high four bits of every byte: 128 codes of four bits, the even and the odd ones.
+    fn nibbles(self, bytes: &[u8; 64]) -> [Self::U8; 2];
+
     /// Unpacks 64 ternary codes of five to a byte, from digit `phase` of the first byte on; `phase` is below 5. Bytes
     /// after the codes are ignored.
     fn ternary_codes(self, bytes: &[u8; 64], phase: usize) -> Self::U8;
