@@ -20,8 +20,11 @@ use crate::matrix::{Data, FloatType, Grid, Matrix};
 /// The most tokens that are a few.
 pub(super) const MAX_TOKENS: usize = 7;
 
-/// Weight bytes that are worth a task.
-const BYTES_A_TASK: usize = 1 << 15;
+/// Weight bytes of a task: few enough that threads end together, and enough that what a thread asks for ahead is its own.
+const BYTES_A_TASK: std::ops::RangeInclusive<usize> = 1 << 15..=1 << 18;
+
+/// Tasks for each thread, within [`BYTES_A_TASK`].
+const TASKS_A_THREAD: usize = 4;
 
 /// Weights of one parallel region.
 const WEIGHTS_AT_A_TIME: usize = 8;
@@ -120,6 +123,9 @@ impl Cpu {
         let tokens = x.len() / cols;
         let mut prepared = WORKSPACE.take();
         let (mut used, mut tasks) = (0, 0);
+        let bytes: usize = weights.iter().map(Matrix::bytes).sum();
+        let bytes_a_task =
+            (bytes / (TASKS_A_THREAD * rayon::current_num_threads())).clamp(*BYTES_A_TASK.start(), *BYTES_A_TASK.end());
         let mut jobs = [const { None }; WEIGHTS_AT_A_TIME];
         for ((w, out), job) in weights.iter().zip(outs).zip(&mut jobs) {
             let rows = w.rows();
@@ -127,7 +133,7 @@ impl Cpu {
             if rows == 0 || tokens == 0 {
                 continue;
             }
-            let rows_a_task = (BYTES_A_TASK * rows).div_ceil(w.bytes()).next_multiple_of(LANES);
+            let rows_a_task = (bytes_a_task * rows).div_ceil(w.bytes()).next_multiple_of(LANES);
             tasks += rows.div_ceil(rows_a_task);
             let x = self.prepare(&mut prepared, &mut used, x, cols, form(w, arithmetic));
             *job = Some(Job { w, x, out, rows_a_task, end: tasks });

@@ -16,7 +16,7 @@ use std::marker::PhantomData;
 
 use super::Kernel;
 use super::gemv_prepare::{Prepared, STEP};
-use super::gemv_row::{Codes, Decode, GROUPS, Groups, Packed, STEPS_A_LOAD, Scratch, Task};
+use super::gemv_row::{AHEAD, Codes, Decode, GROUPS, Groups, Packed, STEPS_A_LOAD, Scratch, Task};
 use super::simd::{LANES, Simd};
 use crate::matrix::Data;
 
@@ -299,6 +299,9 @@ impl Task<'_> {
             for step in 0..whole {
                 // SAFETY: the row has `cols` values, and whole steps of them end within.
                 let bytes = unsafe { values.get_unchecked(step * 4 * width..(step + 1) * 4 * width) };
+                for line in (0..4 * width).step_by(STEP) {
+                    simd.prefetch(bytes.as_ptr().wrapping_add(AHEAD + line));
+                }
                 for k in 0..4 {
                     let w = L::load(simd, &bytes[k * width..]);
                     for t in 0..T {

@@ -79,12 +79,10 @@ impl Task<'_> {
                 let (scales, zeros) = groups.loaded(first_group, count);
                 for (scale, zero) in scales.iter().zip(zeros) {
                     let (scale, minus_zero) = (simd.splat(*scale), simd.splat(-zero));
-                    // SAFETY: the first step of a group is below `steps`, and so are those up to `end`; the activations
-                    // have `token + T` tokens or more, and their lengths were checked by the kernel.
-                    unsafe { x.add::<S, CONSTANT, T>(w, row_codes, first, scale, minus_zero, &mut out) };
                     let end = steps.min(first + steps_a_group);
-                    for step in first + 1..end {
-                        // SAFETY: as above.
+                    for step in first..end {
+                        // SAFETY: the steps are below `steps`; the activations have `token + T` tokens or more, and their
+                        // lengths were checked by the kernel.
                         unsafe { x.add::<S, CONSTANT, T>(w, row_codes, step, scale, minus_zero, &mut out) };
                     }
                     first = end;

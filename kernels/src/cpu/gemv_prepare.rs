@@ -5,7 +5,7 @@
 //! scales of its own; a lane that several blocks of columns meet has a plane for each, with zeros in the others' columns.
 
 use super::Kernel;
-use super::matmul_int8::activation_blocks;
+use super::matmul_int8::{activation_blocks, round_block};
 use super::simd::{LANES, Simd};
 use crate::matrix::{Grid, Layout};
 
@@ -295,29 +295,4 @@ impl Prepared {
             None => self.sums.extend(slots.iter().map(|slot| lane_sums(slot).map(|sum| sum as f32))),
         }
     }
-}
-
-/// Rounds one block of at most 64 activations to INT8 and gives its scale, `absmax / 127`: NaN, with codes of zero, where
-/// an activation is not finite. What lies after the block in `codes` stays.
-#[inline(always)]
-fn round_block<S: Simd>(simd: S, x: &[f32], codes: &mut [i8; STEP]) -> f32 {
-    let zero = simd.splat(0.0);
-    let (mut most, mut poison) = (zero, zero);
-    for x in x.chunks(LANES) {
-        let x = simd.load_partial(x);
-        most = simd.max(simd.abs(x), most);
-        // Stays zero until infinity or NaN makes it NaN.
-        poison = simd.mul_add(x, zero, poison);
-    }
-    let scale = simd.max_lane(most) / 127.0 + simd.sum(poison);
-    if scale > 0.0 {
-        for (x, codes) in x.chunks(LANES).zip(codes.chunks_mut(LANES)) {
-            let rounded = simd.round_even(simd.div(simd.load_partial(x), simd.splat(scale)));
-            let offset = simd.to_u8(simd.add(rounded, simd.splat(128.0)));
-            for (code, offset) in codes.iter_mut().zip(&offset[..x.len()]) {
-                *code = (offset ^ 0x80) as i8;
-            }
-        }
-    }
-    scale
 }

@@ -21,8 +21,9 @@ const ROOM: usize = GROUPS + 2 * STEP;
 /// Steps whose groups are widened at a time where lanes have scales of their own.
 pub(super) const STEPS_A_LOAD: usize = GROUPS / STEP;
 
-/// How far ahead of its load a byte is asked for: the hardware follows a row, but not from one page to the next.
-const AHEAD: usize = 2048;
+/// How far ahead of its load a byte is asked for. The hardware follows a row only to the end of its page, and requests for
+/// the first-level cache would take the few places in which loads wait: two thirds of the speed were measured with them.
+pub(super) const AHEAD: usize = 1 << 13;
 
 /// Some rows of a weight times all tokens, row after row: memory answers one rising stream faster than several.
 pub(super) struct Task<'a> {

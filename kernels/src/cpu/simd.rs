@@ -105,7 +105,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Smallest lane, folded with [`min`](Self::min) in the order of [`sum`](Self::sum).
     fn min_lane(self, v: Self::F32) -> f32;
 
-    /// Asks for the cache line at `at`, which may be any address, for a load soon.
+    /// Asks for the cache line at `at`, which may be any address, in the second-level cache.
     #[inline(always)]
     fn prefetch(self, _at: *const u8) {}
 
