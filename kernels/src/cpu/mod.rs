@@ -6,6 +6,8 @@ mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2_codes;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 mod cholesky;
 mod convolution;
@@ -67,6 +69,9 @@ pub enum Isa {
     /// x86-64 with AVX-512 F, BW, DQ, VL, VBMI and VNNI.
     Avx512,
     /// AVX-512 with the tiles of AMX for INT8 products of many tokens: Sapphire Rapids upward, on Linux.
+    ///
+    /// A process that may use tiles cannot install alternate signal stacks below about 11 KB any more; where that matters,
+    /// choose [`Isa::Avx512`].
     Amx,
 }
 
