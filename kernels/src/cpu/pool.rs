@@ -35,7 +35,7 @@ static POOL: Pool = Pool {
 /// Calls `run` with each of `0..tasks`, in any order, on the calling thread and as many others as its rayon pool has:
 /// [`rayon::current_num_threads`] in all.
 ///
-/// Within a task, or while another thread uses the pool, all tasks run on the calling thread.
+/// Within a task, or while another thread uses the pool, tasks run on the calling thread.
 ///
 /// # Panics
 /// With the panic of a task.
@@ -45,25 +45,26 @@ pub(super) fn for_each(tasks: usize, run: impl Fn(usize) + Sync) {
 
 /// [`for_each`] where the tasks of one thread share what `init` makes.
 pub(super) fn for_each_init<T>(tasks: usize, init: impl Fn() -> T + Sync, run: impl Fn(&mut T, usize) + Sync) {
-    let helpers = rayon::current_num_threads().min(tasks).saturating_sub(1);
-    let workers = if helpers == 0 { None } else { POOL.enter() };
-    let Some(mut workers) = workers else {
-        if tasks > 0 {
-            let mut own = init();
-            (0..tasks).for_each(|task| run(&mut own, task));
+    let (mut first, mut alone) = (0, None);
+    while first < tasks {
+        let helpers = rayon::current_num_threads().min(tasks - first) - 1;
+        let Some(mut workers) = POOL.enter().filter(|_| helpers > 0) else {
+            run(alone.get_or_insert_with(&init), first);
+            first += 1;
+            continue;
+        };
+        let share = || {
+            let mut own = None;
+            while let Some(task) = POOL.next_task(tasks) {
+                run(own.get_or_insert_with(&init), task);
+            }
+        };
+        let panic = POOL.run(&mut workers, helpers, first, &share);
+        drop(workers);
+        if let Some(panic) = panic {
+            resume_unwind(panic);
         }
-        return;
-    };
-    let share = || {
-        let mut own = None;
-        while let Some(task) = POOL.next_task(tasks) {
-            run(own.get_or_insert_with(&init), task);
-        }
-    };
-    let panic = POOL.run(&mut workers, helpers, &share);
-    drop(workers);
-    if let Some(panic) = panic {
-        resume_unwind(panic);
+        first = tasks;
     }
 }
 
@@ -147,15 +148,15 @@ impl Pool {
         Some(self.next.fetch_add(1, Ordering::Relaxed)).filter(|&task| task < tasks)
     }
 
-    /// Lets `helpers` workers run `share` beside the calling thread; gives the first panic.
-    fn run(&'static self, workers: &mut Vec<Worker>, helpers: usize, share: &Share) -> Option<Panic> {
+    /// Lets `helpers` workers run `share` beside the calling thread, tasks from `first` on; gives the first panic.
+    fn run(&'static self, workers: &mut Vec<Worker>, helpers: usize, first: usize, share: &Share) -> Option<Panic> {
         let helpers = self.make_workers(workers, helpers.min(MOST_HELPERS));
         // SAFETY: only the lifetime changes. No worker uses the reference after it left the loop, and this function
         // neither returns nor unwinds before all have left and none can enter.
         let endless = unsafe { std::mem::transmute::<&Share<'_>, &'static Share<'static>>(share) };
         // SAFETY: this thread holds the lock on `workers`, no worker is in a loop, and none may enter one.
         unsafe { *self.job.get() = Some(endless) };
-        self.next.store(0, Ordering::Relaxed);
+        self.next.store(first, Ordering::Relaxed);
         let before = number(self.state.load(Ordering::Relaxed));
         // Sequentially consistent, as are a worker's last look before it sleeps and its mark: one sees the other.
         self.state.store((before + 1) << 32 | (helpers as u64) << 16, Ordering::SeqCst);
@@ -278,24 +279,50 @@ mod tests {
         }
     }
 
+    /// Runs three tasks of which each waits for the other two, which needs three threads; gives how many took part.
+    fn three_at_once(workers: &mut Vec<Worker>) -> usize {
+        let (barrier, seen) = (Barrier::new(3), Mutex::new(HashSet::new()));
+        let share = || {
+            while POOL.next_task(3).is_some() {
+                barrier.wait();
+                seen.lock().unwrap().insert(thread::current().id());
+            }
+        };
+        assert!(POOL.run(workers, 2, 0, &share).is_none());
+        seen.into_inner().unwrap().len()
+    }
+
+    fn lock_pool() -> MutexGuard<'static, Vec<Worker>> {
+        POOL.workers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     #[test]
     fn threads_share_the_tasks() {
-        // Each of three tasks waits for the other two, which needs three threads. Another test may hold the pool for a
-        // while, so this one waits for its turn.
+        assert_eq!(three_at_once(&mut lock_pool()), 3);
+    }
+
+    #[test]
+    fn a_loop_takes_the_pool_when_another_leaves_it() {
         with_threads(3, || {
-            let threads = loop {
-                let Some(mut workers) = POOL.enter() else { continue };
-                let (barrier, seen) = (Barrier::new(3), Mutex::new(HashSet::new()));
-                let share = || {
-                    while POOL.next_task(3).is_some() {
-                        barrier.wait();
-                        seen.lock().unwrap().insert(thread::current().id());
+            let (start, started, left) = (Barrier::new(2), Barrier::new(2), Barrier::new(3));
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    let held = lock_pool();
+                    start.wait();
+                    started.wait();
+                    drop(held);
+                });
+                start.wait();
+                for_each(4, |task| {
+                    // The first task runs while the pool is held; the others need a thread each.
+                    if task == 0 {
+                        started.wait();
+                        while POOL.enter().is_none() {}
+                    } else {
+                        left.wait();
                     }
-                };
-                assert!(POOL.run(&mut workers, 2, &share).is_none());
-                break seen.into_inner().unwrap();
-            };
-            assert_eq!(threads.len(), 3);
+                });
+            });
         });
     }
 
@@ -361,16 +388,14 @@ mod tests {
     }
 
     #[test]
-    fn threads_sleep_when_there_is_nothing_to_do() {
-        with_threads(2, || for_each(4, |_| {}));
-        let asleep = || {
-            let workers = POOL.workers.lock().unwrap_or_else(PoisonError::into_inner);
-            workers.iter().all(|worker| worker.asleep.load(Ordering::SeqCst))
-        };
+    fn threads_sleep_when_there_is_nothing_to_do_and_wake() {
+        let mut workers = lock_pool();
+        assert_eq!(POOL.make_workers(&mut workers, 2), 2);
         let start = Instant::now();
-        while !asleep() {
+        while !workers.iter().all(|worker| worker.asleep.load(Ordering::SeqCst)) {
             assert!(start.elapsed() < Duration::from_secs(10));
             thread::sleep(Duration::from_millis(1));
         }
+        assert_eq!(three_at_once(&mut workers), 3);
     }
 }
