@@ -111,7 +111,6 @@ impl Activations {
                     first = token;
                     high = if shape.amx { shape.tokens } else { height(shape.tokens, count - token) };
                 }
-                buffers.codes.fill(0);
                 let rounded = bytemuck::cast_slice_mut(&mut buffers.codes);
                 let (own_scales, own_sums) = (&mut buffers.scales, &mut buffers.sums);
                 cpu.dispatch(Quantize { x, blocks, codes: rounded, scales: own_scales, sums: own_sums });

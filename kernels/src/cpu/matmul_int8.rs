@@ -53,7 +53,7 @@ pub(super) fn blocks(layout: Layout, cols: usize) -> Vec<Block> {
 pub(super) struct Quantize<'a> {
     pub(super) x: &'a [f32], // [cols]
     pub(super) blocks: &'a [Block],
-    pub(super) codes: &'a mut [[i8; 4]], // [units], zero
+    pub(super) codes: &'a mut [[i8; 4]], // [units]
     pub(super) scales: &'a mut [f32],    // [blocks]
     pub(super) sums: &'a mut [f32],      // [blocks], of the codes; exact
 }
@@ -63,55 +63,41 @@ impl Kernel for Quantize<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let zero = simd.splat(0.0);
         for (i, block) in self.blocks.iter().enumerate() {
-            let x = &self.x[block.columns.clone()];
-            let (vectors, tail) = x.as_chunks::<LANES>();
-            let (mut most, mut poison) = (zero, zero);
-            for x in vectors {
-                let x = simd.load(x);
-                most = simd.max(simd.abs(x), most);
-                // Stays zero until infinity or NaN makes it NaN.
-                poison = simd.mul_add(x, zero, poison);
-            }
-            let last = simd.load_partial(tail);
-            most = simd.max(simd.abs(last), most);
-            poison = simd.mul_add(last, zero, poison);
-            let scale = simd.max_lane(most) / 127.0 + simd.sum(poison);
-            self.scales[i] = scale;
-            let mut sum = zero;
-            if scale > 0.0 {
-                let codes = self.codes[block.units()].as_flattened_mut();
-                let divisor = simd.splat(scale);
-                for (x, codes) in vectors.iter().zip(codes.as_chunks_mut::<LANES>().0) {
-                    let rounded = round_to_int8(simd, simd.div(simd.load(x), divisor));
-                    sum = simd.add(sum, rounded);
-                    *codes = to_int8(simd, rounded);
-                }
-                if !tail.is_empty() {
-                    let rounded = round_to_int8(simd, simd.div(last, divisor));
-                    sum = simd.add(sum, rounded);
-                    let codes = &mut codes[vectors.len() * LANES..][..tail.len()];
-                    codes.copy_from_slice(&to_int8(simd, rounded)[..tail.len()]);
-                }
-            }
-            self.sums[i] = simd.sum(sum);
+            let mut codes = [0; 64];
+            self.scales[i] = round_block(simd, &self.x[block.columns.clone()], &mut codes);
+            let codes = &codes[..4 * block.units().len()];
+            self.codes[block.units()].as_flattened_mut().copy_from_slice(codes);
+            self.sums[i] = codes.iter().map(|&code| i32::from(code)).sum::<i32>() as f32;
         }
     }
 }
 
-/// The nearest integer from -128 to 127, halves to even: a subnormal scale is itself rounded, so that a quotient may be
-/// larger than 127.
+/// Rounds one block of at most 64 activations to INT8, halves to even, and gives its scale, `absmax / 127`: NaN, with codes
+/// of zero, where an activation is not finite. What lies after the block in `codes` stays.
+///
+/// A subnormal scale is itself rounded, so that a quotient may be beyond 127; it saturates.
 #[inline(always)]
-fn round_to_int8<S: Simd>(simd: S, v: S::F32) -> S::F32 {
-    simd.max(simd.min(simd.round_even(v), simd.splat(127.0)), simd.splat(-128.0))
-}
-
-/// Converts integers from -128 to 127.
-#[inline(always)]
-fn to_int8<S: Simd>(simd: S, v: S::F32) -> [i8; LANES] {
-    let offset = u128::from_ne_bytes(simd.to_u8(simd.add(v, simd.splat(128.0))));
-    bytemuck::cast(offset ^ (u128::MAX / 255 * 128))
+pub(super) fn round_block<S: Simd>(simd: S, x: &[f32], codes: &mut [i8; 64]) -> f32 {
+    let zero = simd.splat(0.0);
+    let (mut most, mut poison) = (zero, zero);
+    for x in x.chunks(LANES) {
+        let x = simd.load_partial(x);
+        most = simd.max(simd.abs(x), most);
+        // Stays zero until infinity or NaN makes it NaN.
+        poison = simd.mul_add(x, zero, poison);
+    }
+    let scale = simd.max_lane(most) / 127.0 + simd.sum(poison);
+    if scale > 0.0 {
+        for (x, codes) in x.chunks(LANES).zip(codes.chunks_mut(LANES)) {
+            let rounded = simd.round_even(simd.div(simd.load_partial(x), simd.splat(scale)));
+            let offset = simd.to_u8(simd.add(rounded, simd.splat(128.0)));
+            for (code, offset) in codes.iter_mut().zip(&offset[..x.len()]) {
+                *code = (offset ^ 0x80) as i8;
+            }
+        }
+    }
+    scale
 }
 
 impl Cpu {
