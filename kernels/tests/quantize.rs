@@ -552,3 +552,39 @@ fn the_range_of_nothing_is_empty() {
     let matrix = Matrix::new(0, 64, Data::Float { dtype: FloatType::F32, values: &[] }).unwrap();
     assert_eq!(Cpu::detect().range(&matrix, 0, 0, 32), Range::EMPTY);
 }
+
+#[test]
+fn given_scales_may_be_negative() {
+    let mut random = Random(11);
+    let weights = Kind::Normal.weights(200, &mut random);
+    for grid in [Grid::Ternary, Grid::Binary, Grid::Int { bits: 4, symmetric: true }] {
+        let layout = Layout { grid, group: 50 };
+        let options = QuantizeOptions {
+            layout,
+            scale_type: FloatType::F32,
+            rounding: Rounding::Nearest,
+            ternary_threshold: THRESHOLD,
+        };
+        let scales: Vec<f32> = vec![0.02, -0.02, 0.01, -0.03];
+        let scale_bytes = floats(FloatType::F32, &scales);
+        for cpu in Cpu::available() {
+            let mut codes = vec![0; layout.code_bytes(200)];
+            cpu.round_rows(&options, 200, &weights, &scale_bytes, &mut codes);
+            let (scales, zeros) = (&scale_bytes[..], &[][..]);
+            let data = Data::Quantized { layout, codes: &codes, scale_type: FloatType::F32, scales, zeros };
+            let matrix = Matrix::new(1, 200, data).unwrap();
+            for (i, &weight) in weights.iter().enumerate() {
+                let (level, scale) = reference::level(&matrix, 0, i).unwrap();
+                let error = |level: i32| (weight - level as f32 * scale).abs();
+                let others = if grid == Grid::Binary { [-1, 1] } else { [level - 1, level + 1] };
+                for other in others {
+                    let reached = match grid {
+                        Grid::Int { .. } => (-8..=7).contains(&other),
+                        _ => (-1..=1).contains(&other),
+                    };
+                    assert!(!reached || error(level) <= error(other), "{grid:?}, {i} on {}", cpu.isa());
+                }
+            }
+        }
+    }
+}

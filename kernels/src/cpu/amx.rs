@@ -4,6 +4,8 @@
 //! instructions while the tiles of the next block run. The weights of a panel already lie as the column operand wants
 //! them, four columns of 16 rows in 64 bytes; the activations are the row operand, as they are.
 
+use std::marker::PhantomData;
+
 use super::gemm_int8::Activations;
 use super::matmul::Output;
 use super::matmul_int8::Block;
@@ -25,6 +27,8 @@ pub struct Amx(());
 
 impl Amx {
     /// The token, if the CPU has the instructions and the operating system lets this process use them.
+    ///
+    /// The process asks once. From then on, Linux refuses alternate signal stacks that are too small for the tiles.
     #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
     pub(super) fn detect() -> Option<Self> {
         use std::sync::OnceLock;
@@ -115,6 +119,8 @@ struct Configuration {
 pub(super) struct Tiles {
     units: usize,
     signed: bool,
+    /// Tiles belong to a thread.
+    on_this_thread: PhantomData<*const ()>,
 }
 
 impl Amx {
@@ -136,7 +142,7 @@ impl Amx {
                 std::arch::asm!("ldtilecfg [{}]", in(reg) &raw const configuration, options(nostack, preserves_flags));
             }
         }
-        Tiles { units, signed }
+        Tiles { units, signed, on_this_thread: PhantomData }
     }
 }
 

@@ -34,7 +34,7 @@ impl Isa {
             },
             Isa::Amx => Description {
                 f32_products: "vfmadd, 512 bits",
-                int8_products: "AMX tiles from 8 tokens on, vpdpbusd (VNNI) below",
+                int8_products: "AMX tiles from 8 tokens and groups of 29 on, vpdpbusd (VNNI) below",
                 unpacking: "vpermb and vpmultishiftqb (VBMI)",
             },
         }

@@ -99,9 +99,10 @@ impl Cpu {
     /// thread.
     ///
     /// # Panics
-    /// If a length does not fit the layout, or the grid has zero points.
+    /// If a length does not fit the layout, the grid has zero points, or scales are BF16, which no encoding has.
     pub fn round_rows(self, options: &QuantizeOptions, cols: usize, x: &[f32], scales: &[u8], codes: &mut [u8]) {
         assert!(!options.layout.grid.has_zero_points(), "zero points are not given");
+        assert!(options.scale_type != FloatType::BF16, "scales are F16 or F32");
         if cols > 0 {
             let (mut scales, input_squares, zeros) = (scales.to_vec(), None, &mut [][..]);
             let scales = &mut scales[..];
@@ -439,6 +440,8 @@ fn write_codes<S: Simd>(
     codes: &mut [u8],
 ) {
     let (zero, one) = (s.splat(0.0), s.splat(1.0));
+    // A scale that was given may be negative.
+    let sign = s.splat(1f32.copysign(chosen.scale));
     let codes = codes.as_chunks_mut::<LANES>().0;
     match options.layout.grid {
         Grid::Int { bits, .. } => {
@@ -454,10 +457,10 @@ fn write_codes<S: Simd>(
             }
         }
         Grid::Ternary => {
-            let threshold =
-                s.splat(if chosen.scale == 0.0 { f32::INFINITY } else { options.ternary_threshold * chosen.scale });
+            let scale = chosen.scale.abs();
+            let threshold = s.splat(if scale == 0.0 { f32::INFINITY } else { options.ternary_threshold * scale });
             for (weight, code) in weights.iter().zip(codes) {
-                let weight = s.load(weight);
+                let weight = s.mul(s.load(weight), sign);
                 let above = s.select_ge(weight, threshold, one, zero);
                 let below = s.select_ge(s.neg(weight), threshold, one, zero);
                 *code = s.to_u8(s.sub(s.add(one, above), below));
@@ -465,7 +468,7 @@ fn write_codes<S: Simd>(
         }
         Grid::Binary => {
             for (weight, code) in weights.iter().zip(codes) {
-                *code = s.to_u8(s.select_ge(s.load(weight), zero, one, zero));
+                *code = s.to_u8(s.select_ge(s.mul(s.load(weight), sign), zero, one, zero));
             }
         }
     }
