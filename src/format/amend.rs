@@ -9,8 +9,9 @@ use std::{
 use super::{
     PackedFile, PackedWriter,
     activations::{ScaleTensor, check, check_values},
+    entry::{PackedPart, PackedTensor},
     layout::{FilePlan, PlannedTensor, stored_file, stored_parts, tensor_entry},
-    read::{PackedPart, PackedTensor, read_manifest},
+    read::read_manifest,
 };
 use crate::{
     checkpoint::header::Header,

@@ -3,7 +3,8 @@
 use bkpack_kernels::{FloatType, Grid, bits};
 
 use super::{
-    read::{PackedFile, PackedPart, PackedTensor},
+    entry::{PackedPart, PackedTensor},
+    read::PackedFile,
     write::hash,
 };
 use crate::{

@@ -13,6 +13,7 @@ pub mod amend;
 pub mod archive;
 mod check;
 mod complex;
+mod entry;
 mod layout;
 mod manifest;
 mod opened;
@@ -20,11 +21,12 @@ mod output;
 mod read;
 mod write;
 
+pub use entry::{PackedPart, PackedTensor};
 pub use layout::{FilePlan, PlannedFile, PlannedTensor, Role, plan};
 pub use manifest::{Manifest, Part, ShardInfo, Source, SourceFile};
 pub use opened::Opened;
 pub use output::{refuse_file_of_checkpoint, refuse_file_of_packed, refuse_same_file};
-pub use read::{PackedFile, PackedPart, PackedTensor, ShardView};
+pub use read::{PackedFile, ShardView};
 pub(crate) use write::without_temporary_name;
 pub use write::{PackedWriter, check_output, persist, planned_bytes, temporary_beside, write_file};
 

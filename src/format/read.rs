@@ -3,7 +3,6 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap, HashSet},
-    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -13,10 +12,10 @@ use serde_json::Value;
 
 use super::{
     ARCHIVE_KEY, FILE_PREFIX, MANIFEST_KEY, PAGE, SEAL_KEY, VERSION, ZERO_HASH,
-    complex::read_half,
+    entry::{PackedPart, PackedTensor, read_tensor},
     index_path,
-    layout::{PlannedTensor, Role, render_index, seal_position, stored_parts},
-    manifest::{Manifest, Part, Parts, TensorEntry},
+    layout::{Role, render_index, seal_position},
+    manifest::{Manifest, Part},
 };
 use crate::{
     checkpoint::header::{Header, HeaderTensor},
@@ -24,7 +23,7 @@ use crate::{
     error::{Error, Result},
     json,
     mmap::FileMap,
-    tensor::{ActivationQuantization, ComplexPart, Tensor, TensorData, TensorSource, checked_elements, natural_order},
+    tensor::{ActivationQuantization, ComplexPart, Tensor, TensorData, TensorSource, natural_order},
 };
 
 /// A packed model, mapped. Weights are handed out without copying.
@@ -69,49 +68,6 @@ struct Shard {
     seal: String,
 }
 
-/// One logical tensor of a packed model.
-#[derive(Clone, Debug)]
-pub struct PackedTensor {
-    pub name: String,
-    pub shape: Vec<usize>,
-    pub component: String,
-    /// Which half of a complex tensor it is.
-    pub complex: Option<ComplexPart>,
-    pub encoding: Encoding,
-    /// Why it has this encoding, as the producer records it.
-    pub reason: Option<Value>,
-    /// The values, or codes, scales and (where there are any) zero points.
-    pub parts: Vec<PackedPart>,
-}
-
-impl PackedTensor {
-    /// The number of weights.
-    pub fn elements(&self) -> usize {
-        self.shape.iter().product()
-    }
-
-    /// Stored bytes of all parts.
-    pub fn bytes(&self) -> usize {
-        self.parts.iter().map(PackedPart::bytes).sum()
-    }
-}
-
-/// A stored tensor and the hash that its bytes must have.
-#[derive(Clone, Debug)]
-pub struct PackedPart {
-    pub name: String,
-    pub hash: blake3::Hash,
-    /// What it is to its tensor; a travelling file has values.
-    pub role: Role,
-    /// F32, F16, BF16, U32 or U8.
-    pub dtype: Dtype,
-    pub shape: Vec<usize>,
-    /// Which of [`PackedFile::shards`] it lies in.
-    pub shard: usize,
-    /// Its bytes, counted from the start of that file.
-    pub range: Range<usize>,
-}
-
 /// One file of a packed model, as it was when it was opened.
 #[derive(Clone, Copy, Debug)]
 pub struct ShardView<'a> {
@@ -122,13 +78,6 @@ pub struct ShardView<'a> {
     pub bytes: usize,
     /// BLAKE3 of the header, in which the hashes of all parts stand, in lowercase hex: it tells any two models apart.
     pub seal: &'a str,
-}
-
-impl PackedPart {
-    /// Stored bytes.
-    pub fn bytes(&self) -> usize {
-        self.range.len()
-    }
 }
 
 impl PackedFile {
@@ -439,113 +388,6 @@ fn check_seal(path: &Path, header: &[u8], claimed: &str) -> Result<()> {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&header[..place]).update(ZERO_HASH.as_bytes()).update(&header[place + ZERO_HASH.len()..]);
     if hasher.finalize().to_hex().as_str() == claimed { Ok(()) } else { Err(broken()) }
-}
-
-/// Checks one entry of the manifest against its parts.
-fn read_tensor(
-    path: &Path,
-    entry: &TensorEntry,
-    take: &mut impl FnMut(&str, &Part, Role) -> Result<PackedPart>,
-) -> Result<PackedTensor> {
-    let (path, tensor) = (|| path.to_owned(), || entry.name.clone());
-    let bad_shape = |why| Error::Shape { path: path(), tensor: tensor(), shape: entry.shape.clone(), why };
-    let shape: Vec<usize> = entry
-        .shape
-        .iter()
-        .map(|&dimension| usize::try_from(dimension).map_err(|_| bad_shape("too large for this machine")))
-        .collect::<Result<_>>()?;
-    // Eight bytes a weight is more than any encoding takes, so nothing below can overflow.
-    let elements = checked_elements(&shape).filter(|elements| elements.checked_mul(8).is_some());
-    match elements {
-        None => return Err(bad_shape("too large for this machine")),
-        Some(0) => return Err(bad_shape("holds no element")),
-        Some(_) => {}
-    }
-    let encoding = read_encoding(&path, entry)?;
-    let complex = read_half(&path(), entry)?;
-    let (name, component, reason) = (entry.name.clone(), entry.component.clone(), entry.reason.clone());
-    let planned = PlannedTensor { name, shape, component, complex, encoding, reason };
-    let expected = stored_parts(&planned);
-    let named = read_parts(&path, entry)?;
-    let slots = [
-        (Role::Values, named.values),
-        (Role::Packed, named.packed),
-        (Role::Scale, named.scale),
-        (Role::ZeroPoint, named.zero_point),
-    ];
-    let mut parts = Vec::new();
-    for (role, slot) in slots {
-        let wanted = expected.iter().find(|part| part.role == role);
-        let (wanted, named) = match (wanted, slot) {
-            (None, None) => continue,
-            (Some(wanted), Some(named)) => (wanted, named),
-            (wanted, _) => {
-                let verb = if wanted.is_some() { "lacks" } else { "has, against its encoding," };
-                return Err(Error::Parts {
-                    path: path(),
-                    tensor: tensor(),
-                    why: format!("{verb} a part of role {role:?}"),
-                });
-            }
-        };
-        if named.name != wanted.name {
-            let (found, expected) = (named.name.clone(), wanted.name.clone());
-            return Err(Error::PartName { path: path(), tensor: tensor(), found, expected });
-        }
-        let part = take(&entry.name, &named, role)?;
-        if part.dtype.to_string() != wanted.dtype {
-            let (part, found) = (part.name, part.dtype.to_string());
-            return Err(Error::PartDtype { path: path(), tensor: tensor(), part, found, expected: wanted.dtype });
-        }
-        if part.shape != wanted.shape {
-            let (part, found, expected) = (part.name, part.shape, wanted.shape.clone());
-            return Err(Error::PartShape { path: path(), tensor: tensor(), part, found, expected });
-        }
-        parts.push(part);
-    }
-    let PlannedTensor { name, shape, component, reason, .. } = planned;
-    Ok(PackedTensor { name, shape, component, complex, encoding, reason, parts })
-}
-
-fn read_encoding(path: &impl Fn() -> PathBuf, entry: &TensorEntry) -> Result<Encoding> {
-    let tensor = || entry.name.clone();
-    let manifest = |why| Error::Manifest { path: path(), why: format!("tensor {}: encoding: {why}", entry.name) };
-    let kind = entry.encoding.get("kind").and_then(Value::as_str);
-    let kind = kind.ok_or_else(|| manifest("has no kind".to_owned()))?;
-    if !["float", "int", "ternary", "binary"].contains(&kind) {
-        return Err(Error::UnknownEncoding { path: path(), tensor: tensor(), kind: kind.to_owned() });
-    }
-    let range = |why| Error::EncodingRange { path: path(), tensor: tensor(), why };
-    let parsed = serde_json::from_value::<Encoding>(entry.encoding.clone());
-    let encoding = parsed.map_err(|error| match error.to_string() {
-        why if why.starts_with("unknown field") => unknown_field(path, entry, format!("encoding: {why}")),
-        why if why.starts_with("unknown variant") || why.starts_with("invalid value") => range(why),
-        why => manifest(why),
-    })?;
-    encoding.check().map_err(range)?;
-    Ok(encoding)
-}
-
-fn read_parts(path: &impl Fn() -> PathBuf, entry: &TensorEntry) -> Result<Parts> {
-    // Roles are the fields of `Parts`, so an unknown role and an unknown field of a part read alike: ask for roles first.
-    const ROLES: [&str; 4] = ["values", "packed", "scale", "zero_point"];
-    let roles = entry.parts.as_object().into_iter().flat_map(|roles| roles.keys());
-    if let Some(role) = roles.clone().find(|role| entry.parts[role.as_str()].is_null()) {
-        let why = format!("role {role:?} is null");
-        return Err(Error::Parts { path: path(), tensor: entry.name.clone(), why });
-    }
-    if let Some(role) = roles.clone().find(|role| !ROLES.contains(&role.as_str())) {
-        let why = format!("role {role:?} is not known to this version");
-        return Err(Error::Parts { path: path(), tensor: entry.name.clone(), why });
-    }
-    serde_json::from_value(entry.parts.clone()).map_err(|error| match error.to_string() {
-        why if why.starts_with("unknown field") => unknown_field(path, entry, format!("parts: {why}")),
-        why => Error::Manifest { path: path(), why: format!("tensor {}: parts: {why}", entry.name) },
-    })
-}
-
-fn unknown_field(path: &impl Fn() -> PathBuf, entry: &TensorEntry, why: String) -> Error {
-    Error::UnknownField { path: path(), tensor: entry.name.clone(), why }
 }
 
 /// A travelling file is written out under its own name, so the name must not leave the folder.
