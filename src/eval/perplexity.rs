@@ -57,8 +57,12 @@ impl Protocol {
             let why = format!("{ctx} tokens exceed the model's context of {max_positions}");
             return Err(Error::Option { option: "--ctx", why });
         }
+        if ctx < 2 {
+            let why = format!("{ctx} is too few: a window needs a token to see and one to predict");
+            return Err(Error::Option { option: "--ctx", why });
+        }
         if skip == 0 || skip >= ctx {
-            let why = format!("{skip} is not from 1 to {}, one less than the window", ctx.saturating_sub(1));
+            let why = format!("{skip} is not from 1 to {}, one less than the window", ctx - 1);
             return Err(Error::Option { option: "--skip", why });
         }
         Ok(Self { ctx, skip })
@@ -518,7 +522,7 @@ mod tests {
         assert_eq!(Protocol::new(None, 1, 128).unwrap(), Protocol { ctx: 128, skip: 1 });
         assert_eq!(Protocol::new(Some(256), 128, 256).unwrap(), Protocol { ctx: 256, skip: 128 });
         for (ctx, skip, option) in
-            [(257, 1, "--ctx"), (16, 0, "--skip"), (16, 16, "--skip"), (0, 1, "--skip"), (1, 1, "--skip")]
+            [(257, 1, "--ctx"), (16, 0, "--skip"), (16, 16, "--skip"), (0, 1, "--ctx"), (1, 1, "--ctx")]
         {
             let error = Protocol::new(Some(ctx), skip, 256).unwrap_err();
             assert!(matches!(error, Error::Option { option: found, .. } if found == option), "{ctx} {skip}");
