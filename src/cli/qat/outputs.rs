@@ -1,9 +1,9 @@
 //! What a training writes, and what it must not write over.
 
-use std::path::Path;
+use std::{collections::HashMap, fs::File, io::BufReader, path::Path};
 
 use bkpack::{Error, Result, format, train::qat};
-use serde_json::Value;
+use serde::de::IgnoredAny;
 
 use super::QatArgs;
 use crate::cli::{
@@ -69,9 +69,10 @@ impl QatArgs {
     }
 }
 
-/// Whether a file holds what `--save-metrics` writes.
+/// Whether a file holds what `--save-metrics` writes; of one that does not, little is read.
 fn is_metrics(path: &Path) -> bool {
-    let value = std::fs::read(path).ok().and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+    let read = |file| serde_json::from_reader::<_, HashMap<String, IgnoredAny>>(BufReader::new(file)).ok();
+    let found = path.is_file().then(|| File::open(path).ok().and_then(read)).flatten();
     let keys = ["encoding", "weights", "options", "validation", "steps"];
-    value.is_some_and(|value| keys.iter().all(|key| value.get(key).is_some()))
+    found.is_some_and(|found| keys.iter().all(|&key| found.contains_key(key)))
 }
