@@ -349,8 +349,8 @@ pub enum Error {
     Training { path: PathBuf, why: String },
     /// A training ran away.
     #[error(
-        "{}: the loss or its gradient is NaN or infinite at step {step}; try a lower --learning-rate, a longer --warmup or \
-         a smaller --clip", path.display()
+        "{}: the loss, its gradient, a weight or the perplexity is NaN or infinite at step {step}; try a lower \
+         --learning-rate, a longer --warmup or a smaller --clip", path.display()
     )]
     Diverged { path: PathBuf, step: u64 },
     /// An importance file, or the partial one of an interrupted run, is not what it must be.

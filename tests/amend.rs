@@ -16,7 +16,7 @@ use bkpack::{
         amend::with_activations,
         archive::{archive, unpack},
     },
-    pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
+    pack::{PackOptions, Packing},
     policy::Policy,
     progress::{Observer, Silent, Unit},
     tensor::{ActivationQuantization, CalibrationText, TensorSource},
@@ -96,16 +96,8 @@ fn every_other_part_of_every_vector_stays_as_it_is() {
 }
 
 fn packed_fixture(output: &Path) {
-    let options = PackOptions {
-        policy: Policy::uniform("int4".parse::<Request>().unwrap(), &[], &[]).unwrap(),
-        rounding: Rounding::Nearest,
-        feedback: false,
-        calibration: None,
-        ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
-        scales: Default::default(),
-        allow_nonfinite: false,
-        shard_bytes: None,
-    };
+    let policy = Policy::uniform("int4".parse::<Request>().unwrap(), &[], &[]).unwrap();
+    let options = PackOptions { rounding: Rounding::Nearest, ..PackOptions::new(policy) };
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/llama");
     let checkpoint = checkpoint::open(&fixture).unwrap();
     let packing = Packing::plan(&checkpoint, &options, output, Cpu::detect(), &Silent).unwrap();

@@ -128,6 +128,7 @@ fn wrong_use_is_refused() {
     refused(&bench(&["--decode", "100000"]), &["--decode", "100000 tokens exceed the model's context of"]);
     assert_eq!(bench(&["--repetitions", "0"]).status.code(), Some(2));
     refused(&bkpack(None, &["bench", "no-such-model"]), &["no-such-model"]);
+    refused(&bench(&["--activations", "bf16"]), &["--activations: bf16 is computed on the GPU alone"]);
 }
 
 #[test]

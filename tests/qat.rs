@@ -1,9 +1,9 @@
-//! Quantization-aware training as a library: gradients through rounding, what is packed, and going on where one left off.
+//! Quantization-aware training as a library: gradients through rounding, what is packed, and what cannot be trained.
 
-use std::{
-    path::Path,
-    sync::atomic::{AtomicU64, Ordering},
-};
+#[path = "common/qat.rs"]
+mod common;
+
+use std::path::Path;
 
 use bkpack::{
     Error,
@@ -11,13 +11,11 @@ use bkpack::{
     eval::perplexity::{self, evaluate},
     format::PackedFile,
     ops::cpu::Activations,
-    pack::PackOptions,
-    policy::Policy,
-    progress::{Observer, Silent, Unit},
+    progress::Silent,
     quant::{self, Quantized},
-    tensor::{CalibrationText, Tensor, TensorData, TensorSource},
+    tensor::{Tensor, TensorData, TensorSource},
     train::qat::{
-        Data, Distillation, Options, Trained, Training,
+        Data, Distillation, Options, Training,
         grid::straight_through,
         loss::{Teaching, loss_and_gradient},
     },
@@ -26,52 +24,7 @@ use bkpack_kernels::{
     Cpu, FloatType, Grid, Layout,
     cpu::quantize::{QuantizeOptions, Rounding},
 };
-
-fn open(name: &str) -> Checkpoint {
-    checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/architectures").join(name)).unwrap()
-}
-
-/// Tokens that can be learned: most follow from the one before.
-fn tokens(count: usize) -> Vec<u32> {
-    (0..count as u32).map(|i| if i % 7 == 0 { i * i % 96 } else { (i % 7) * 13 % 96 }).collect()
-}
-
-fn data(validation: bool) -> Data {
-    Data {
-        text: CalibrationText { name: "text".into(), blake3: "0".repeat(64) },
-        tokens: tokens(24 * 64),
-        validation: validation.then(|| tokens(400)),
-        validate_every: 3,
-    }
-}
-
-fn options(steps: u64) -> Options {
-    Options {
-        steps,
-        batch: 2,
-        ctx: Some(24),
-        learning_rate: 3e-3,
-        warmup: 1,
-        weight_decay: 0.01,
-        clip: 1.0,
-        seed: 5,
-        learn_scales: false,
-        distillation: Distillation { alpha: 0.5, temperature: 2.0 },
-        core_bits: None,
-    }
-}
-
-fn pack_options(encoding: &str, rounding: Rounding) -> PackOptions {
-    PackOptions { rounding, ..PackOptions::new(Policy::uniform(encoding.parse().unwrap(), &[], &[]).unwrap()) }
-}
-
-/// Trains from the start to the end.
-fn train(source: &Checkpoint, pack: &PackOptions, options: &Options, data: &Data, teacher: bool) -> Trained {
-    let folder = tempfile::tempdir().unwrap();
-    let teacher: Option<&dyn TensorSource> = if teacher { Some(source) } else { None };
-    let training = Training::new(Cpu::detect(), source, teacher, pack, options, data, &Silent).unwrap();
-    training.run(&folder.path().join("saved"), 100, &|_| Ok(()), &Silent).unwrap()
-}
+use common::{copy, data, open, options, pack_options, tokens, train};
 
 fn quantized(grid: Grid, group: usize, weights: &[f32], cols: usize, scales: Option<&[f32]>) -> Tensor<'static> {
     let options = QuantizeOptions {
@@ -337,71 +290,6 @@ fn activations_of_the_core_are_rounded_as_the_packed_file_rounds_them() {
     assert_eq!(measured.nll, last.nll);
 }
 
-/// Stops once so many tokens have been seen.
-struct StopAfter(AtomicU64);
-
-impl Observer for StopAfter {
-    fn begin(&self, _: &str, _: u64, _: Unit) {}
-    fn advance(&self, amount: u64) {
-        let _ = self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.saturating_sub(amount)));
-    }
-    fn end(&self) {}
-    fn cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed) == 0
-    }
-}
-
-fn written(trained: &Trained, source: &Checkpoint, pack: PackOptions) -> (Vec<u8>, Vec<u8>) {
-    let folder = tempfile::tempdir().unwrap();
-    let output = folder.path().join("out");
-    trained.write(Cpu::detect(), source, pack, (&output, false), &Silent).unwrap();
-    let read = |name: &str| std::fs::read(output.join(name)).unwrap();
-    (read("model.safetensors"), read("model.bkpack"))
-}
-
-#[test]
-fn a_training_that_was_stopped_ends_in_the_same_bytes() {
-    for (name, encoding, learn_scales) in [("mamba", "ternary:g32", false), ("qwen3", "int4:g32", true)] {
-        let (source, pack, data) = (open(name), pack_options(encoding, Rounding::Search), data(true));
-        let options = Options { learn_scales, ..options(6) };
-        let whole = train(&source, &pack, &options, &data, true);
-        let folder = tempfile::tempdir().unwrap();
-        let saved = folder.path().join("saved");
-        let new = || Training::new(Cpu::detect(), &source, Some(&source), &pack, &options, &data, &Silent).unwrap();
-        // Three steps of two windows of 24 tokens.
-        let stop = StopAfter(AtomicU64::new(6 * 24));
-        assert!(matches!(new().run(&saved, 100, &|_| Ok(()), &stop), Err(Error::Cancelled)));
-        let mut training = new();
-        training.resume(&saved).unwrap();
-        assert_eq!(training.done(), 3);
-        let resumed = training.run(&saved, 100, &|_| Ok(()), &Silent).unwrap();
-        let packs = || pack_options(encoding, Rounding::Search);
-        assert!(written(&resumed, &source, packs()) == written(&whole, &source, packs()), "{name}");
-        // The record is kept in decimals.
-        let figures = |trained: &Trained| -> Vec<f64> {
-            let losses = trained.history.steps.iter().map(|step| step.loss);
-            losses.chain(trained.history.validation.iter().map(|record| record.nll)).collect()
-        };
-        let (found, expected) = (figures(&resumed), figures(&whole));
-        assert_eq!((found.len(), expected.len()), (9, 9));
-        assert!(found.iter().zip(&expected).all(|(found, expected)| (found / expected - 1.0).abs() < 1e-14));
-
-        // Of another training, damaged, or of something else.
-        let other = Options { seed: 6, ..options.clone() };
-        let mut other = Training::new(Cpu::detect(), &source, Some(&source), &pack, &other, &data, &Silent).unwrap();
-        let refused = other.resume(&saved).unwrap_err().to_string();
-        assert!(refused.contains("belongs to a training of another model"), "{refused}");
-        let bytes = std::fs::read(&saved).unwrap();
-        let foreign = [&b""[..], b"{}", &bytes[..bytes.len() / 2], &bytes[..bytes.len() - 4]];
-        let weights = std::fs::read(source.path().join("model.safetensors")).unwrap();
-        for bytes in foreign.into_iter().chain([&weights[..]]) {
-            std::fs::write(&saved, bytes).unwrap();
-            let refused = new().resume(&saved).unwrap_err();
-            assert!(matches!(refused, Error::Training { .. }), "{refused}");
-        }
-    }
-}
-
 #[test]
 fn the_loss_falls() {
     for (name, encoding) in [("mamba", "int4:g32"), ("qwen3", "ternary:g32"), ("resnet_bk", "binary:g32")] {
@@ -443,6 +331,15 @@ fn what_cannot_be_trained_is_refused() {
         let why = refused("mamba", &options, &data);
         assert!(why.contains(word), "{why}");
     }
+    let teach = |student: &str, teacher: &Checkpoint| {
+        Training::new(Cpu::detect(), &open(student), Some(teacher), &pack, &options(2), &data, &Silent).err().unwrap()
+    };
+    let ahead = teach("resnet_bk", &open("resnet_bk_lookahead")).to_string();
+    assert!(ahead.contains("resnet_bk_lookahead") && ahead.contains("so it cannot teach"), "{ahead}");
+    let synthetic = tempfile::tempdir().unwrap();
+    copy("mamba", synthetic.path(), |config| config["bkpack_synthetic"] = true.into());
+    let synthetic = checkpoint::open(synthetic.path()).unwrap();
+    assert!(matches!(teach("mamba", &synthetic), Error::Synthetic { .. }));
     let (source, other) =
         (open("mamba"), checkpoint::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/llama")));
     let (options, other) = (options(2), other.unwrap());

@@ -12,7 +12,7 @@ use bkpack::{
     report::figure::{Figure, Format},
 };
 
-use super::{refuse_file_of_checkpoint, refuse_same_file};
+use super::{refuse_file_of_checkpoint, refuse_same_file, under_option};
 
 /// Dots per inch where the user names none.
 pub const DPI: u16 = 300;
@@ -68,21 +68,14 @@ impl FigureFiles {
 
     /// Refuses to write a figure over the file that it shows.
     pub fn refuse_input(&self, input: &Path) -> Result<()> {
-        self.paths().try_for_each(|path| refuse_same_file(input, path)).map_err(|error| self.under_option(error))
+        let refused = self.paths().try_for_each(|path| refuse_same_file(input, path));
+        refused.map_err(|error| under_option(self.option, error))
     }
 
     /// Refuses to write a figure over a file of the checkpoint it shows.
     pub fn refuse_files_of(&self, checkpoint: &Path) -> Result<()> {
         let refused = self.paths().try_for_each(|path| refuse_file_of_checkpoint(checkpoint, path));
-        refused.map_err(|error| self.under_option(error))
-    }
-
-    /// The error with the option that named the figure.
-    fn under_option(&self, error: Error) -> Error {
-        match error {
-            Error::Option { why, .. } => Error::Option { option: self.option, why },
-            error => error,
-        }
+        refused.map_err(|error| under_option(self.option, error))
     }
 
     /// Refuses a figure whose files include another output of the same command, which may not exist yet.
@@ -109,7 +102,7 @@ impl FigureFiles {
 }
 
 /// Where a file is or would be: its folder may be reached in several ways, and it may be a link.
-fn place(path: &Path) -> Option<PathBuf> {
+pub fn place(path: &Path) -> Option<PathBuf> {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     path.canonicalize().ok().or_else(|| Some(folder.canonicalize().ok()?.join(path.file_name()?)))
 }

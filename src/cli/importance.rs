@@ -23,7 +23,7 @@ use clap::Args;
 use super::{
     Common,
     figure::{DPI, FigureFiles},
-    print, refuse_file_of_checkpoint, refuse_same_file,
+    partial_name, print, refuse_file_of_checkpoint, refuse_same_file,
     source::SourceArgs,
 };
 
@@ -99,9 +99,7 @@ pub fn run(args: &ImportanceArgs) -> Result<()> {
     let figure = args.plot.as_deref().map(|path| FigureFiles::new("--plot", path, &[], DPI, args.force)).transpose()?;
     let (path, tokens) = read_either(&*source, &args.text, &args.tokens)?;
     refuse_same_file(path, &args.output)?;
-    let mut partial = args.output.clone().into_os_string();
-    partial.push(".partial");
-    let partial = PathBuf::from(partial);
+    let partial = partial_name(&args.output);
     if let Some(figure) = &figure {
         figure.refuse_files_of(&args.model)?;
         figure.refuse_input(path)?;

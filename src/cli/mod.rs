@@ -20,6 +20,7 @@ mod plot;
 mod progress;
 mod qat;
 mod report;
+mod rounding;
 mod sensitivity;
 mod source;
 mod sweep;
@@ -30,6 +31,7 @@ mod verify;
 
 use std::{
     io::{ErrorKind, IsTerminal, Write},
+    path::{Path, PathBuf},
     process::ExitCode,
 };
 
@@ -155,6 +157,26 @@ pub fn run() -> ExitCode {
         eprintln!("error: {error}");
         ExitCode::from(if matches!(error, Error::Cancelled) { INTERRUPTED } else { BAD_INPUT })
     })
+}
+
+/// The file beside an output in which interrupted work is kept.
+fn partial_name(output: &Path) -> PathBuf {
+    // A name that ends in a slash is that of the folder, and `.` has none of its own.
+    let mut output: PathBuf = output.components().collect();
+    if output.file_name().is_none() {
+        output = output.canonicalize().unwrap_or(output);
+    }
+    let mut name = output.into_os_string();
+    name.push(".partial");
+    name.into()
+}
+
+/// The error of an output with the option that named it.
+fn under_option(option: &'static str, error: Error) -> Error {
+    match error {
+        Error::Option { why, .. } => Error::Option { option, why },
+        error => error,
+    }
 }
 
 /// Writes a line to standard output; a reader that has gone away is no error.

@@ -46,6 +46,13 @@ impl ProgressObserver {
     }
 }
 
+/// Work that ended in an error left its bar where the message is to stand.
+impl Drop for ProgressObserver {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
 impl Observer for ProgressObserver {
     fn begin(&self, stage: &str, total: u64, unit: Unit) {
         if !self.visible {

@@ -34,6 +34,11 @@ impl SourceArgs {
         config.or((!self.rename.is_empty()).then_some("--rename"))
     }
 
+    /// The config.json that is given.
+    pub fn config(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+
     /// Opens the models of a command, packed files or checkpoints, and says what is to be known of them. With `verify`,
     /// every byte of the first is checked before it is used, if it is packed.
     ///

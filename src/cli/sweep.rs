@@ -20,11 +20,11 @@ use bkpack::{
     report::table::count,
     tensor::CalibrationText,
 };
-use bkpack_kernels::{Cpu, cpu::quantize::Rounding};
-use clap::{Args, ValueEnum};
+use bkpack_kernels::Cpu;
+use clap::Args;
 use serde_json::Value;
 
-use super::{Common, print, progress::ProgressObserver, source::SourceArgs, text::MeasureArgs};
+use super::{Common, print, progress::ProgressObserver, rounding::RoundingName, source::SourceArgs, text::MeasureArgs};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -106,12 +106,6 @@ pub struct SweepArgs {
     common: Common,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum RoundingName {
-    Rtn,
-    Search,
-}
-
 /// A checkpoint and what its results are named after.
 #[derive(Clone, Debug)]
 struct NamedModel {
@@ -188,10 +182,7 @@ pub fn run(args: &SweepArgs) -> Result<()> {
         options: args.measure.options(),
         group: args.group_size,
         asymmetric: args.asymmetric,
-        rounding: match args.rounding {
-            RoundingName::Rtn => Rounding::Nearest,
-            RoundingName::Search => Rounding::Search,
-        },
+        rounding: args.rounding.into(),
         keep: args.keep.clone(),
         keep_packed: args.keep_packed,
         force: args.force,

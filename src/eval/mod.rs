@@ -4,6 +4,7 @@
 pub mod calibrate;
 pub mod causality;
 pub mod components;
+mod core_error;
 pub mod difference;
 pub mod flops;
 pub mod generate;

@@ -8,19 +8,15 @@ use std::{
 use bkpack_kernels::{Cpu, cpu::Comparison};
 use serde::Serialize;
 
+pub use super::core_error::CoreError;
 use super::{
     causality::looks_ahead,
+    core_error::CoreErrors,
     text::{Tokenizer, window_bos},
 };
 use crate::{
     error::{Error, Result},
-    model::{
-        Model, State, check_tokens,
-        config::check_not_synthetic,
-        core_activations::{CoreTrace, core_record},
-        reduce::Reduction,
-        weight_bytes,
-    },
+    model::{Model, State, check_tokens, config::check_not_synthetic, reduce::Reduction, weight_bytes},
     ops::{
         Ops,
         cpu::{Activations, CpuOps},
@@ -57,8 +53,12 @@ impl Protocol {
             let why = format!("{ctx} tokens exceed the model's context of {max_positions}");
             return Err(Error::Option { option: "--ctx", why });
         }
+        if ctx < 2 {
+            let why = format!("{ctx} is too few: a window needs a token to see and one to predict");
+            return Err(Error::Option { option: "--ctx", why });
+        }
         if skip == 0 || skip >= ctx {
-            let why = format!("{skip} is not from 1 to {}, one less than the window", ctx.saturating_sub(1));
+            let why = format!("{skip} is not from 1 to {}, one less than the window", ctx - 1);
             return Err(Error::Option { option: "--skip", why });
         }
         Ok(Self { ctx, skip })
@@ -113,17 +113,6 @@ pub struct BaselineComparison {
     pub kld_p999: f64,
     /// The fraction of positions where both find the same token the most likely.
     pub top1_agreement: f64,
-}
-
-/// The relative error of quantized activations over all layers and positions: the mean absolute difference to what the
-/// same inputs give without rounding, over the mean absolute value of the latter.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
-pub struct CoreError {
-    pub bits: u32,
-    pub v: f64,
-    /// Of the resolvent's real part, with the error that comes from v.
-    pub re_g: f64,
-    pub im_g: f64,
 }
 
 /// How to measure.
@@ -442,31 +431,6 @@ impl<'a, O: Ops> Runner<'a, O> {
     }
 }
 
-/// Sums over all layers and positions; rows v, Re G, Im G.
-#[derive(Default)]
-struct CoreErrors {
-    difference: [f64; 3],
-    magnitude: [f64; 3],
-}
-
-impl CoreErrors {
-    fn add(&mut self, trace: &CoreTrace) {
-        for (row, (exact, used)) in trace.exact.rows().into_iter().zip(trace.used.rows()).enumerate() {
-            let pairs = exact.iter().zip(used);
-            self.difference[row] += pairs.map(|(exact, used)| f64::from((exact - used).abs())).sum::<f64>();
-            self.magnitude[row] += exact.iter().map(|exact| f64::from(exact.abs())).sum::<f64>();
-        }
-    }
-
-    /// `None` where the model's activations are not quantized.
-    fn relative(&self, source: &dyn TensorSource) -> Option<CoreError> {
-        let record = core_record(source)?;
-        // No error in what is zero throughout.
-        let relative = |row: usize| self.difference[row] / self.magnitude[row].max(f64::MIN_POSITIVE);
-        Some(CoreError { bits: record.bits, v: relative(0), re_g: relative(1), im_g: relative(2) })
-    }
-}
-
 impl BaselineComparison {
     fn new(nll: f64, baseline_nll: f64, compared: &[Comparison]) -> Self {
         let mut divergences: Vec<f64> = compared.iter().map(|position| position.kl_divergence).collect();
@@ -518,7 +482,7 @@ mod tests {
         assert_eq!(Protocol::new(None, 1, 128).unwrap(), Protocol { ctx: 128, skip: 1 });
         assert_eq!(Protocol::new(Some(256), 128, 256).unwrap(), Protocol { ctx: 256, skip: 128 });
         for (ctx, skip, option) in
-            [(257, 1, "--ctx"), (16, 0, "--skip"), (16, 16, "--skip"), (0, 1, "--skip"), (1, 1, "--skip")]
+            [(257, 1, "--ctx"), (16, 0, "--skip"), (16, 16, "--skip"), (0, 1, "--ctx"), (1, 1, "--ctx")]
         {
             let error = Protocol::new(Some(ctx), skip, 256).unwrap_err();
             assert!(matches!(error, Error::Option { option: found, .. } if found == option), "{ctx} {skip}");

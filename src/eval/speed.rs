@@ -105,7 +105,7 @@ impl Timing {
 /// token, prefill those of the last.
 ///
 /// # Errors
-/// As [`Model::load`]; [`Error::Option`] for more tokens than the model's context has room for, or no repetition;
+/// As [`Model::load`] and [`Activations::check_cpu`]; [`Error::Option`] for more tokens than the model's context has room for, or no repetition;
 /// [`Error::NotSequential`] where a model that runs texts whole is to decode; [`Error::Cancelled`].
 pub fn measure(
     cpu: Cpu,
@@ -115,6 +115,7 @@ pub fn measure(
     observer: &dyn Observer,
 ) -> Result<Speed> {
     let &Options { prefill, decode, repetitions, activations, memory } = options;
+    activations.check_cpu()?;
     let ops = CpuOps::new(cpu, activations);
     let model = Model::load(source, &ops)?;
     check(options, &model)?;

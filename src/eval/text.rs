@@ -26,7 +26,9 @@ impl Tokenizer {
     pub fn load(source: &dyn TensorSource) -> Result<Self> {
         let failed = |why| Error::Tokenizer { path: source.path().to_owned(), why };
         let Some(bytes) = source.file("tokenizer.json")? else {
-            return Err(failed("no tokenizer.json, so text cannot be tokenized; pass token ids with --tokens".into()));
+            let why = "no tokenizer.json, so text cannot be tokenized; pass token ids instead (--tokens, --calib-tokens or \
+                       --val-tokens)";
+            return Err(failed(why.into()));
         };
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes)
             .map_err(|error| failed(format!("tokenizer.json does not load: {error}")))?;

@@ -43,15 +43,16 @@ impl Activations {
     /// # Errors
     /// [`Error::Option`] for BF16.
     pub fn check_cpu(self) -> Result<()> {
-        let why = || "bf16 is computed on the GPU alone; pass exact or int8, or --device cuda".into();
+        let why = || "bf16 is computed on the GPU alone (--device cuda); here pass exact or int8".into();
         if self == Activations::Bf16 { Err(Error::Option { option: "--activations", why: why() }) } else { Ok(()) }
     }
 
-    /// What the kernels compute; only a GPU rounds to BF16.
-    const fn arithmetic(self) -> Arithmetic {
+    /// What the kernels compute.
+    fn arithmetic(self) -> Arithmetic {
         match self {
-            Activations::Exact | Activations::Bf16 => Arithmetic::Exact,
+            Activations::Exact => Arithmetic::Exact,
             Activations::Int8 => Arithmetic::Int8,
+            Activations::Bf16 => unreachable!("no CPU back end is made for it"),
         }
     }
 }
@@ -74,7 +75,11 @@ pub struct CpuWeight<'a> {
 
 impl CpuOps {
     /// A back end on the instruction set of `cpu`, in the caller's thread pool.
+    ///
+    /// # Panics
+    /// For activations that [`Activations::check_cpu`] refuses, which a caller asks first.
     pub fn new(cpu: Cpu, activations: Activations) -> Self {
+        assert!(activations.check_cpu().is_ok(), "only a GPU computes with BF16 activations");
         Self { cpu, activations, free: Arc::default(), recorder: None }
     }
 

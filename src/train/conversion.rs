@@ -94,10 +94,7 @@ impl ConvertOptions {
     /// # Errors
     /// [`Error::Option`].
     pub fn check(&self, measures_cost: bool) -> Result<()> {
-        if !(self.ternary_threshold > 0.0 && self.ternary_threshold < 1.0) {
-            let why = format!("{} is not between 0 and 1", self.ternary_threshold);
-            return Err(Error::Option { option: "--ternary-threshold", why });
-        }
+        check_ternary_threshold(self.ternary_threshold)?;
         self.check_calibration(measures_cost)
     }
 
@@ -132,6 +129,17 @@ impl ConvertOptions {
         }
         Ok(())
     }
+}
+
+/// Refuses a threshold of ternary weights that is not between 0 and 1.
+///
+/// # Errors
+/// [`Error::Option`].
+pub fn check_ternary_threshold(threshold: f32) -> Result<()> {
+    if threshold > 0.0 && threshold < 1.0 {
+        return Ok(());
+    }
+    Err(Error::Option { option: "--ternary-threshold", why: format!("{threshold} is not between 0 and 1") })
 }
 
 /// Refuses a source that is packed already.

@@ -39,6 +39,13 @@ impl Slot {
         Self { values, first: zeros.clone(), second: zeros }
     }
 
+    /// Whether no value is NaN or infinite.
+    pub fn is_finite(&self) -> bool {
+        [&self.values, &self.first, &self.second]
+            .into_iter()
+            .all(|values| values.par_chunks(TASK).all(|values| values.iter().all(|value| value.is_finite())))
+    }
+
     /// One step along a gradient of as many values.
     pub fn update(&mut self, gradient: &[f32], update: Update) {
         let step = i32::try_from(update.step).unwrap_or(i32::MAX);

@@ -16,8 +16,9 @@ mod windows;
 pub use self::{
     adamw::learning_rate,
     options::{Distillation, Options},
-    output::{check_target, file_bytes},
+    output::{check_room, check_target, file_bytes},
     record::{History, StepRecord, ValidationRecord},
+    saved::check_saved,
     trainer::{Trained, Training, least_bits},
     windows::Data,
 };

@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 pub struct Options {
     /// Updates of the weights.
     pub steps: u64,
-    /// Windows whose gradients make one update; memory does not grow with them.
+    /// Windows whose gradients make one update; as many as there are threads run side by side, each in memory of its own.
     pub batch: usize,
     /// Tokens of a window; see [`Protocol::new`](crate::eval::perplexity::Protocol::new).
     pub ctx: Option<usize>,
@@ -46,9 +46,13 @@ impl Options {
     /// [`Error::Option`] names the first that is out of range.
     pub fn check(&self) -> Result<()> {
         let positive = |value: f64| value.is_finite() && value > 0.0;
-        let wrong: [(&'static str, bool, &str); 8] = [
+        // A window is at most 512 tokens where no other length is asked for.
+        let (batch, ctx) = (self.batch as u64, self.ctx.unwrap_or(512) as u64);
+        let tokens = self.steps.checked_mul(batch).and_then(|windows| windows.checked_mul(ctx));
+        let wrong: [(&'static str, bool, &str); 9] = [
             ("--steps", self.steps == 0, "at least one step is needed"),
             ("--batch", self.batch == 0, "at least one window is needed"),
+            ("--batch", tokens.is_none(), "times --steps and the window is more tokens than can be counted"),
             ("--learning-rate", !positive(self.learning_rate), "must be above 0"),
             ("--warmup", self.warmup > self.steps, "is more than --steps"),
             ("--weight-decay", !(self.weight_decay.is_finite() && self.weight_decay >= 0.0), "must not be below 0"),

@@ -11,8 +11,8 @@ use crate::{
     checkpoint::{self, Checkpoint, header::Header},
     error::{Error, Result},
     folder::{
-        CONFIG, INDEX, PartialFolder, SINGLE, Shards, StoredTensor, TRAVELLING_FILES, check_target as check_folder,
-        to_json, weight_files,
+        CONFIG, INDEX, PartialFolder, SINGLE, Shards, StoredTensor, TRAVELLING_FILES, check_disk,
+        check_target as check_folder, to_json, weight_files,
     },
     format::{PackedFile, amend::with_activations},
     mmap::FileMap,
@@ -50,10 +50,35 @@ pub fn file_bytes(
     observer: &dyn Observer,
 ) -> Result<(u64, u64)> {
     let packing = Packing::plan(checkpoint, pack, Path::new(PACKED), cpu, observer)?;
-    let groups = groups(checkpoint, pack)?;
-    let weights = Shards::plan(&groups, SHARD_BYTES, &[("format", "pt"), (MARK, "1")]).file_bytes();
+    Ok((folder_bytes(checkpoint, &shards(&groups(checkpoint, pack)?))?, packing.file_bytes()))
+}
+
+/// Refuses a disk without room for the output and, beside it, for a state of `state` bytes in `saved`, which is replaced by
+/// writing another.
+///
+/// # Errors
+/// [`Error::BadOutput`].
+pub fn check_room(
+    (output, saved): (&Path, &Path),
+    checkpoint: &Checkpoint,
+    pack: &PackOptions,
+    state: u64,
+) -> Result<()> {
+    let folder = 2 * folder_bytes(checkpoint, &shards(&groups(checkpoint, pack)?))?;
+    let home = output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let held = std::fs::metadata(saved).map_or(0, |found| found.len());
+    check_disk(output, home, (state + state.max(folder)).saturating_sub(held))
+}
+
+fn shards(groups: &[Vec<StoredTensor>]) -> Shards {
+    Shards::plan(groups, SHARD_BYTES, &[("format", "pt"), (MARK, "1")])
+}
+
+/// Bytes of the weights and of the files that belong to the model. The packed file is no larger, but for its copies of the
+/// small files.
+fn folder_bytes(checkpoint: &Checkpoint, shards: &Shards) -> Result<u64> {
     let files: u64 = travelling(checkpoint)?.iter().map(|(_, bytes)| bytes.len() as u64).sum();
-    Ok((weights + files, packing.file_bytes()))
+    Ok(shards.file_bytes() + files)
 }
 
 /// Whether a folder may be replaced: one whose weights a training wrote, or without any file that could be of a model.
@@ -115,10 +140,9 @@ impl Trained {
         observer: &dyn Observer,
     ) -> Result<u64> {
         let groups = groups(checkpoint, &pack)?;
-        let shards = Shards::plan(&groups, SHARD_BYTES, &[("format", "pt"), (MARK, "1")]);
+        let shards = shards(&groups);
         let files = travelling(checkpoint)?;
-        // The packed file is no larger than the weights, but for its copies of the small files.
-        let needed = 2 * (shards.file_bytes() + files.iter().map(|(_, bytes)| bytes.len() as u64).sum::<u64>());
+        let needed = 2 * folder_bytes(checkpoint, &shards)?;
         let partial = PartialFolder::create(output, force, needed, &replaceable)?;
         let weights: HashMap<&str, &Vec<f32>> =
             self.parameters.iter().map(|parameter| (parameter.name.as_str(), &parameter.weights.values)).collect();

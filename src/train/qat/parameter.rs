@@ -17,7 +17,7 @@ use crate::{
     tensor::{Tensor, TensorData, matrix_shape},
 };
 
-/// Learned scales stay above this share of what they began at: one at zero would take its group's weights out of training.
+/// Learned scales stay above this share of what each began at: one at zero would take its group's weights out of training.
 const LEAST_SCALE: f32 = 1e-3;
 
 /// A tensor that is trained.
@@ -36,14 +36,15 @@ pub(super) struct Parameter {
 /// Scales that are trained with the weights, `[rows, groups]`.
 #[derive(Clone, Debug)]
 pub(super) struct LearnedScales {
-    /// Their mean magnitude before training: they are trained as multiples of it, so that the learning rate is a share.
-    pub unit: f32,
+    /// What they were before training.
+    pub initial: Vec<f32>,
+    /// What is trained: multiples of these, so that the learning rate is a share of each, however small.
     pub multiples: Slot,
 }
 
 impl LearnedScales {
     pub fn values(&self) -> Vec<f32> {
-        self.multiples.values.iter().map(|multiple| multiple * self.unit).collect()
+        self.multiples.values.iter().zip(&self.initial).map(|(multiple, initial)| multiple * initial).collect()
     }
 }
 
@@ -101,12 +102,8 @@ impl Parameter {
         if let TensorData::Quantized { layout, scale_type, scales, .. } = stored.tensor.data()
             && !layout.grid.has_zero_points()
         {
-            let scales = read_scales(*scale_type, scales);
-            let unit = scales.iter().map(|scale| scale.abs()).sum::<f32>() / scales.len().max(1) as f32;
-            if unit > 0.0 {
-                let multiples = Slot::new(scales.iter().map(|scale| scale / unit).collect());
-                self.scales = Some(LearnedScales { unit, multiples });
-            }
+            let initial = read_scales(*scale_type, scales);
+            self.scales = Some(LearnedScales { multiples: Slot::new(vec![1.0; initial.len()]), initial });
         }
         Ok(())
     }
@@ -124,8 +121,8 @@ impl Parameter {
             _ => 1,
         };
         // LSQ's factor keeps the gradient of a scale as large as that of its weights.
-        let factor = scales.unit / ((layout.group.min(cols) * largest as usize) as f32).sqrt();
-        of_scales.iter_mut().for_each(|gradient| *gradient *= factor);
+        let factor = 1.0 / ((layout.group.min(cols) * largest as usize) as f32).sqrt();
+        of_scales.iter_mut().zip(&scales.initial).for_each(|(gradient, initial)| *gradient *= initial * factor);
         of_scales
     }
 
@@ -134,14 +131,16 @@ impl Parameter {
         let weight_decay = if self.decays { update.weight_decay } else { 0.0 };
         self.weights.update(gradient, Update { weight_decay, ..update });
         if let Some(scales) = &mut self.scales {
-            let before = scales.multiples.values.clone();
             scales.multiples.update(of_scales, Update { weight_decay: 0.0, ..update });
-            for (multiple, before) in scales.multiples.values.iter_mut().zip(before) {
-                if before != 0.0 && *multiple * before.signum() < LEAST_SCALE {
-                    *multiple = LEAST_SCALE.copysign(before);
-                }
+            for multiple in scales.multiples.values.iter_mut().filter(|multiple| **multiple < LEAST_SCALE) {
+                *multiple = LEAST_SCALE;
             }
         }
+    }
+
+    /// Whether all that is trained, and all that the optimizer remembers of it, is finite.
+    pub fn is_finite(&self) -> bool {
+        self.weights.is_finite() && self.scales.as_ref().is_none_or(|scales| scales.multiples.is_finite())
     }
 }
 
@@ -153,5 +152,34 @@ fn dequantize(cpu: Cpu, tensor: &Tensor, values: &mut [f32]) {
     if !values.is_empty() {
         let pieces = values.par_chunks_mut(step * matrix.cols()).enumerate();
         pieces.for_each(|(piece, values)| cpu.dequantize(&matrix, piece * step, values));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_scale_moves_by_no_larger_share_than_a_large_one() {
+        let initial = vec![1.0, 1e-6, -1e-6, 0.0];
+        let mut parameter = Parameter {
+            name: "w".into(),
+            shape: vec![4, 1],
+            alternative: Alternative { request: "int4:row".parse().unwrap(), named: true, cost: None },
+            decays: true,
+            weights: Slot::new(vec![0.0; 4]),
+            scales: Some(LearnedScales { multiples: Slot::new(vec![1.0; 4]), initial: initial.clone() }),
+        };
+        let values = |parameter: &Parameter| parameter.scales.as_ref().unwrap().values();
+        assert_eq!(values(&parameter), initial);
+        let update = |learning_rate| Update { step: 1, learning_rate, weight_decay: 0.01, shrink: 1.0 };
+        parameter.update(&[0.0; 4], &[0.5, 0.5, -0.5, 0.5], update(1e-2));
+        for (found, initial) in values(&parameter).iter().zip(&initial) {
+            assert!((found - initial).abs() <= 1.01e-2 * initial.abs(), "{initial} became {found}");
+        }
+        // However far a step goes, a scale keeps its sign and does not vanish.
+        parameter.update(&[0.0; 4], &[0.5; 4], update(1e3));
+        let found = values(&parameter);
+        assert_eq!(found, [1e-3, 1e-6 * 1e-3, -1e-6 * 1e-3, 0.0]);
     }
 }

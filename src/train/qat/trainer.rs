@@ -71,7 +71,8 @@ impl<'a> Training<'a> {
     ///
     /// # Errors
     /// As [`Model::load`], [`Options::check`] and [`calibrate::calibrate_core`]; a text too short for one window or outside of
-    /// the vocabulary; a teacher of another vocabulary; a model whose positions see later ones; [`Error::Synthetic`].
+    /// the vocabulary; a teacher of another vocabulary; a model or teacher whose positions see later ones;
+    /// [`Error::Synthetic`]; [`Error::Cancelled`].
     pub fn new(
         cpu: Cpu,
         checkpoint: &'a Checkpoint,
@@ -85,29 +86,36 @@ impl<'a> Training<'a> {
         check_not_synthetic(checkpoint)?;
         let exact = CpuOps::new(cpu, Activations::Exact);
         let model = Model::load(checkpoint, &exact)?;
+        let refuse = |source: &dyn TensorSource, why: &str| {
+            Err(Error::Training { path: source.path().to_owned(), why: why.into() })
+        };
         if model.runs_whole() {
             let why = "its positions see those after them, so it cannot learn to predict a text; set \"causal\": true";
-            return Err(Error::Training { path: checkpoint.path().to_owned(), why: why.into() });
+            return refuse(checkpoint, why);
         }
         let protocol = Protocol::new(options.ctx, 1, model.max_positions())?;
-        for (name, tokens) in
-            [("the training text", Some(&data.tokens)), ("the validation text", data.validation.as_ref())]
-        {
+        let texts = [
+            (format!("{} (the training text)", data.text.name), Some(&data.tokens)),
+            ("the validation text (--val or --val-tokens)".to_owned(), data.validation.as_ref()),
+        ];
+        for (source_name, tokens) in texts {
             let Some(tokens) = tokens else { continue };
-            check_tokens(name, tokens, model.vocab_size())?;
+            check_tokens(&source_name, tokens, model.vocab_size())?;
             if tokens.len() < protocol.ctx {
                 let why =
                     format!("{} tokens do not fill one window of {}; pass a smaller --ctx", tokens.len(), protocol.ctx);
-                return Err(Error::Tokens { source_name: name.into(), why });
+                return Err(Error::Tokens { source_name, why });
             }
         }
         if let Some(teacher) = teacher {
-            perplexity::check_comparable(
-                (checkpoint, &model),
-                (teacher, &Model::load(teacher, &exact)?),
-                protocol.ctx,
-            )?;
+            check_not_synthetic(teacher)?;
+            let followed = Model::load(teacher, &exact)?;
+            if followed.runs_whole() {
+                return refuse(teacher, "its positions see those after them, so it cannot teach to predict a text");
+            }
+            perplexity::check_comparable((checkpoint, &model), (teacher, &followed), protocol.ctx)?;
         }
+        observer.check()?;
         let calibration = match options.core_bits {
             Some(bits) => {
                 let how = (data.text.clone(), bits, CALIBRATION_WINDOWS);
@@ -116,8 +124,8 @@ impl<'a> Training<'a> {
             None => None,
         };
         let parameters = read_parameters(cpu, checkpoint, pack, options.learn_scales)?;
-        let key = key(checkpoint, teacher, pack, options, data, &parameters)?;
         let bos = window_bos(checkpoint)?;
+        let key = key(checkpoint, teacher, pack, options, (data, bos), &parameters, observer)?;
         let history = History::default();
         Ok(Self { cpu, checkpoint, teacher, pack, options, data, protocol, bos, calibration, parameters, history, key })
     }
@@ -132,13 +140,19 @@ impl<'a> Training<'a> {
         self.protocol.ctx
     }
 
-    /// Bytes of memory that the training needs at least: weights, their gradients, what the optimizer remembers, and what the
-    /// forward pass sees. What one window computes comes on top.
+    /// Bytes of memory that the training needs at least: weights, their gradients, what the optimizer remembers, what the
+    /// forward pass sees, and the teacher's file. What the windows that run side by side compute comes on top.
     pub fn memory_bytes(&self) -> u64 {
         // Weights, two moments, stored values, variables and their transposes, gradients of a step, and of each window that
         // runs beside others.
         let windows = rayon::current_num_threads().min(self.options.batch) as u64;
-        (7 + windows) * 4 * self.weights()
+        (7 + windows) * 4 * self.weights() + self.teacher.map_or(0, TensorSource::file_bytes)
+    }
+
+    /// Bytes of the state that is saved.
+    pub fn state_bytes(&self) -> u64 {
+        let scales = self.parameters.iter().filter_map(|parameter| parameter.scales.as_ref());
+        3 * 4 * (self.weights() + scales.map(|scales| scales.initial.len() as u64).sum::<u64>())
     }
 
     /// Steps that are done.
@@ -146,26 +160,27 @@ impl<'a> Training<'a> {
         self.history.steps.last().map_or(0, |record| record.step)
     }
 
-    /// Goes on where the file was left.
+    /// Goes on where the file was left. Perplexities that were measured on another text than this training's are forgotten.
     ///
     /// # Errors
     /// [`Error::Training`] where it is not this training's.
     pub fn resume(&mut self, path: &Path) -> Result<()> {
-        self.history = restore(path, &self.key, &mut self.parameters)?;
+        self.history = restore(path, &self.key, &mut self.parameters, self.data)?;
         let steps = self.history.steps.iter().zip(1..).all(|(record, step)| record.step == step);
         if !steps || self.done() > self.options.steps {
-            let why = "does not hold what it must; run without --resume to start anew";
+            let why = "does not hold what it must; pass --force instead of --resume to start anew";
             return Err(Error::Training { path: path.to_owned(), why: why.into() });
         }
         Ok(())
     }
 
-    /// Trains to the last step. `saved` is kept up to date every so many steps and when the caller stops; `note` sees the
-    /// record whenever the file is written.
+    /// Trains to the last step. The state is saved in `saved` every so many steps, after the last one, and when the caller
+    /// stops after at least one; it stays there until the caller has written what was trained. `note` sees the record
+    /// whenever the state is saved.
     ///
     /// # Errors
-    /// [`Error::Diverged`] where the loss or a gradient is NaN or infinite; [`Error::Cancelled`] after the state was saved;
-    /// [`Error::Io`].
+    /// [`Error::Diverged`] where the loss, a gradient, a weight or a perplexity is NaN or infinite, which is never saved;
+    /// [`Error::Cancelled`] after the state was saved; [`Error::Io`].
     pub fn run(
         mut self,
         saved: &Path,
@@ -175,7 +190,7 @@ impl<'a> Training<'a> {
     ) -> Result<Trained> {
         let tokens_per_step = (self.options.batch * self.protocol.ctx) as u64;
         if self.data.validation.is_some() && self.history.baseline_ppl.is_none() {
-            self.history.baseline_ppl = Some(self.measure(&HashMap::new(), observer)?.ppl);
+            self.history.baseline_ppl = Some(self.measure(None, observer)?.ppl);
         }
         observer.begin("Training", self.options.steps * tokens_per_step, Unit::Tokens);
         observer.advance(self.done() * tokens_per_step);
@@ -186,30 +201,21 @@ impl<'a> Training<'a> {
         let teacher = teacher.as_ref().map(|model| Teacher { ops: &exact, model });
         while self.done() < self.options.steps {
             let step = self.done() + 1;
-            match self.step((&pools, teacher), step, observer) {
-                Ok(()) => {}
-                Err(Error::Cancelled) => {
-                    save(saved, &self.key, &self.parameters, &self.history)?;
-                    note(&self.history)?;
-                    return Err(Error::Cancelled);
-                }
-                Err(error) => return Err(error),
-            }
-            let last = step == self.options.steps;
-            if step.is_multiple_of(checkpoint_every) && !last {
-                save(saved, &self.key, &self.parameters, &self.history)?;
+            let outcome = self.step((&pools, teacher), step, observer);
+            let stopped = matches!(outcome, Err(Error::Cancelled)) && self.done() > 0;
+            let due = outcome.is_ok() && (step.is_multiple_of(checkpoint_every) || step == self.options.steps);
+            if stopped || due {
+                save(saved, &self.key, &self.parameters, (&self.history, self.data))?;
                 note(&self.history)?;
             }
+            outcome?;
         }
         if self.data.validation.is_some() && self.history.validation.last().is_none_or(|last| last.step < self.done()) {
             let stored = self.stored()?;
-            if let Err(error) = self.validate(self.done(), &stored, observer) {
-                save(saved, &self.key, &self.parameters, &self.history)?;
-                return Err(error);
-            }
+            self.validate(&stored, observer)?;
+            note(&self.history)?;
         }
         observer.end();
-        note(&self.history)?;
         Ok(Trained { parameters: self.parameters, calibration: self.calibration, history: self.history })
     }
 
@@ -219,21 +225,23 @@ impl<'a> Training<'a> {
         self.parameters.par_iter().map(|parameter| parameter.stored(packer)).collect()
     }
 
-    /// One update. Nothing has changed where it fails.
+    /// One update. Nothing has changed where it is cancelled.
     fn step(
         &mut self,
         (pools, teacher): (&[ThreadPool], Option<Teacher>),
         step: u64,
         observer: &dyn Observer,
     ) -> Result<()> {
-        let start = Instant::now();
+        let mut start = Instant::now();
         let stored = self.stored()?;
         let due = (step - 1).is_multiple_of(self.data.validate_every);
         if self.data.validation.is_some()
             && due
             && self.history.validation.last().is_none_or(|last| last.step < step - 1)
         {
-            self.validate(step - 1, &stored, observer)?;
+            let before = Instant::now();
+            self.validate(&stored, observer)?;
+            start += before.elapsed();
         }
         let mut variables = Variables::default();
         for (parameter, stored) in self.parameters.iter().zip(&stored) {
@@ -255,13 +263,16 @@ impl<'a> Training<'a> {
         let distillation = self.teacher.map(|_| self.options.distillation);
         let loss = mean(losses.objective(distillation));
         if !(loss.is_finite() && norm.is_finite()) {
-            return Err(Error::Diverged { path: self.checkpoint.path().to_owned(), step });
+            return Err(self.diverged(step));
         }
         let &Options { steps, warmup, learning_rate: highest, weight_decay, clip, .. } = self.options;
         let learning_rate = learning_rate(step, steps, warmup, highest);
         let update = Update { step, learning_rate, weight_decay, shrink: (clip / norm).min(1.0) };
         for ((parameter, gradient), of_scales) in self.parameters.iter_mut().zip(&gradients).zip(&of_scales) {
             parameter.update(gradient, of_scales, update);
+        }
+        if !self.parameters.iter().all(Parameter::is_finite) {
+            return Err(self.diverged(step));
         }
         let tokens = (self.options.batch * self.protocol.ctx) as f64;
         self.history.steps.push(StepRecord {
@@ -287,8 +298,12 @@ impl<'a> Training<'a> {
     ) -> Result<Losses> {
         let source = self.with_activations(HashMap::new());
         let mut losses = Losses::default();
-        let windows = self.data.windows(step, self.options, (self.protocol.ctx, self.bos));
-        for windows in windows.chunks(pools.len()) {
+        let mut windows = self.data.windows(step, self.options, (self.protocol.ctx, self.bos));
+        loop {
+            let windows: Vec<Window> = windows.by_ref().take(pools.len()).collect();
+            if windows.is_empty() {
+                return Ok(losses);
+            }
             observer.check()?;
             let found: Vec<Result<WindowGradients>> = std::thread::scope(|scope| {
                 let run = |(pool, window)| {
@@ -296,7 +311,7 @@ impl<'a> Training<'a> {
                     let source = &source;
                     scope.spawn(move || pool.install(|| self.window(source, variables, teacher, window)))
                 };
-                let running: Vec<_> = pools.iter().zip(windows).map(run).collect();
+                let running: Vec<_> = pools.iter().zip(&windows).map(run).collect();
                 running.into_iter().map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
             });
             // One after the other, whatever the number of threads.
@@ -311,7 +326,6 @@ impl<'a> Training<'a> {
             }
             observer.advance((windows.len() * self.protocol.ctx) as u64);
         }
-        Ok(losses)
     }
 
     /// The losses of one window and their gradients.
@@ -367,20 +381,28 @@ impl<'a> Training<'a> {
     }
 
     /// Measures what would be packed, and remembers it.
-    fn validate(&mut self, step: u64, stored: &[Stored], observer: &dyn Observer) -> Result<()> {
-        let pairs = self.parameters.iter().zip(stored);
-        let tensors = pairs.map(|(parameter, stored)| (parameter.name.clone(), stored.tensor.borrowed())).collect();
-        let measured = self.measure(&tensors, observer)?;
-        self.history.validation.push(ValidationRecord { step, ppl: measured.ppl, nll: measured.nll });
+    fn validate(&mut self, stored: &[Stored], observer: &dyn Observer) -> Result<()> {
+        let measured = match self.measure(Some(stored), observer) {
+            Err(Error::Output { .. }) => return Err(self.diverged(self.done())),
+            measured => measured?,
+        };
+        self.history.validation.push(ValidationRecord { step: self.done(), ppl: measured.ppl, nll: measured.nll });
         Ok(())
     }
 
-    /// The perplexity on the validation text; of the checkpoint itself where no tensors are given.
-    fn measure(&self, tensors: &HashMap<String, Tensor>, observer: &dyn Observer) -> Result<perplexity::Evaluation> {
-        let borrowed = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.borrowed())).collect();
-        let source = match tensors.is_empty() {
-            true => Mixed::new(self.checkpoint, borrowed),
-            false => self.with_activations(borrowed),
+    fn diverged(&self, step: u64) -> Error {
+        Error::Diverged { path: self.checkpoint.path().to_owned(), step }
+    }
+
+    /// The perplexity on the validation text of what would be packed, or of the checkpoint itself.
+    fn measure(&self, stored: Option<&[Stored]>, observer: &dyn Observer) -> Result<perplexity::Evaluation> {
+        let source = match stored {
+            None => Mixed::new(self.checkpoint, HashMap::new()),
+            Some(stored) => {
+                let pairs = self.parameters.iter().zip(stored);
+                let pairs = pairs.map(|(parameter, stored)| (parameter.name.clone(), stored.tensor.borrowed()));
+                self.with_activations(pairs.collect())
+            }
         };
         let options = perplexity::Options {
             ctx: Some(self.protocol.ctx),
@@ -389,7 +411,12 @@ impl<'a> Training<'a> {
             allow_lookahead: false,
         };
         let tokens = self.data.validation.as_ref().expect("measured only where there is a text");
-        evaluate(self.cpu, &source, None, tokens, &options, &Unshown(observer))
+        let measured = evaluate(self.cpu, &source, None, tokens, &options, &Unshown(observer))?;
+        if !measured.ppl.is_finite() {
+            let why = format!("its mean loss of {} has a perplexity beyond all numbers", measured.nll);
+            return Err(Error::Output { path: self.checkpoint.path().to_owned(), why });
+        }
+        Ok(measured)
     }
 }
 

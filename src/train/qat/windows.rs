@@ -23,14 +23,19 @@ pub struct Data {
 
 impl Data {
     /// The windows of a step: those of the text in an order of their own each time it is gone through.
-    pub(super) fn windows(&self, step: u64, options: &Options, (ctx, bos): (usize, Option<u32>)) -> Vec<Window> {
+    pub(super) fn windows(
+        &self,
+        step: u64,
+        options: &Options,
+        (ctx, bos): (usize, Option<u32>),
+    ) -> impl Iterator<Item = Window> {
         let count = (self.tokens.len() / ctx) as u64;
         let mut order: (u64, Vec<u32>) = (u64::MAX, Vec::new());
-        let first = (step - 1) * options.batch as u64;
-        let window = |place: u64| {
+        let (seed, first) = (options.seed, (step - 1) * options.batch as u64);
+        let window = move |place: u64| {
             let (round, place) = (place / count, place % count);
             if order.0 != round {
-                order = (round, shuffled(count as u32, options.seed, round));
+                order = (round, shuffled(count as u32, seed, round));
             }
             let index = order.1[place as usize] as usize;
             let tokens = &self.tokens[index * ctx..][..ctx];
@@ -40,7 +45,7 @@ impl Data {
             }
             Window { inputs, targets: tokens[1..].to_vec() }
         };
-        (first..first + options.batch as u64).map(window).collect()
+        (first..first + options.batch as u64).map(window)
     }
 }
 
