@@ -27,6 +27,9 @@ class Emulator:
         self.launched = set()
         self.functions = {}
         self.call("cuInit", 0)
+        context = ctypes.c_void_p()
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+        self.call("cuCtxSetCurrent", context)
         name = ctypes.create_string_buffer(100)
         self.call("cuDeviceGetName", name, 100, 0)
         if b"emulator" not in name.value:
