@@ -12,6 +12,7 @@ flags=(-std=c++20 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -DBKPACK_EMULA
 # A wrapper for each file of kernels lists them: the names that the preprocessor leaves behind the mark.
 names=()
 list="$out/objects/kernels.cpp"
+sources=("$list")
 {
     echo '#include "emulate/emulator.h"'
     echo 'using List = std::vector<emulator::Kernel>;'
@@ -21,6 +22,7 @@ for source in "$cuda"/*.cu; do
     names+=("$name")
     echo "void list_$name(List&);" >> "$list"
     wrapper="$out/objects/$name.cpp"
+    sources+=("$wrapper")
     # Written anew only if it changes, so that what is compiled stays fresh.
     {
         # In a namespace of its own: files may use the same names.
@@ -44,7 +46,8 @@ build() { g++ "${flags[@]}" -c "$1" -o "$out/objects/$(basename "$1" .cpp).o"; }
 export -f build
 objects=()
 jobs=()
-for source in "$out"/objects/*.cpp "$here"/*.cpp; do
+# Not all that lies there: a file of kernels that is gone has left its wrapper.
+for source in "${sources[@]}" "$here"/*.cpp; do
     object="$out/objects/$(basename "$source" .cpp).o"
     objects+=("$object")
     # Headers concern every object, other files their own.
