@@ -142,16 +142,7 @@ fn greedy_text_is_that_of_the_cpu() {
     assert_eq!(generate(&["--device", "cuda"]), text);
 }
 
-macro_rules! on_the_emulator {
-    ($($name:ident),* $(,)?) => { $(
-        #[test]
-        fn $name() {
-            emulator::run(concat!("card::", stringify!($name)), &[]);
-        }
-    )* };
-}
-
-on_the_emulator!(logits_of_every_architecture, logits_of_every_encoding, decoding_repeats_a_recorded_step);
+emulator::on_the_emulator!(logits_of_every_architecture, logits_of_every_encoding, decoding_repeats_a_recorded_step);
 
 /// The tests themselves, for a card or the emulator.
 mod card {
@@ -221,7 +212,7 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn logits_of_every_architecture() {
         let (scalar, card) = (scalar(), card());
         let mut names: Vec<_> =
@@ -238,7 +229,7 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn logits_of_every_encoding() {
         let (scalar, card) = (scalar(), card());
         let source = checkpoint::open(&fixtures().join("architectures/mixtral_stacked")).unwrap();
@@ -276,7 +267,7 @@ mod card {
 
     /// A state that is cleared and used for another text replays the same recording.
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn decoding_repeats_a_recorded_step() {
         for architecture in ["mistral", "mamba"] {
             let source = checkpoint::open(&fixtures().join("architectures").join(architecture)).unwrap();

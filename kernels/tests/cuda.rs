@@ -6,27 +6,24 @@
 mod common;
 mod emulator;
 
-macro_rules! on_the_emulator {
-    ($($name:ident),* $(,)?) => { $(
-        #[test]
-        fn $name() {
-            emulator::run(concat!("card::", stringify!($name)), &[]);
-        }
-    )* };
-}
-
-on_the_emulator!(
+emulator::on_the_emulator!(
     products,
     rows_of_matrices,
     element_by_element,
     norms,
     moving_values,
     attention,
+    wide_heads,
     convolution,
     scan,
     resolvent,
     routing,
     steps,
+    what_a_recording_uses_is_kept,
+    a_replay_beyond_the_room,
+    caches_that_fell_behind,
+    memory_that_waits_is_given_back with ("BKPACK_EMULATOR_MEMORY", "1000000"),
+    another_context_on_the_thread,
 );
 
 /// The tests themselves, for a card or the emulator.
@@ -35,7 +32,7 @@ mod card {
         Data, FloatType, Grid, Layout, Matrix,
         bits::{pack_row, pack_stream},
         cpu::{SelectiveScan, top_k},
-        cuda::{Cuda, CudaError, DeviceScan, DeviceValues, Precision, StepGraph},
+        cuda::{Cuda, CudaError, DeviceMatrix, DeviceScan, DeviceValues, Precision, StepGraph},
         reference,
         reference_ops::{self as oracle, Heads},
         reference_sequence,
@@ -45,7 +42,9 @@ mod card {
     use super::common::{Random, UNIT, assert_close};
 
     fn cuda() -> Cuda {
-        Cuda::open().unwrap()
+        let cuda = Cuda::open().unwrap();
+        println!("on {}", cuda.card().name);
+        cuda
     }
 
     fn read(cuda: &Cuda, x: &DeviceValues) -> Vec<f32> {
@@ -109,8 +108,8 @@ mod card {
         }
     }
 
-    /// A matrix of every encoding, with groups that do and do not suit the tensor cores.
-    fn matrices(random: &mut Random, rows: usize, cols: usize) -> Vec<(String, Bytes)> {
+    /// A matrix of every encoding, in groups of one of these sizes.
+    fn matrices(random: &mut Random, rows: usize, cols: usize, groups: &[usize]) -> Vec<(String, Bytes)> {
         let mut all: Vec<(String, Bytes)> = [FloatType::F32, FloatType::F16, FloatType::BF16]
             .map(|dtype| (format!("{dtype:?}"), Bytes::float(random, dtype, rows, cols)))
             .into();
@@ -119,7 +118,7 @@ mod card {
             grids.extend([true, false].map(|symmetric| Grid::Int { bits, symmetric }));
         }
         for grid in grids {
-            let group = [7, 32, 64, 1 << 40][random.below(4)];
+            let group = groups[random.below(groups.len())];
             let layout = Layout { grid, group };
             all.push((format!("{layout:?}"), Bytes::quantized(random, layout, rows, cols)));
         }
@@ -127,15 +126,24 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn products() {
         let (cuda, mut random) = (cuda(), Random::new());
-        for (rows, cols) in [(9, 96), (131, 37)] {
-            for (name, bytes) in matrices(&mut random, rows, cols) {
+        // Ragged tiles; rows longer than the shared memory of a block; several tiles of rows and of tokens. Groups that do
+        // and do not suit the tensor cores.
+        for (rows, cols, batches) in [
+            (9, 96, &[1, 3, 8, 9, 67][..]),
+            (131, 37, &[1, 3, 8, 9, 67]),
+            (5, 4133, &[1, 4, 7, 9]),
+            (33, 1100, &[1, 8, 12]),
+            (260, 192, &[130]),
+        ] {
+            let groups = if batches.contains(&67) { &[7, 32, 64, 1 << 40][..] } else { &[96, 128] };
+            for (name, bytes) in matrices(&mut random, rows, cols, groups) {
                 let w = bytes.matrix();
                 let device = cuda.matrix(&w).unwrap();
                 let weights = reference::dequantize(&w);
-                for tokens in [1, 3, 8, 9, 67] {
+                for &tokens in batches {
                     let x = random.values(tokens * cols, 2.0);
                     let bias = (random.below(2) == 1).then(|| random.values(rows, 1.0));
                     let mut expected = reference::matmul(&x, tokens, &w);
@@ -164,10 +172,10 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn rows_of_matrices() {
         let (cuda, mut random) = (cuda(), Random::new());
-        for (name, bytes) in matrices(&mut random, 12, 45) {
+        for (name, bytes) in matrices(&mut random, 12, 45, &[7, 32, 64, 1 << 40]) {
             let w = bytes.matrix();
             let device = cuda.matrix(&w).unwrap();
             let all = reference::dequantize(&w);
@@ -182,7 +190,7 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn element_by_element() {
         let (cuda, mut random) = (cuda(), Random::new());
         for count in [1, 3, 700] {
@@ -211,7 +219,7 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn norms() {
         let (cuda, mut random) = (cuda(), Random::new());
         for cols in [1, 6, 45, 1030] {
@@ -230,7 +238,7 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn moving_values() {
         let cuda = cuda();
         let values: Vec<f32> = (0..35).map(|value| value as f32).collect();
@@ -253,7 +261,7 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn attention() {
         let (cuda, mut random) = (cuda(), Random::new());
         for (heads, kv_heads, head_dim) in [(4, 2, 6), (5, 1, 40), (3, 3, 64)] {
@@ -294,8 +302,39 @@ mod card {
         assert!(matches!(cuda.cache(1, 300, 8), Err(CudaError::TooLarge { .. })));
     }
 
+    /// Many positions before a few tokens, and before many: of the widest head that any card's prefill has room for, and
+    /// of one that asks for more shared memory than some cards give.
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
+    fn wide_heads() {
+        let (cuda, mut random) = (cuda(), Random::new());
+        for head_dim in [128, 256] {
+            let (heads, kv_heads) = (2, 1);
+            let shape = Heads { heads, kv_heads, head_dim };
+            let lengths = [300, 1, 35];
+            let tokens: usize = lengths.iter().sum();
+            let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
+            let q = random.values(tokens * width, 2.0);
+            let (k, v) = (random.values(tokens * kv_width, 2.0), random.values(tokens * kv_width, 1.0));
+            let scale = 1.0 / (head_dim as f32).sqrt();
+            let expected = oracle::attention(&q, &k, &v, shape, scale, usize::MAX);
+            let mut cache = cuda.cache(kv_heads, head_dim, tokens).unwrap();
+            let mut first = 0;
+            for length in lengths {
+                let part =
+                    |values: &[f32], width| cuda.values(&values[first * width..][..length * width], width).unwrap();
+                let (q, k, v) = (part(&q, width), part(&k, kv_width), part(&v, kv_width));
+                let out = cuda.attention(&q, &k, &v, &mut cache, heads, scale, usize::MAX).unwrap();
+                let context = format!("seed {} {shape:?}, {length} after {first}", random.seed);
+                let expected = &expected[first * width..][..length * width];
+                assert_close(&context, &read(&cuda, &out), expected, |_| 64.0 * head_dim as f64 * UNIT);
+                first += length;
+            }
+        }
+    }
+
+    #[test]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn convolution() {
         let (cuda, mut random) = (cuda(), Random::new());
         for (channels, kernel) in [(1, 1), (19, 4), (300, 3)] {
@@ -319,11 +358,11 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn scan() {
         let (cuda, mut random) = (cuda(), Random::new());
-        for (channels, states) in [(3, 1), (70, 16), (33, 21)] {
-            let (tokens, context) = (59, format!("seed {} {channels} {states}", random.seed));
+        for (channels, states, tokens) in [(3, 1, 59), (70, 16, 59), (33, 21, 59), (33, 16, 600)] {
+            let context = format!("seed {} {channels} {states} {tokens}", random.seed);
             let x = random.values(tokens * channels, 1.0);
             let delta: Vec<f32> = random.values(tokens * channels, 1.0).iter().map(|x| x.abs()).collect();
             let a: Vec<f32> = random.values(channels * states, 4.0).iter().map(|x| -x.abs()).collect();
@@ -333,7 +372,7 @@ mod card {
             let (expected, last) = reference_sequence::selective_scan(&all);
             let on = |values: &[f32], cols| cuda.values(values, cols).unwrap();
             let (a, d) = (on(&a, states), on(&d, channels));
-            for lengths in [[59, 0, 0], [40, 2, 17]] {
+            for lengths in [[tokens, 0, 0], [tokens - 19, 2, 17]] {
                 let mut state = cuda.zeros(channels, states).unwrap();
                 let (mut found, mut first) = (Vec::new(), 0);
                 for length in lengths.into_iter().filter(|&length| length > 0) {
@@ -353,7 +392,7 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn resolvent() {
         let (cuda, mut random) = (cuda(), Random::new());
         let z = [0.25, 1.0];
@@ -401,7 +440,7 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn routing() {
         let (cuda, mut random) = (cuda(), Random::new());
         for (experts, chosen) in [(1, 1), (4, 2), (70, 8)] {
@@ -424,20 +463,11 @@ mod card {
 
     /// The same numbers whether a step is run, recorded or replayed; the position and the token come from the card.
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn steps() {
         let cuda = cuda();
         let values: Vec<f32> = (0..60).map(|value| value as f32).collect();
-        let table = cuda
-            .matrix(
-                &Matrix::new(
-                    10,
-                    6,
-                    Data::Float { dtype: FloatType::F32, values: &float_bytes(FloatType::F32, &values) },
-                )
-                .unwrap(),
-            )
-            .unwrap();
+        let table = floats(&cuda, 10, 6, &values);
         let positions = cuda.values(&values, 6).unwrap();
         let (mut graph, mut out, mut runs) = (StepGraph::default(), Vec::new(), 0);
         for (position, token) in [7, 3, 9, 0, 2].into_iter().enumerate() {
@@ -455,8 +485,129 @@ mod card {
         }
         // Run, recorded, and then replayed; never recorded where the driver refuses.
         let refused = std::env::var("BKPACK_EMULATOR_CAPTURE").is_ok_and(|value| value == "0");
-        assert_eq!(runs, if refused { 5 } else { 2 });
+        assert_eq!((runs, graph.is_recorded()), if refused { (5, false) } else { (2, true) });
     }
+
+    fn floats(cuda: &Cuda, rows: usize, cols: usize, values: &[f32]) -> DeviceMatrix {
+        let values = float_bytes(FloatType::F32, values);
+        let matrix = Matrix::new(rows, cols, Data::Float { dtype: FloatType::F32, values: &values }).unwrap();
+        cuda.matrix(&matrix).unwrap()
+    }
+
+    /// A recording replays on what it was made with, whatever its owners have dropped since.
+    #[test]
+    #[ignore = "run on the emulator by the test of the same name"]
+    fn what_a_recording_uses_is_kept() {
+        let cuda = cuda();
+        let (mut graph, mut out) = (StepGraph::default(), Vec::new());
+        let expected = |token: u32, position: usize| vec![(token * 100) as f32 + position as f32 * 10.0 + 1.0; 4];
+        {
+            let table = floats(&cuda, 3, 4, &[[0.0; 4], [100.0; 4], [200.0; 4]].concat());
+            let positions = cuda.values(&[[0.0; 4], [10.0; 4], [20.0; 4], [30.0; 4]].concat(), 4).unwrap();
+            let one = cuda.values(&[1.0; 8], 4).unwrap();
+            for (position, token) in [2, 1].into_iter().enumerate() {
+                let run = || {
+                    let sum = cuda.add(cuda.embed_step(&table)?, &cuda.row_at_step(&positions)?)?;
+                    cuda.add(sum, &cuda.rows(&one, 1, 1)?)
+                };
+                cuda.step::<CudaError>(&mut graph, (token, position), run, &mut out).unwrap();
+                assert_eq!(out, expected(token, position));
+            }
+        }
+        assert!(graph.is_recorded());
+        // These would lie where the operands did.
+        let _others: Vec<DeviceValues> = (0..8).map(|_| cuda.values(&[1e9; 16], 4).unwrap()).collect();
+        let gone = || -> Result<DeviceValues, CudaError> { unreachable!("a replay runs nothing anew") };
+        for (position, token) in [(2, 1), (3, 0)] {
+            cuda.step(&mut graph, (token, position), gone, &mut out).unwrap();
+            assert_eq!(out, expected(token, position));
+        }
+    }
+
+    #[test]
+    #[ignore = "run on the emulator by the test of the same name"]
+    #[should_panic(expected = "has room for 3 positions")]
+    fn a_replay_beyond_the_room() {
+        let cuda = cuda();
+        let positions = cuda.values(&[0.0, 1.0, 2.0], 1).unwrap();
+        let (mut graph, mut out) = (StepGraph::default(), Vec::new());
+        for position in 0..4 {
+            let run = || cuda.row_at_step(&positions);
+            cuda.step::<CudaError>(&mut graph, (0, position), run, &mut out).unwrap();
+            assert_eq!(out, [position as f32]);
+        }
+    }
+
+    #[test]
+    #[ignore = "run on the emulator by the test of the same name"]
+    #[should_panic(expected = "caches of 2 positions")]
+    fn caches_that_fell_behind() {
+        let cuda = cuda();
+        let x = cuda.values(&[1.0; 4], 4).unwrap();
+        let mut cache = cuda.cache(1, 4, 8).unwrap();
+        let (mut graph, mut out) = (StepGraph::default(), Vec::new());
+        for position in 0..3 {
+            if position == 2 {
+                cache.clear();
+            }
+            let run = || cuda.attention(&x, &x, &x, &mut cache, 1, 0.5, usize::MAX);
+            cuda.step::<CudaError>(&mut graph, (0, position), run, &mut out).unwrap();
+        }
+    }
+
+    /// What the program has dropped makes room for what is not of its size, wherever that is taken from.
+    #[test]
+    #[ignore = "run on the emulator by the test of the same name"]
+    fn memory_that_waits_is_given_back() {
+        let cuda = cuda();
+        let third = (cuda.free_memory().unwrap() / 3) as usize & !0xffff;
+        let drop_two_thirds = || drop(cuda.zeros(2 * third / 4, 1).unwrap());
+        drop_two_thirds();
+        let bytes = vec![0; third / 2 * 3];
+        let values = Data::Float { dtype: FloatType::F32, values: &bytes };
+        drop(cuda.matrix(&Matrix::new(bytes.len() / 4, 1, values).unwrap()).unwrap());
+
+        // A step takes its buffers from elsewhere.
+        drop_two_thirds();
+        let (mut graph, mut out) = (StepGraph::default(), Vec::new());
+        let run = || cuda.rows(&cuda.zeros(third / 8 * 3, 1)?, 0, 1);
+        cuda.step::<CudaError>(&mut graph, (0, 0), run, &mut out).unwrap();
+        assert_eq!(out, [0.0]);
+        drop(graph);
+
+        drop_two_thirds();
+        cuda.check_room(2 * third as u64).unwrap();
+        drop_two_thirds();
+        assert!(matches!(cuda.zeros(third, 1), Err(CudaError::OutOfMemory { .. })));
+    }
+
+    #[test]
+    #[ignore = "run on the emulator by the test of the same name"]
+    fn another_context_on_the_thread() {
+        let cuda = cuda();
+        let leave = || {
+            // SAFETY: no context is current after this, which is what any other part of a program may cause.
+            unsafe { cudarc::driver::result::ctx::set_current(std::ptr::null_mut()) }.unwrap();
+        };
+        leave();
+        let x = cuda.values(&[1.0, 2.0], 2).unwrap();
+        leave();
+        let y = cuda.zeros(1, 2).unwrap();
+        leave();
+        let sum = cuda.add(y, &x).unwrap();
+        leave();
+        let copy = cuda.rows(&sum, 0, 1).unwrap();
+        leave();
+        assert_eq!(read(&cuda, &copy), [1.0, 2.0]);
+        leave();
+        cuda.check_room(1).unwrap();
+        leave();
+    }
+}
+
+#[test]
+fn wide_heads_where_blocks_have_little_shared_memory() {
+    emulator::run("card::wide_heads", &[("BKPACK_EMULATOR_SHARED", "101376")]);
 }
 
 #[test]
