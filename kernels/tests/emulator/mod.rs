@@ -69,7 +69,8 @@ pub fn assert_ignored(tests: &[&str]) {
     let text = String::from_utf8(output.stdout).unwrap();
     let mut ignored: Vec<&str> = text.lines().filter_map(|line| line.strip_suffix(": test")).collect();
     let mut tests = tests.to_vec();
-    (ignored.sort_unstable(), tests.sort_unstable());
+    ignored.sort_unstable();
+    tests.sort_unstable();
     assert_eq!(ignored, tests, "the ignored tests of this program, and those that are run on the emulator");
 }
 
