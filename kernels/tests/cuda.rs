@@ -12,6 +12,7 @@ emulator::on_the_emulator!(
     element_by_element,
     norms,
     moving_values,
+    a_token_that_is_added_to_twice,
     attention,
     wide_heads,
     convolution,
@@ -20,6 +21,7 @@ emulator::on_the_emulator!(
     routing,
     steps,
     what_a_recording_uses_is_kept,
+    a_step_that_waits_is_not_recorded,
     a_replay_beyond_the_room,
     caches_that_fell_behind,
     memory_that_waits_is_given_back with ("BKPACK_EMULATOR_MEMORY", "1000000"),
@@ -258,6 +260,15 @@ mod card {
         let (y, weights) = (cuda.values(&[1.0, 2.0, 3.0, 4.0], 2).unwrap(), cuda.values(&[0.5, 2.0], 1).unwrap());
         let sum = cuda.scatter_add(cuda.values(&[10.0; 4], 2).unwrap(), &y, &[[1, 0], [0, 0]], &weights).unwrap();
         assert_eq!(read(&cuda, &sum), [11.5, 12.0, 12.0, 14.0]);
+    }
+
+    #[test]
+    #[ignore = "run on the emulator by the test of the same name"]
+    #[should_panic(expected = "a token occurs twice")]
+    fn a_token_that_is_added_to_twice() {
+        let cuda = cuda();
+        let [sum, y, weights] = [[1.0; 4]; 3].map(|values| cuda.values(&values, 2).unwrap());
+        let _ = cuda.scatter_add(sum, &y, &[[1, 0], [1, 1]], &weights);
     }
 
     #[test]
@@ -521,6 +532,25 @@ mod card {
         for (position, token) in [(2, 1), (3, 0)] {
             cuda.step(&mut graph, (token, position), gone, &mut out).unwrap();
             assert_eq!(out, expected(token, position));
+        }
+    }
+
+    /// What gives memory back waits for all work, which ends a recording.
+    #[test]
+    #[ignore = "run on the emulator by the test of the same name"]
+    fn a_step_that_waits_is_not_recorded() {
+        let cuda = cuda();
+        let positions = cuda.values(&[0.0, 1.0, 2.0, 3.0], 1).unwrap();
+        let (mut graph, mut out) = (StepGraph::default(), Vec::new());
+        for position in 0..4 {
+            let mut spare = Some(floats(&cuda, 1, 1, &[1.0]));
+            let run = || {
+                let found = cuda.row_at_step(&positions)?;
+                spare.take();
+                cuda.add(found, &cuda.row_at_step(&positions)?)
+            };
+            cuda.step::<CudaError>(&mut graph, (0, position), run, &mut out).unwrap();
+            assert_eq!((&out[..], graph.is_recorded()), (&[2.0 * position as f32][..], false));
         }
     }
 
