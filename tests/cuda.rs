@@ -154,10 +154,10 @@ fn greedy_text_is_that_of_the_cpu() {
 }
 
 emulator::on_the_emulator!(
-    logits_of_every_architecture,
-    logits_of_every_encoding,
-    decoding_repeats_a_recorded_step,
-    a_step_on_the_state_of_another_model
+    card::logits_of_every_architecture,
+    card::logits_of_every_encoding,
+    card::decoding_repeats_a_recorded_step,
+    card::a_step_on_the_state_of_another_model,
 );
 
 /// The tests themselves, for a card or the emulator.

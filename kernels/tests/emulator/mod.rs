@@ -44,20 +44,20 @@ pub fn folder() -> Option<&'static Path> {
     FOLDER.get_or_init(build).as_deref()
 }
 
-/// Makes a test of the name of each ignored test in the module `card` that runs it on the emulator, at will with a variable
+/// Makes a test of the name of each of these ignored tests of a module that runs it on the emulator, at will with a variable
 /// for it, and a test that finds none forgotten.
 macro_rules! on_the_emulator {
-    ($($name:ident $(with $variable:expr)?),* $(,)?) => {
+    ($($module:ident::$name:ident $(with $variable:expr)?),* $(,)?) => {
         $(
             #[test]
             fn $name() {
-                emulator::run(concat!("card::", stringify!($name)), &[$($variable)?]);
+                emulator::run(concat!(stringify!($module), "::", stringify!($name)), &[$($variable)?]);
             }
         )*
 
         #[test]
         fn every_ignored_test_is_run_on_the_emulator() {
-            emulator::assert_ignored(&[$(concat!("card::", stringify!($name))),*]);
+            emulator::assert_ignored(&[$(concat!(stringify!($module), "::", stringify!($name))),*]);
         }
     };
 }
