@@ -59,6 +59,10 @@ fn each_device_has_its_own_activations() {
     let Some(emulator) = emulator::folder() else { return };
     let output = logits(folder.path(), &["--activations", "int8", "--device", "cuda", "-q"], Some(emulator), &[]);
     refused(&output, &["--activations: int8 is computed on the CPU alone", "pass exact or bf16"]);
+    let output = logits(folder.path(), &["--activations", "int8", "--device", "auto"], Some(emulator), &[]);
+    succeeded(&output);
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(message.starts_with("note: running on the CPU: int8 activations are computed on it alone"), "{message}");
 }
 
 #[test]
@@ -82,6 +86,13 @@ fn a_driver_or_a_card_that_cannot_be_used_is_named() {
         "60000",
         &[" bytes of GPU memory are needed where 5", " are free: close other programs"],
     );
+    // The user who leaves it open gets the CPU.
+    let little = [("BKPACK_EMULATOR_MEMORY", "60000")];
+    let output = logits(folder.path(), &["--device", "auto"], Some(emulator), &little);
+    succeeded(&output);
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(message.starts_with("note: running on the CPU: ") && message.contains(" of GPU memory are"), "{message}");
+    std::fs::remove_file(folder.path().join("logits.safetensors")).unwrap();
     // Room for the weights, but not for what comes on top.
     refuse(
         "BKPACK_EMULATOR_MEMORY",
@@ -142,16 +153,12 @@ fn greedy_text_is_that_of_the_cpu() {
     assert_eq!(generate(&["--device", "cuda"]), text);
 }
 
-macro_rules! on_the_emulator {
-    ($($name:ident),* $(,)?) => { $(
-        #[test]
-        fn $name() {
-            emulator::run(concat!("card::", stringify!($name)), &[]);
-        }
-    )* };
-}
-
-on_the_emulator!(logits_of_every_architecture, logits_of_every_encoding, decoding_repeats_a_recorded_step);
+emulator::on_the_emulator!(
+    card::logits_of_every_architecture,
+    card::logits_of_every_encoding,
+    card::decoding_repeats_a_recorded_step,
+    card::a_step_on_the_state_of_another_model,
+);
 
 /// The tests themselves, for a card or the emulator.
 mod card {
@@ -184,7 +191,9 @@ mod card {
     }
 
     fn card() -> CudaOps {
-        CudaOps::new(Rc::new(Cuda::open().unwrap()), Activations::Exact).unwrap()
+        let cuda = Cuda::open().unwrap();
+        println!("on {}", cuda.card().name);
+        CudaOps::new(Rc::new(cuda), Activations::Exact).unwrap()
     }
 
     /// Of the first `batch` tokens at once, and then of one after the other: `[tokens, vocab_size]`.
@@ -221,7 +230,7 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn logits_of_every_architecture() {
         let (scalar, card) = (scalar(), card());
         let mut names: Vec<_> =
@@ -238,7 +247,7 @@ mod card {
     }
 
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn logits_of_every_encoding() {
         let (scalar, card) = (scalar(), card());
         let source = checkpoint::open(&fixtures().join("architectures/mixtral_stacked")).unwrap();
@@ -276,14 +285,14 @@ mod card {
 
     /// A state that is cleared and used for another text replays the same recording.
     #[test]
-    #[ignore = "needs a card or the emulator"]
+    #[ignore = "run on the emulator by the test of the same name"]
     fn decoding_repeats_a_recorded_step() {
-        for architecture in ["mistral", "mamba"] {
+        for architecture in ["mistral", "qwen3", "mamba"] {
             let source = checkpoint::open(&fixtures().join("architectures").join(architecture)).unwrap();
             let (scalar, card) = (scalar(), card());
             let model = Model::load(&source, &card).unwrap();
             let mut state = model.state(9).unwrap();
-            let mut found = Vec::new();
+            let (mut found, mut steps) = (Vec::new(), 0);
             for tokens in [[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8]] {
                 state.clear(&card).unwrap();
                 model.forward(&tokens[..2], &mut state).unwrap();
@@ -291,10 +300,26 @@ mod card {
                 for &token in &tokens[2..] {
                     model.step(token, &mut state, &mut found).unwrap();
                     all.extend(&found);
+                    steps += 1;
+                    assert_eq!(state.step_graph().is_recorded(), steps >= 2, "{architecture}, step {steps}");
                 }
                 let expected = logits(&source, &scalar, &tokens, 2);
                 compare(architecture, &all, &expected[2 * model.vocab_size()..]);
             }
         }
+    }
+
+    /// It would replay the steps of the other.
+    #[test]
+    #[ignore = "run on the emulator by the test of the same name"]
+    #[should_panic(expected = "a state is stepped by the model that made it")]
+    fn a_step_on_the_state_of_another_model() {
+        let source = checkpoint::open(&fixtures().join("architectures/qwen3")).unwrap();
+        let card = card();
+        let models = [(); 2].map(|()| Model::load(&source, &card).unwrap());
+        let mut state = models[0].state(4).unwrap();
+        let mut found = Vec::new();
+        models[0].step(1, &mut state, &mut found).unwrap();
+        models[1].step(1, &mut state, &mut found).unwrap();
     }
 }

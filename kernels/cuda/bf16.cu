@@ -1,4 +1,4 @@
 // Embedding, GEMV and GEMM of BF16 matrices, each as its header says.
 #include "encoding.cuh"
 
-ENCODING(bf16, BF16, 1)
+FLOATS(bf16, BF16, 1)

@@ -81,34 +81,18 @@ __device__ inline float warp_sum(float value) {
     return value;
 }
 
-__device__ inline double warp_sum(double value) {
-    for (u32 step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(ALL_LANES, value, step);
-    return value;
-}
-
 __device__ inline float warp_max(float value) {
     for (u32 step = WARP / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(ALL_LANES, value, step));
     return value;
 }
 
 // The sum over a block, in every thread. `scratch` has a place for each of up to 32 warps.
-template <class T>
-__device__ inline T block_sum(T value, T* scratch) {
+__device__ inline float block_sum(float value, float* scratch) {
     value = warp_sum(value);
     __syncthreads();
     if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
     __syncthreads();
-    T sum = 0;
+    float sum = 0;
     for (u32 warp = 0; warp < blockDim.x / WARP; warp++) sum += scratch[warp];
     return sum;
-}
-
-__device__ inline float block_max(float value, float* scratch) {
-    value = warp_max(value);
-    __syncthreads();
-    if (threadIdx.x % WARP == 0) scratch[threadIdx.x / WARP] = value;
-    __syncthreads();
-    float max = scratch[0];
-    for (u32 warp = 1; warp < blockDim.x / WARP; warp++) max = fmaxf(max, scratch[warp]);
-    return max;
 }

@@ -37,11 +37,6 @@ KERNEL(256) add_scaled(float* x, const float* y, const float* scale, u64 n) {
     EACH(i, n) x[i] = fmaf(*scale, y[i], x[i]);
 }
 
-// bias [cols] to every row of x.
-KERNEL(256) add_bias(float* x, const float* bias, u64 n, u32 cols) {
-    EACH(i, n) x[i] += bias[i % cols];
-}
-
 KERNEL(256) silu_multiply(float* gate, const float* up, u64 n) {
     EACH(i, n) gate[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
@@ -75,11 +70,6 @@ scatter_add(float* sum, const float* y, const u32* places, const float* weights,
         float* to = sum + token * cols + i % cols;
         *to = fmaf(weights[token * chosen + slot], y[i], *to);
     }
-}
-
-// The end of a recorded decoding step: the next one finds `count` positions more.
-KERNEL(32) advance(u32* past, u32 count) {
-    if (global_index() == 0) *past += count;
 }
 
 // x [tokens, cols] as hi + lo in BF16, both [tokens, padded], zero beyond cols; lo may be null. padded % 8 == 0.

@@ -5,11 +5,20 @@
 #include "gemv.cuh"
 #include "plain.cuh"
 
-// EXACT_W_TERMS: BF16 terms that hold a weight of this encoding, up to the precision of activations in two terms.
-#define ENCODING(NAME, TYPE, EXACT_W_TERMS) \
-    EMBED(NAME, TYPE)                       \
-    GEMV(NAME, TYPE, 1)                     \
-    GEMV(NAME, TYPE, 4)                     \
-    GEMV(NAME, TYPE, 8)                     \
-    GEMM(NAME, TYPE, EXACT_W_TERMS)         \
+// Floats. W_TERMS: BF16 terms that hold a weight, up to the precision of activations in two terms.
+#define FLOATS(NAME, TYPE, W_TERMS) \
+    EMBED(NAME, TYPE)               \
+    GEMV(NAME, TYPE, 1)             \
+    GEMV(NAME, TYPE, 4)             \
+    GEMV(NAME, TYPE, 8)             \
+    GEMM_EXACT(NAME, TYPE, W_TERMS)
+
+// Codes, with groups of any size.
+#define CODES(NAME, TYPE)     \
+    EMBED(NAME, TYPE)         \
+    GEMV(NAME, TYPE, 1)       \
+    GEMV(NAME, TYPE, 4)       \
+    GEMV(NAME, TYPE, 8)       \
+    GEMM_EXACT(NAME, TYPE, 1) \
+    GEMM_BF16(NAME, TYPE)     \
     PLAIN(NAME, TYPE)

@@ -1,4 +1,4 @@
 // Embedding, GEMV and GEMM of F16 matrices, each as its header says.
 #include "encoding.cuh"
 
-ENCODING(f16, F16, 2)
+FLOATS(f16, F16, 2)

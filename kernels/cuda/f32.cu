@@ -1,4 +1,4 @@
 // Embedding, GEMV and GEMM of F32 matrices, each as its header says.
 #include "encoding.cuh"
 
-ENCODING(f32, F32, 2)
+FLOATS(f32, F32, 2)

@@ -3,7 +3,7 @@
 //
 // Activations come as one BF16 term (`bf16`) or as the sum of two (`exact`, about 2^-17 relative), made once by
 // split_activations. Codes are unpacked to exact small integers in BF16, multiplied with f32 accumulation, and each
-// group's sum is scaled in f32. F32 and F16 weights are rounded to one BF16 (`bf16`) or split in two (`exact`).
+// group's sum is scaled in f32. F32 and F16 weights are split in two terms, too; float weights come as `exact` alone.
 // A block makes 64 tokens x 128 rows in steps of 64 columns; activations arrive by cp.async one step ahead, codes in
 // registers one step ahead.
 // Dynamic shared memory: 16384 X_TERMS + 16384 W_TERMS + 1024 bytes.
@@ -206,14 +206,15 @@ __device__ inline void gemm(const Matrix& w, const u16* hi, const u16* lo, const
     }
 }
 
-#define GEMM(NAME, ENCODING, EXACT_W_TERMS)                                                                       \
-    KERNEL(GEMM_THREADS, 2)                                                                                        \
-    gemm_##NAME##_exact(Matrix w, const u16* hi, const u16* lo, const float* bias, float* out, u32 tokens,        \
-                        u32 padded) {                                                                             \
-        gemm<ENCODING, 2, EXACT_W_TERMS>(w, hi, lo, bias, out, tokens, padded);                                   \
-    }                                                                                                             \
-    KERNEL(GEMM_THREADS, 2)                                                                                        \
-    gemm_##NAME##_bf16(Matrix w, const u16* hi, const u16* lo, const float* bias, float* out, u32 tokens,         \
-                       u32 padded) {                                                                              \
-        gemm<ENCODING, 1, 1>(w, hi, lo, bias, out, tokens, padded);                                               \
+#define GEMM_EXACT(NAME, ENCODING, W_TERMS)                                                                \
+    KERNEL(GEMM_THREADS, 2)                                                                                \
+    gemm_##NAME##_exact(Matrix w, const u16* hi, const u16* lo, const float* bias, float* out, u32 tokens, \
+                        u32 padded) {                                                                      \
+        gemm<ENCODING, 2, W_TERMS>(w, hi, lo, bias, out, tokens, padded);                                  \
+    }
+
+#define GEMM_BF16(NAME, ENCODING)                                                                       \
+    KERNEL(GEMM_THREADS, 2)                                                                             \
+    gemm_##NAME##_bf16(Matrix w, const u16* hi, const float* bias, float* out, u32 tokens, u32 padded) { \
+        gemm<ENCODING, 1, 1>(w, hi, nullptr, bias, out, tokens, padded);                                \
     }

@@ -1,4 +1,4 @@
 // Embedding, GEMV and GEMM of 3-bit matrices, symmetric and asymmetric, each as its header says.
 #include "encoding.cuh"
 
-ENCODING(int3, Int<3>, 1)
+CODES(int3, Int<3>)

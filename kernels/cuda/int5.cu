@@ -1,4 +1,4 @@
 // Embedding, GEMV and GEMM of 5-bit matrices, symmetric and asymmetric, each as its header says.
 #include "encoding.cuh"
 
-ENCODING(int5, Int<5>, 1)
+CODES(int5, Int<5>)

@@ -1,4 +1,4 @@
 // Embedding, GEMV and GEMM of 6-bit matrices, symmetric and asymmetric, each as its header says.
 #include "encoding.cuh"
 
-ENCODING(int6, Int<6>, 1)
+CODES(int6, Int<6>)

@@ -1,4 +1,4 @@
 // Embedding, GEMV and GEMM of 7-bit matrices, symmetric and asymmetric, each as its header says.
 #include "encoding.cuh"
 
-ENCODING(int7, Int<7>, 1)
+CODES(int7, Int<7>)

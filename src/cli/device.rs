@@ -3,7 +3,10 @@
 use bkpack::{
     Result,
     model::weight_bytes,
-    ops::device::{Device, DeviceChoice},
+    ops::{
+        cpu::Activations,
+        device::{Device, DeviceChoice},
+    },
     report::table::count,
     tensor::TensorSource,
 };
@@ -23,19 +26,26 @@ impl DeviceArgs {
     /// Makes the device ready and says which it is, what the models need of its memory and what is free.
     ///
     /// # Errors
-    /// As [`DeviceChoice::open`] and [`Device::check_room`].
-    pub fn open<'a>(&self, sources: impl IntoIterator<Item = &'a dyn TensorSource>, common: &Common) -> Result<Device> {
-        let (device, notice) = self.device.open()?;
+    /// As [`DeviceChoice::open`].
+    pub fn open<'a>(
+        &self,
+        sources: impl IntoIterator<Item = &'a dyn TensorSource>,
+        activations: Activations,
+        common: &Common,
+    ) -> Result<Device> {
+        let mut needed = 0;
+        let (device, notice) = self.device.open(activations, || {
+            needed = sources.into_iter().map(weight_bytes).sum::<Result<u64>>()?;
+            Ok(needed)
+        })?;
         notice.iter().for_each(|notice| common.notice(notice));
         if let Device::Cuda(cuda) = &device {
-            let needed = sources.into_iter().map(weight_bytes).sum::<Result<u64>>()?;
             let free = cuda.free_memory()?;
             common.notice(&format!(
                 "the weights take {} bytes of {} that are free on the GPU",
                 count(needed),
                 count(free)
             ));
-            device.check_room(needed)?;
         }
         Ok(device)
     }

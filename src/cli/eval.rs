@@ -99,7 +99,8 @@ pub fn run(args: &EvalArgs) -> Result<()> {
             Device::Cpu
         }
         (false, _) => {
-            args.device.open(std::iter::once(&**source as &dyn TensorSource).chain(baseline), &args.common)?
+            let sources = std::iter::once(&**source as &dyn TensorSource).chain(baseline);
+            args.device.open(sources, options.activations, &args.common)?
         }
     };
     let evaluation = evaluate_on(&device, cpu, &**source, baseline, &tokens, &options, &observer)?;

@@ -89,7 +89,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let mut sampler = Sampler::new(cpu, args.temperature, args.top_p, seed)?;
     let verify = args.verify_hashes.then_some(&observer);
     let source = args.checkpoint.open(&[&args.model], verify, &args.common)?.remove(0);
-    let written = match args.device.open([&*source as &dyn TensorSource], &args.common)? {
+    let written = match args.device.open([&*source as &dyn TensorSource], args.activations, &args.common)? {
         Device::Cpu => {
             args.activations.check_cpu()?;
             write(args, &*source, &CpuOps::new(cpu, args.activations), &mut sampler, &observer)

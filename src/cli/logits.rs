@@ -73,7 +73,7 @@ pub fn run(args: &LogitsArgs) -> Result<()> {
     let source = args.checkpoint.open(&[&args.model], verify, &args.common)?.remove(0);
     let tokens = read_tokens(&args.tokens)?;
     let cpu = Cpu::from_environment()?;
-    match args.device.open([&*source as &dyn TensorSource], &args.common)? {
+    match args.device.open([&*source as &dyn TensorSource], args.activations, &args.common)? {
         Device::Cpu => {
             args.activations.check_cpu()?;
             write(args, &*source, &CpuOps::new(cpu, args.activations), &tokens, &observer)

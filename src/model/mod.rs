@@ -11,7 +11,11 @@ pub mod resnet_bk;
 pub mod rope;
 pub mod sample;
 
-use std::{fmt::Display, path::Path};
+use std::{
+    fmt::Display,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 use serde_json::Value;
 
@@ -166,6 +170,14 @@ pub fn max_positions(source: &dyn TensorSource) -> Result<usize> {
 pub struct Model<'a, O: Ops> {
     path: &'a Path,
     network: Network<'a, O>,
+    /// Tells it from every other, and from itself before it was reduced.
+    id: u64,
+}
+
+/// A number that no model has had.
+fn new_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 enum Network<'a, O: Ops> {
@@ -198,6 +210,8 @@ pub struct State<O: Ops> {
     /// Of every position that fits, once steps need them.
     rotations: Option<Rotation<O>>, // [capacity, head_dim / 2]
     step: O::StepGraph,
+    /// The id of the model that it was made by: the only one whose steps it may hold.
+    model: u64,
 }
 
 /// What one layer remembers.
@@ -214,6 +228,11 @@ impl<O: Ops> State<O> {
     /// Tokens seen so far.
     pub fn positions(&self) -> usize {
         self.positions
+    }
+
+    /// What the back end keeps of [`step`](Model::step) to repeat it.
+    pub fn step_graph(&self) -> &O::StepGraph {
+        &self.step
     }
 
     /// Records what the Birman-Schwinger core of each layer computes in a call that begins a text.
@@ -255,7 +274,7 @@ impl<'a, O: Ops> Model<'a, O> {
             Architecture::ResNetBk => Network::ResNetBk(ResNetBk::load(source, ops)?),
             _ => Network::Llama(Llama::load(source, ops)?),
         };
-        Ok(Model { path: source.path(), network })
+        Ok(Model { path: source.path(), network, id: new_id() })
     }
 
     /// The number of token ids.
@@ -315,7 +334,7 @@ impl<'a, O: Ops> Model<'a, O> {
         };
         let layers = (0..self.layers()).map(layer_state).collect::<Result<_>>()?;
         let step = O::StepGraph::default();
-        Ok(State { layers, positions: 0, capacity, core: None, rotations: None, step })
+        Ok(State { layers, positions: 0, capacity, core: None, rotations: None, step, model: self.id })
     }
 
     /// Runs the next tokens of a text: the final hidden states, `[tokens, hidden_size]`, for [`logits`](Self::logits).
@@ -325,7 +344,7 @@ impl<'a, O: Ops> Model<'a, O> {
     /// [`Error::NotSequential`] where a model that [runs texts whole](Self::runs_whole) is to continue one.
     ///
     /// # Panics
-    /// If the state is another model's.
+    /// If the state was made by a model of another config.
     pub fn forward(&self, tokens: &[u32], state: &mut State<O>) -> Result<O::Tensor> {
         self.check_next(tokens, state)?;
         if let Some(core) = &mut state.core {
@@ -363,8 +382,9 @@ impl<'a, O: Ops> Model<'a, O> {
     /// As [`forward`](Self::forward).
     ///
     /// # Panics
-    /// If the state is another model's.
+    /// If the state was made by another model, or before this one was [reduced](Self::reduce).
     pub fn step(&self, token: u32, state: &mut State<O>, out: &mut Vec<f32>) -> Result<()> {
+        assert_eq!(state.model, self.id, "a state is stepped by the model that made it");
         let ops = self.ops();
         // A mixture chooses its experts by values, and a core is told of its positions one by one.
         let repeatable = match &self.network {

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::{Model, Network};
+use super::{Model, Network, new_id};
 use crate::{
     error::{Error, Result},
     ops::Ops,
@@ -72,6 +72,7 @@ impl<O: Ops> Model<'_, O> {
             Network::Mamba(model) => model.reduce(&kept),
             Network::ResNetBk(model) => model.reduce(&kept, reduction),
         }
+        self.id = new_id();
         Ok(())
     }
 }

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use bkpack_kernels::cuda::Cuda;
 use serde::Serialize;
 
+use super::cpu::Activations;
 use crate::error::{Error, Result, short};
 
 /// Where the user wants it to run.
@@ -15,7 +16,7 @@ pub enum DeviceChoice {
     Cpu,
     /// On the NVIDIA GPU; an error where none can be used.
     Cuda,
-    /// On the NVIDIA GPU if one can be used, else on the CPU.
+    /// On the NVIDIA GPU if one can be used for the weights and the activations, else on the CPU.
     Auto,
 }
 
@@ -46,21 +47,38 @@ impl std::fmt::Display for DeviceRecord {
 }
 
 impl DeviceChoice {
-    /// Makes the device ready, and says what the user should know of it.
+    /// Makes the device ready for weights of so many bytes, and says what the user should know of it.
     ///
     /// # Errors
-    /// [`Error::Cuda`] if the GPU is asked for and cannot be used.
-    pub fn open(self) -> Result<(Device, Option<String>)> {
-        let cuda = match self {
-            DeviceChoice::Cpu => return Ok((Device::Cpu, None)),
-            DeviceChoice::Cuda => Cuda::open()?,
-            DeviceChoice::Auto => match Cuda::open() {
-                Ok(cuda) => cuda,
-                Err(error) => return Ok((Device::Cpu, Some(format!("running on the CPU: {error}")))),
-            },
+    /// [`Error::Cuda`] if the GPU is asked for and cannot be used, or has no room for the weights; what `weight_bytes`
+    /// returns, which is asked only of a GPU.
+    pub fn open(
+        self,
+        activations: Activations,
+        weight_bytes: impl FnOnce() -> Result<u64>,
+    ) -> Result<(Device, Option<String>)> {
+        let on_cpu = |why: &str| Ok((Device::Cpu, Some(format!("running on the CPU: {why}"))));
+        if self == DeviceChoice::Cpu {
+            return Ok((Device::Cpu, None));
+        }
+        if self == DeviceChoice::Auto && activations == Activations::Int8 {
+            return on_cpu("int8 activations are computed on it alone");
+        }
+        let opened = match Cuda::open() {
+            Ok(cuda) => {
+                let needed = weight_bytes()?;
+                cuda.check_room(needed).map(|()| cuda)
+            }
+            Err(error) => Err(error),
         };
-        let notice = format!("running on the GPU: {}", cuda.card().name);
-        Ok((Device::Cuda(Rc::new(cuda)), Some(notice)))
+        match opened {
+            Ok(cuda) => {
+                let notice = format!("running on the GPU: {}", cuda.card().name);
+                Ok((Device::Cuda(Rc::new(cuda)), Some(notice)))
+            }
+            Err(error) if self == DeviceChoice::Auto => on_cpu(&error.to_string()),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 

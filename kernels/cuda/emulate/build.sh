@@ -12,6 +12,7 @@ flags=(-std=c++20 -O2 -fPIC -fvisibility=hidden -ffp-contract=off -DBKPACK_EMULA
 # A wrapper for each file of kernels lists them: the names that the preprocessor leaves behind the mark.
 names=()
 list="$out/objects/kernels.cpp"
+sources=("$list")
 {
     echo '#include "emulate/emulator.h"'
     echo 'using List = std::vector<emulator::Kernel>;'
@@ -21,15 +22,20 @@ for source in "$cuda"/*.cu; do
     names+=("$name")
     echo "void list_$name(List&);" >> "$list"
     wrapper="$out/objects/$name.cpp"
+    sources+=("$wrapper")
     # Written anew only if it changes, so that what is compiled stays fresh.
     {
-        # In a namespace of its own: files may use the same names.
+        # In a namespace of its own: files may use the same names, and all that is static is this object's.
         echo '#include "emulate/emulator.h"'
+        echo "namespace {"
         echo "#include \"$name.cu\""
+        echo "}"
+        echo "extern char __start_shared_$name[] __attribute__((weak, visibility(\"hidden\")));"
+        echo "extern char __stop_shared_$name[] __attribute__((weak, visibility(\"hidden\")));"
         echo "void list_$name(std::vector<emulator::Kernel>& all) {"
         g++ -std=c++20 -E -P -DBKPACK_EMULATE -DBKPACK_LIST -I "$cuda" -x c++ "$source" \
             | tr '\n' ' ' | grep -oE 'KERNEL_ENTRY \([A-Za-z0-9_]+(, *[0-9]+)?\) void +[A-Za-z0-9_]+' \
-            | sed -E 's/.*\(([A-Za-z0-9_]+).*\) void +(.*)/    all.push_back(emulator::kernel("\2", \2, \1));/'
+            | sed -E 's/.*\(([A-Za-z0-9_]+).*\) void +(.*)/    all.push_back(emulator::kernel("\2", \2, \1, {__start_shared_'"$name"', __stop_shared_'"$name"'}));/'
         echo "}"
     } > "$wrapper.new"
     if cmp -s "$wrapper.new" "$wrapper"; then rm "$wrapper.new"; else mv "$wrapper.new" "$wrapper"; fi
@@ -40,11 +46,20 @@ done
     echo "    return found; }(); return all; }"
 } >> "$list"
 
-build() { g++ "${flags[@]}" -c "$1" -o "$out/objects/$(basename "$1" .cpp).o"; }
-export -f build
+# What a file of kernels declares __shared__ is its only static memory: in a section of its own, whose ends the linker names.
+build() {
+    local name object
+    name="$(basename "$1" .cpp)" object="$out/objects/$name.o"
+    g++ "${flags[@]}" -c "$1" -o "$object.new"
+    if [ -e "$cuda/$name.cu" ]; then
+        objcopy --rename-section ".bss=shared_$name,alloc,load,data,contents" "$object.new"
+    fi
+    mv "$object.new" "$object"
+}
 objects=()
 jobs=()
-for source in "$out"/objects/*.cpp "$here"/*.cpp; do
+# Not all that lies there: a file of kernels that is gone has left its wrapper.
+for source in "${sources[@]}" "$here"/*.cpp; do
     object="$out/objects/$(basename "$source" .cpp).o"
     objects+=("$object")
     # Headers concern every object, other files their own.

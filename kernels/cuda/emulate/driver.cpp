@@ -1,6 +1,7 @@
 // The part of the CUDA driver's interface that bkpack calls, over the emulator. Device memory is host memory that ends at
-// a page which cannot be touched. Everything happens at once, in the order of the calls; a stream that is captured records
-// instead, and a graph replays. A test tool: it computes what a card would, thousands of times slower.
+// a page which cannot be touched. What is put on a stream happens when the stream is waited for and not before, so that a
+// missing wait shows; a stream that is captured records instead, and a graph replays. A test tool: it computes what a card
+// would, thousands of times slower.
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
@@ -9,6 +10,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
+#include <utility>
 
 #include "emulator.h"
 
@@ -26,12 +29,13 @@ enum Result {
     LAUNCH_OUT_OF_RESOURCES = 701,
     NOT_SUPPORTED = 801,
     STREAM_CAPTURE_UNSUPPORTED = 900,
+    STREAM_CAPTURE_INVALIDATED = 901,
     STREAM_CAPTURE_UNMATCHED = 902,
 };
 
 typedef unsigned long long Pointer;
 
-constexpr size_t PAGE = 4096, SHARED_BYTES = 49152, MOST_SHARED_BYTES = 166912;
+constexpr size_t PAGE = 4096, SHARED_BYTES = 49152;
 
 std::recursive_mutex lock;
 #define ALONE std::lock_guard<std::recursive_mutex> alone(lock)
@@ -49,33 +53,48 @@ size_t total_memory() {
 }
 
 // What a test makes the emulator pretend: BKPACK_EMULATOR_DRIVER (11040 is CUDA 11.4), BKPACK_EMULATOR_DEVICES,
-// BKPACK_EMULATOR_CAPABILITY (75 is 7.5), and BKPACK_EMULATOR_CAPTURE=0, a driver that records no graphs.
+// BKPACK_EMULATOR_CAPABILITY (75 is 7.5), BKPACK_EMULATOR_SHARED (bytes of shared memory that a block may ask for), and
+// BKPACK_EMULATOR_CAPTURE=0, a driver that records no graphs.
 int setting(const char* name, int otherwise) {
     const char* text = getenv(name);
     return text ? atoi(text) : otherwise;
 }
 
+size_t most_shared_bytes() { return size_t(setting("BKPACK_EMULATOR_SHARED", 166912)); }
+
+typedef std::vector<std::function<void()>> Steps;
+
 struct Graph {
-    std::vector<std::function<void()>> steps;
+    Steps steps;
 };
 struct Stream {
+    Steps waiting;
     std::unique_ptr<Graph> recorded;
+    bool invalidated = false;  // the capture, by a call that it does not allow
 };
 Stream default_stream;
+std::set<Stream*> streams = {&default_stream};
 Stream* stream_of(void* handle) {
     // Null, and the two constants that name the default streams.
     return reinterpret_cast<uintptr_t>(handle) <= 2 ? &default_stream : static_cast<Stream*>(handle);
 }
 
-// Does it now, or when the graph that is being recorded is launched.
+// Does it when the stream is waited for, or when the graph that is being recorded is launched.
 Result enqueue(void* handle, std::function<void()> step) {
     Stream* stream = stream_of(handle);
-    if (stream->recorded) {
-        stream->recorded->steps.push_back(std::move(step));
-    } else {
-        step();
-    }
+    if (stream->invalidated) return STREAM_CAPTURE_INVALIDATED;
+    (stream->recorded ? stream->recorded->steps : stream->waiting).push_back(std::move(step));
     return SUCCESS;
+}
+
+void finish(Stream* stream) {
+    Steps steps = std::move(stream->waiting);
+    stream->waiting.clear();
+    for (const auto& step : steps) step();
+}
+
+void finish_all() {
+    for (Stream* stream : streams) finish(stream);
 }
 
 bool capturing_anywhere;
@@ -104,6 +123,10 @@ struct Module {
 
 int context;
 thread_local void* current_context;
+
+// A card's calls work on what is current on their thread.
+#define IN_CONTEXT \
+    if (!current_context) return INVALID_CONTEXT
 
 bool inside(Pointer at, size_t bytes) {
     auto after = allocations.upper_bound(at);
@@ -153,8 +176,8 @@ API cuDeviceGetAttribute(int* value, int attribute, int) {
         case 39: *value = 2048; break;                         // threads a multiprocessor
         case 75: *value = setting("BKPACK_EMULATOR_CAPABILITY", 80) / 10; break;  // compute capability
         case 76: *value = setting("BKPACK_EMULATOR_CAPABILITY", 80) % 10; break;
-        case 81: *value = int(MOST_SHARED_BYTES + 1024); break;  // shared memory a multiprocessor
-        case 97: *value = int(MOST_SHARED_BYTES); break;       // shared memory a block may ask for
+        case 81: *value = int(most_shared_bytes() + 1024); break;  // shared memory a multiprocessor
+        case 97: *value = int(most_shared_bytes()); break;     // shared memory a block may ask for
         default: *value = 0;
     }
     return SUCCESS;
@@ -166,8 +189,10 @@ API cuCtxSetCurrent(void* handle) { return current_context = handle, SUCCESS; }
 API cuCtxGetCurrent(void** handle) { return *handle = current_context, SUCCESS; }
 API cuCtxGetDevice(int* device) { return *device = 0, SUCCESS; }
 API cuCtxSynchronize() {
+    ALONE;
+    IN_CONTEXT;
     NOT_WHILE_CAPTURING;
-    return SUCCESS;
+    return finish_all(), SUCCESS;
 }
 API cuCtxGetStreamPriorityRange(int* least, int* greatest) { return *least = *greatest = 0, SUCCESS; }
 API cuCtxSetFlags(unsigned) { return SUCCESS; }
@@ -179,9 +204,11 @@ API cuGetErrorName(int error, const char** name) {
         case SUCCESS: *name = "CUDA_SUCCESS"; break;
         case INVALID_VALUE: *name = "CUDA_ERROR_INVALID_VALUE"; break;
         case OUT_OF_MEMORY: *name = "CUDA_ERROR_OUT_OF_MEMORY"; break;
+        case INVALID_CONTEXT: *name = "CUDA_ERROR_INVALID_CONTEXT"; break;
         case NOT_FOUND: *name = "CUDA_ERROR_NOT_FOUND"; break;
         case LAUNCH_OUT_OF_RESOURCES: *name = "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"; break;
         case STREAM_CAPTURE_UNSUPPORTED: *name = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; break;
+        case STREAM_CAPTURE_INVALIDATED: *name = "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"; break;
         default: *name = "CUDA_ERROR";
     }
     return SUCCESS;
@@ -191,9 +218,11 @@ API cuGetErrorString(int error, const char** text) {
         case SUCCESS: *text = "no error"; break;
         case INVALID_VALUE: *text = "invalid argument"; break;
         case OUT_OF_MEMORY: *text = "out of memory"; break;
+        case INVALID_CONTEXT: *text = "invalid device context"; break;
         case NOT_FOUND: *text = "named symbol not found"; break;
         case LAUNCH_OUT_OF_RESOURCES: *text = "too many resources requested for launch"; break;
         case STREAM_CAPTURE_UNSUPPORTED: *text = "operation not permitted when stream is capturing"; break;
+        case STREAM_CAPTURE_INVALIDATED: *text = "operation failed due to a previous error during capture"; break;
         default: *text = "an error of the CUDA emulator";
     }
     return SUCCESS;
@@ -201,12 +230,14 @@ API cuGetErrorString(int error, const char** text) {
 
 API cuMemGetInfo_v2(size_t* free, size_t* total) {
     ALONE;
+    IN_CONTEXT;
     *total = total_memory();
     *free = *total > allocated ? *total - allocated : 0;
     return SUCCESS;
 }
 API cuMemAlloc_v2(Pointer* pointer, size_t bytes) {
     ALONE;
+    IN_CONTEXT;
     if (bytes == 0) return INVALID_VALUE;
     // Sixteen bytes is what every kernel may read up to.
     const size_t room = (bytes + 15) / 16 * 16, pages = (room + PAGE - 1) / PAGE * PAGE;
@@ -223,7 +254,10 @@ API cuMemAlloc_v2(Pointer* pointer, size_t bytes) {
 }
 API cuMemFree_v2(Pointer pointer) {
     ALONE;
+    IN_CONTEXT;
     NOT_WHILE_CAPTURING;
+    // Waits for all work, as on a card.
+    finish_all();
     if (pointer == 0) return SUCCESS;
     auto found = allocations.find(pointer);
     if (found == allocations.end()) return INVALID_VALUE;
@@ -247,51 +281,66 @@ API cuMemFreeHost(void* pointer) { return free(pointer), SUCCESS; }
 
 API cuMemcpyHtoD_v2(Pointer to, const void* from, size_t bytes) {
     ALONE;
+    IN_CONTEXT;
     NOT_WHILE_CAPTURING;
+    finish(&default_stream);
     return copy(reinterpret_cast<void*>(to), from, bytes, to);
 }
 API cuMemcpyDtoH_v2(void* to, Pointer from, size_t bytes) {
     ALONE;
+    IN_CONTEXT;
     NOT_WHILE_CAPTURING;
+    finish(&default_stream);
     return copy(to, reinterpret_cast<void*>(from), bytes, from);
 }
 API cuMemcpyDtoD_v2(Pointer to, Pointer from, size_t bytes) {
     ALONE;
+    IN_CONTEXT;
     NOT_WHILE_CAPTURING;
+    finish(&default_stream);
     return copy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes, to, from);
 }
 API cuMemcpyHtoDAsync_v2(Pointer to, const void* from, size_t bytes, void* stream) {
     ALONE;
+    IN_CONTEXT;
     if (bytes && !inside(to, bytes)) return INVALID_VALUE;
     return enqueue(stream, [=] { copy(reinterpret_cast<void*>(to), from, bytes, to); });
 }
 API cuMemcpyDtoHAsync_v2(void* to, Pointer from, size_t bytes, void* stream) {
     ALONE;
+    IN_CONTEXT;
     if (bytes && !inside(from, bytes)) return INVALID_VALUE;
     return enqueue(stream, [=] { copy(to, reinterpret_cast<void*>(from), bytes, from); });
 }
 API cuMemcpyDtoDAsync_v2(Pointer to, Pointer from, size_t bytes, void* stream) {
     ALONE;
+    IN_CONTEXT;
     if (bytes && (!inside(to, bytes) || !inside(from, bytes))) return INVALID_VALUE;
     return enqueue(stream, [=] { copy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes, to, from); });
 }
 API cuMemsetD8Async(Pointer to, unsigned char value, size_t count, void* stream) {
     ALONE;
+    IN_CONTEXT;
     return fill(to, value, count, stream);
 }
 API cuMemsetD32Async(Pointer to, unsigned value, size_t count, void* stream) {
     ALONE;
+    IN_CONTEXT;
     return fill(to, value, count, stream);
 }
 API cuMemsetD8_v2(Pointer to, unsigned char value, size_t count) { return cuMemsetD8Async(to, value, count, nullptr); }
 API cuMemsetD32_v2(Pointer to, unsigned value, size_t count) { return cuMemsetD32Async(to, value, count, nullptr); }
 
 API cuModuleLoadData(void** handle, const void* image) {
+    IN_CONTEXT;
     *handle = new Module{static_cast<const char*>(image)};
     return SUCCESS;
 }
 API cuModuleLoadDataEx(void** handle, const void* image, unsigned, int*, void**) { return cuModuleLoadData(handle, image); }
-API cuModuleUnload(void* handle) { return delete static_cast<Module*>(handle), SUCCESS; }
+API cuModuleUnload(void* handle) {
+    IN_CONTEXT;
+    return delete static_cast<Module*>(handle), SUCCESS;
+}
 API cuModuleGetFunction(void** handle, void* module, const char* name) {
     ALONE;
     // Only what the PTX declares, so that a kernel asked of the wrong file is not found.
@@ -304,7 +353,7 @@ API cuModuleGetFunction(void** handle, void* module, const char* name) {
 API cuFuncSetAttribute(void* handle, int attribute, int value) {
     constexpr int MOST_DYNAMIC_SHARED = 8;
     if (attribute == MOST_DYNAMIC_SHARED) {
-        if (value < 0 || size_t(value) > MOST_SHARED_BYTES) return INVALID_VALUE;
+        if (value < 0 || size_t(value) > most_shared_bytes()) return INVALID_VALUE;
         static_cast<Function*>(handle)->most_shared = size_t(value);
     }
     return SUCCESS;
@@ -319,6 +368,7 @@ API cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, void*, int
 API cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                    unsigned block_z, unsigned shared, void* stream, void** arguments, void** extra) {
     ALONE;
+    IN_CONTEXT;
     if (!handle) return INVALID_HANDLE;
     if (extra) return NOT_SUPPORTED;
     const Function& function = *static_cast<Function*>(handle);
@@ -341,13 +391,31 @@ API cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, unsigned grid
     });
 }
 
-API cuStreamCreate(void** handle, unsigned) { return *handle = new Stream, SUCCESS; }
+API cuStreamCreate(void** handle, unsigned) {
+    ALONE;
+    IN_CONTEXT;
+    Stream* stream = new Stream;
+    streams.insert(stream);
+    return *handle = stream, SUCCESS;
+}
 API cuStreamCreateWithPriority(void** handle, unsigned flags, int) { return cuStreamCreate(handle, flags); }
 API cuStreamDestroy_v2(void* handle) {
-    if (stream_of(handle) != &default_stream) delete static_cast<Stream*>(handle);
-    return SUCCESS;
+    ALONE;
+    Stream* stream = stream_of(handle);
+    if (stream == &default_stream) return INVALID_HANDLE;
+    finish(stream);
+    streams.erase(stream);
+    return delete stream, SUCCESS;
 }
-API cuStreamSynchronize(void* handle) { return stream_of(handle)->recorded ? STREAM_CAPTURE_UNSUPPORTED : SUCCESS; }
+API cuStreamSynchronize(void* handle) {
+    ALONE;
+    Stream* stream = stream_of(handle);
+    if (stream->recorded) {
+        stream->invalidated = true;
+        return STREAM_CAPTURE_UNSUPPORTED;
+    }
+    return finish(stream), SUCCESS;
+}
 API cuStreamQuery(void* handle) { return cuStreamSynchronize(handle); }
 API cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
 API cuStreamBeginCapture_v2(void* handle, int) {
@@ -360,10 +428,12 @@ API cuStreamBeginCapture_v2(void* handle, int) {
 }
 API cuStreamEndCapture(void* handle, void** graph) {
     ALONE;
-    if (!stream_of(handle)->recorded) return STREAM_CAPTURE_UNMATCHED;
-    *graph = stream_of(handle)->recorded.release();
+    Stream* stream = stream_of(handle);
+    if (!stream->recorded) return STREAM_CAPTURE_UNMATCHED;
     capturing_anywhere = false;
-    return SUCCESS;
+    std::unique_ptr<Graph> recorded = std::move(stream->recorded);
+    if (std::exchange(stream->invalidated, false)) return *graph = nullptr, STREAM_CAPTURE_INVALIDATED;
+    return *graph = recorded.release(), SUCCESS;
 }
 API cuStreamIsCapturing(void* handle, int* status) { return *status = stream_of(handle)->recorded ? 1 : 0, SUCCESS; }
 API cuThreadExchangeStreamCaptureMode(int*) { return SUCCESS; }
@@ -373,6 +443,7 @@ API cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long lo
 API cuGraphUpload(void*, void*) { return SUCCESS; }
 API cuGraphLaunch(void* executable, void* stream) {
     ALONE;
+    IN_CONTEXT;
     const Graph graph = *static_cast<Graph*>(executable);
     return enqueue(stream, [graph] {
         for (const auto& step : graph.steps) step();

@@ -15,6 +15,8 @@ struct Kernel {
     void (*call)(void* function, void** arguments);
     void* function;
     unsigned most_threads;  // a block
+    // The shared memory that is not sized by launches, of all kernels of its file.
+    struct { char *begin, *end; } shared;
 };
 
 template <class... A, size_t... I>
@@ -23,11 +25,11 @@ inline void call_with(void (*function)(A...), void** arguments, std::index_seque
 }
 
 template <class... A>
-Kernel kernel(const char* name, void (*function)(A...), unsigned most_threads) {
+Kernel kernel(const char* name, void (*function)(A...), unsigned most_threads, decltype(Kernel::shared) shared) {
     auto call = [](void* function, void** arguments) {
         call_with(reinterpret_cast<void (*)(A...)>(function), arguments, std::index_sequence_for<A...>());
     };
-    return {name, {sizeof(A)...}, call, reinterpret_cast<void*>(function), most_threads};
+    return {name, {sizeof(A)...}, call, reinterpret_cast<void*>(function), most_threads, shared};
 }
 
 // Every kernel of one source file; defined in the wrapper that build.sh makes for it.

@@ -245,6 +245,7 @@ void run(const Kernel& kernel, Dimensions grid, Dimensions block, size_t shared_
                 block_index = backwards ? Dimensions{grid.x - 1 - x, grid.y - 1 - y, grid.z - 1 - z} : Dimensions{x, y, z};
                 // What a block does not write before it reads is NaN.
                 if (shared_bytes) memset(shared_memory, 0xff, shared_bytes);
+                std::fill(kernel.shared.begin, kernel.shared.end, char(0xff));
                 run_block(block.x);
             }
         }

@@ -1,5 +1,5 @@
 // CUDA C++ for a CPU: what the kernels use of the language, for the emulator alone. A thread of a block is a fiber; a
-// barrier and every operation of a warp give way to the others. See emulator.cpp.
+// barrier and every operation of a warp give way to the others. See fibers.cpp.
 #pragma once
 #include <math.h>
 #include <stddef.h>

@@ -27,6 +27,9 @@ class Emulator:
         self.launched = set()
         self.functions = {}
         self.call("cuInit", 0)
+        context = ctypes.c_void_p()
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+        self.call("cuCtxSetCurrent", context)
         name = ctypes.create_string_buffer(100)
         self.call("cuDeviceGetName", name, 100, 0)
         if b"emulator" not in name.value:
@@ -186,7 +189,8 @@ class Matrix:
 
 
 INTS = [f"int{bits}" for bits in range(2, 9)]
-ENCODINGS = ["f32", "f16", "bf16", *INTS, "ternary", "binary"]
+FLOATS = ["f32", "f16", "bf16"]
+ENCODINGS = [*FLOATS, *INTS, "ternary", "binary"]
 
 
 def linear_shapes(encoding):
@@ -194,7 +198,7 @@ def linear_shapes(encoding):
     yield 33, 1100, None, {}
     yield 5, 4133, None, dict(skip_rows=2)
     yield 8, 1280, None, {}
-    if encoding in ENCODINGS[3:]:
+    if encoding not in FLOATS:
         for group in (1, 7, 20, 32, 44, 64, 128, 192, 1000):
             yield 9, 644, group, {}
         yield 6, 5000, 96, dict(scale="f32")
@@ -221,19 +225,21 @@ def test_linear(gpu):
                     t = 1 if tokens == 1 else 4 if tokens <= 4 else 8
                     gpu.launch(f"gemv_{encoding}_t{t}", ceil(w.rows, 16), 256, w.bytes, x_d, bias_d, out, u32(tokens))
                     close(f"gemv_{encoding}", out.read(), expected, 1e-6, scale)
-                if rows * cols < 25000:
+                if rows * cols < 25000 and encoding not in FLOATS:
                     gpu.launch(f"gemm_plain_{encoding}", (ceil(w.rows, 64), ceil(tokens, 64)), 256, w.bytes, x_d, bias_d, out, u32(tokens))
                     close(f"gemm_plain_{encoding}", out.read(), expected, 2e-6, scale)
                 if tokens in (7, 70) and (group is None or group % 32 == 0 or group >= cols):
                     padded = ceil(cols, 64) * 64
                     hi, lo = gpu.room((tokens, padded), np.uint16), gpu.room((tokens, padded), np.uint16)
-                    for mode, limit in (("exact", 3e-5), ("bf16", 2e-2)):
+                    modes = (("exact", 3e-5),) if encoding in FLOATS else (("exact", 3e-5), ("bf16", 2e-2))
+                    for mode, limit in modes:
                         low = lo if mode == "exact" else None
+                        terms = (hi, lo) if mode == "exact" else (hi,)
                         gpu.launch("split_activations", ceil(tokens * padded // 8, 256), 256, x_d, hi, low, u32(tokens), u32(cols), u32(padded))
                         w_terms = 2 if mode == "exact" and encoding in ("f32", "f16") else 1
                         shared = (2 if mode == "exact" else 1) * 2 * 8192 + w_terms * 16384 + 1024
                         out = gpu.room((tokens, w.rows))
-                        gpu.launch(f"gemm_{encoding}_{mode}", (ceil(w.rows, 128), ceil(tokens, 64)), 256, w.bytes, hi, low, bias_d, out, u32(tokens), u32(padded), shared=shared)
+                        gpu.launch(f"gemm_{encoding}_{mode}", (ceil(w.rows, 128), ceil(tokens, 64)), 256, w.bytes, *terms, bias_d, out, u32(tokens), u32(padded), shared=shared)
                         close(f"gemm_{encoding}_{mode}", out.read(), expected, limit, scale)
     # Several tiles of rows and tokens.
     w = Matrix(gpu, "int4", 260, 192, 64)
@@ -255,13 +261,10 @@ def test_embed(gpu):
             w = Matrix(gpu, encoding, rows, cols, group, **options)
             tokens = random.integers(0, w.rows, 4).astype(u32)
             out = gpu.room((5, cols))
-            gpu.launch(f"embed_{encoding}", (5, ceil(cols, 256)), 256, w.bytes, gpu.upload(np.append(tokens, u32(w.rows))), u64(0), out, u32(5))
+            gpu.launch(f"embed_{encoding}", (5, ceil(cols, 256)), 256, w.bytes, gpu.upload(np.append(tokens, u32(w.rows))), out)
             found = out.read()
             assert found[:4].tobytes() == w.values[tokens].tobytes(), encoding
             assert np.isnan(found[4]).all()
-            out = gpu.room((w.rows - 1, cols))
-            gpu.launch(f"embed_{encoding}", (w.rows - 1, 1), 256, w.bytes, None, u64(1), out, u32(w.rows - 1))
-            assert out.read().tobytes() == w.values[1:].tobytes(), encoding
         errors[f"embed_{encoding}"] = 0.0
 
 
@@ -288,7 +291,6 @@ def test_elementwise(gpu):
     close("add", run("add", gpu.upload(y), u64(n)), x + y, 0)
     close("add_scaled", run("add_scaled", gpu.upload(y), gpu.upload(f32([0.3])), u64(n)), x.astype(d) + d(f32(0.3)) * y, 1e-6, np.abs(x) + np.abs(y))
     close("silu_multiply", run("silu_multiply", gpu.upload(y), u64(n)), silu(x) * y, 1e-6, np.abs(silu(x) * y) + 1e-12)
-    close("add_bias", run("add_bias", gpu.upload(y[:61]), u64(n), u32(61)), x + y[np.arange(n) % 61], 0)
     scales = np.abs(y) / 4
     scales[5] = 0
     with np.errstate(all="ignore"):
@@ -308,10 +310,6 @@ def test_elementwise(gpu):
     expected = matrix.astype(d)
     expected[places[:, 0]] += weights[places[:, 0], places[:, 1]][:, None].astype(d) * part
     close("scatter_add", total.read(), expected, 1e-6, np.abs(expected) + 1)
-    past = gpu.upload(u32([41]))
-    gpu.launch("advance", 1, 32, past, u32(3))
-    assert past.read()[0] == 44
-    errors["advance"] = 0.0
 
 
 def test_norm(gpu):
@@ -329,17 +327,15 @@ def test_norm(gpu):
 
 
 def test_rope(gpu):
-    tokens, heads, dim, first = 5, 3, 18, 7
-    x, angle = normal(tokens, heads, dim), normal(20, dim // 2)
+    tokens, heads, dim = 5, 3, 18
+    x, angle = normal(tokens, heads, dim), normal(tokens, dim // 2)
     cos, sin = np.cos(angle), np.sin(angle)
-    for past in (None, first):
-        rows = slice(past or 0, (past or 0) + tokens)
-        c, s = cos[rows, None].astype(np.float64), sin[rows, None].astype(np.float64)
-        a, b = x[..., : dim // 2], x[..., dim // 2 :]
-        expected = np.concatenate([a * c - b * s, b * c + a * s], axis=2)
-        buffer = gpu.upload(x)
-        gpu.launch("rope", 1, 256, buffer, gpu.upload(cos), gpu.upload(sin), None if past is None else gpu.upload(u32([past])), u32(tokens), u32(heads), u32(dim))
-        close("rope", buffer.read(), expected, 1e-6, 1)
+    c, s = cos[:, None].astype(np.float64), sin[:, None].astype(np.float64)
+    a, b = x[..., : dim // 2], x[..., dim // 2 :]
+    expected = np.concatenate([a * c - b * s, b * c + a * s], axis=2)
+    buffer = gpu.upload(x)
+    gpu.launch("rope", 1, 256, buffer, gpu.upload(cos), gpu.upload(sin), u32(tokens), u32(heads), u32(dim))
+    close("rope", buffer.read(), expected, 1e-6, 1)
 
 
 def test_attention(gpu):
@@ -471,39 +467,6 @@ def test_route(gpu):
         top = np.take_along_axis(logits, expected, 1).astype(np.float64)
         p = np.exp(top - top[:, :1])
         close("route", weights.read(), p / p.sum(1, keepdims=True), 1e-6)
-
-
-def test_loss(gpu):
-    d = np.float64
-    for rows, vocab, noise in ((3, 1000, 1.0), (2, 49152, 1e-3), (4, 7, 3.0), (1, 1, 0.0)):
-        a = normal(rows, vocab) * 5
-        b = a + normal(rows, vocab) * f32(noise)
-        logsum = lambda x: np.log(np.exp(x.astype(d) - x.max(1, keepdims=True)).sum(1)) + x.max(1)
-        targets = random.integers(0, vocab, rows).astype(u32)
-        out = gpu.room(rows, d)
-        gpu.launch("cross_entropy", rows, 256, gpu.upload(a), gpu.upload(targets), out, u32(vocab))
-        close("cross_entropy", out.read(), logsum(a) - a[np.arange(rows), targets], 1e-6, 1)
-        kl, same = gpu.room(rows, d), gpu.room(rows, u32)
-        gpu.launch("compare_logits", rows, 256, gpu.upload(a), gpu.upload(b), kl, same, u32(vocab))
-        p = a.astype(d) - logsum(a)[:, None]
-        q = b.astype(d) - logsum(b)[:, None]
-        close("compare_logits", kl.read(), (np.exp(p) * (p - q)).sum(1), 2e-4 if noise < 0.1 else 2e-6, np.abs((np.exp(p) * (p - q)).sum(1)) + 1e-12)
-        assert (same.read() == (a.argmax(1) == b.argmax(1))).all()
-        x = gpu.upload(a)
-        gpu.launch("softmax", rows, 256, x, u32(vocab), f32(0.5))
-        soft = np.exp(a.astype(d) / 2 - logsum(a / 2)[:, None])
-        close("softmax", x.read(), soft, 1e-6, soft + 1e-9)
-    row = np.full((4, 600), -np.inf, f32)
-    row[0, 7] = np.nan
-    row[1, [300, 599, 40]] = 5
-    row[1, 3] = np.nan
-    row[2] = np.nan
-    row[3, 599] = 1
-    out = gpu.room(4, u32)
-    gpu.launch("arg_max", 4, 256, gpu.upload(row), out, u32(600))
-    found = out.read().tolist()
-    assert found == [0, 40, 0, 599], found
-    errors["arg_max"] = 0.0
 
 
 def main():

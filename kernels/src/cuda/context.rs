@@ -1,6 +1,10 @@
 //! A card made ready: its context and the one stream that all work runs on, in order.
 
-use std::{cell::Cell, ffi::CString, rc::Rc};
+use std::{
+    cell::{Cell, RefCell},
+    ffi::CString,
+    rc::Rc,
+};
 
 use cudarc::driver::{
     result::{self, stream::StreamKind},
@@ -13,17 +17,26 @@ use cudarc::driver::{
 use super::{
     driver::refused,
     error::{CudaError, Result},
-    matrix::RawMatrix,
-    memory::Buffer,
+    matrix::{DeviceMatrix, RawMatrix},
+    memory::{Buffer, Memory, Pool},
 };
 
-/// The context is current on the thread that made it, which is the only one that can hold it.
+/// One thread holds it; it is made current there before each call that needs it, since another part of the program may
+/// have set its own.
 pub struct Context {
     device: CUdevice,
     context: CUcontext,
     stream: CUstream,
-    /// Whether work is recorded and not run.
-    capturing: Cell<bool>,
+    /// What is recorded, while work is not run.
+    recording: RefCell<Option<Recording>>,
+}
+
+/// What the work that is being recorded uses.
+struct Recording {
+    /// Where it takes buffers from: the graph holds all of it.
+    pool: Rc<Pool>,
+    /// The memory of every other buffer.
+    memory: Vec<Rc<Memory>>,
 }
 
 impl Context {
@@ -33,10 +46,10 @@ impl Context {
         // SAFETY: the context was retained above and is released when `self` is dropped.
         unsafe { result::ctx::set_current(context) }.map_err(refused("cuCtxSetCurrent"))?;
         let stream = result::stream::create(StreamKind::NonBlocking).map_err(refused("cuStreamCreate"))?;
-        Ok(Rc::new(Self { device, context, stream, capturing: Cell::new(false) }))
+        Ok(Rc::new(Self { device, context, stream, recording: RefCell::default() }))
     }
 
-    /// Makes the context current, where another program part has set its own on this thread.
+    /// Makes the context current.
     pub(super) fn enter(&self) -> Result<()> {
         // SAFETY: the context is retained as long as `self` lives.
         unsafe { result::ctx::set_current(self.context) }.map_err(refused("cuCtxSetCurrent"))
@@ -44,6 +57,7 @@ impl Context {
 
     /// Free and total bytes of the card's memory.
     pub(super) fn memory(&self) -> Result<(u64, u64)> {
+        self.enter()?;
         let (free, total) = result::mem_get_info().map_err(refused("cuMemGetInfo"))?;
         Ok((free as u64, total as u64))
     }
@@ -54,7 +68,8 @@ impl Context {
         unsafe { result::stream::synchronize(self.stream) }.map_err(refused("cuStreamSynchronize"))
     }
 
-    /// Copies bytes to the start of a buffer. They may be dropped when this returns.
+    /// Copies bytes to a buffer, from a byte of it on, and waits until they are there: the driver promises nothing of when
+    /// it has read them.
     ///
     /// # Panics
     /// If they do not fit.
@@ -65,10 +80,14 @@ impl Context {
         if bytes.is_empty() {
             return Ok(());
         }
+        self.enter()?;
         let target = to.pointer() + offset as CUdeviceptr;
-        // SAFETY: the target has room (checked above), and the driver has copied pageable memory before it returns.
+        // SAFETY: the target has room (checked above); the copy ends before `bytes` is borrowed no more, since the stream
+        // is waited for, whether or not the copy was refused.
         let copied = unsafe { result::memcpy_htod_async(target, bytes, self.stream) };
-        copied.map_err(refused("cuMemcpyHtoDAsync"))
+        let waited = self.synchronize();
+        copied.map_err(refused("cuMemcpyHtoDAsync"))?;
+        waited
     }
 
     /// Copies the start of a buffer to memory, once the work before it is done.
@@ -81,11 +100,13 @@ impl Context {
         if bytes.is_empty() {
             return Ok(());
         }
+        self.enter()?;
         // SAFETY: the source has as many bytes (checked above); the copy ends before `bytes` is borrowed no more, since
-        // the stream is waited for.
+        // the stream is waited for, whether or not the copy was refused.
         let copied = unsafe { result::memcpy_dtoh_async(bytes, from.pointer(), self.stream) };
+        let waited = self.synchronize();
         copied.map_err(refused("cuMemcpyDtoHAsync"))?;
-        self.synchronize()
+        waited
     }
 
     /// Sets the first bytes of a buffer to zero.
@@ -97,39 +118,61 @@ impl Context {
         if bytes == 0 {
             return Ok(());
         }
-        // SAFETY: the buffer has as many bytes (checked above).
+        self.enter()?;
+        self.hold(buffer);
+        // SAFETY: the buffer has as many bytes (checked above), and its memory outlives the work.
         let set = unsafe { result::memset_d8_async(buffer.pointer(), 0, bytes, self.stream) };
         set.map_err(refused("cuMemsetD8Async"))
     }
 
+    /// Whether work is recorded and not run.
+    pub(super) fn is_recording(&self) -> bool {
+        self.recording.borrow().is_some()
+    }
+
+    /// Keeps the memory of a buffer for the graph that is being recorded.
+    fn hold(&self, buffer: &Buffer) {
+        if let Some(recording) = &mut *self.recording.borrow_mut()
+            && !buffer.is_of(&recording.pool)
+        {
+            recording.memory.push(buffer.memory().clone());
+        }
+    }
+
     fn check_running(&self, what: &str) -> Result<()> {
-        match self.capturing.get() {
+        match self.is_recording() {
             true => Err(CudaError::Call { call: "cuStreamBeginCapture", why: format!("{what} cannot be recorded") }),
             false => Ok(()),
         }
     }
 
-    /// Records what `run` launches in place of running it; `None` where the driver or `run` refuses.
-    pub(super) fn capture<T, E>(self: &Rc<Self>, run: impl FnOnce() -> Result<T, E>) -> Option<(Graph, T)> {
+    /// Records what `run` launches in place of running it; `None` where the driver or `run` refuses. `run` takes its new
+    /// buffers from `pool`, which nothing else uses.
+    pub(super) fn capture<T, E>(
+        self: &Rc<Self>,
+        pool: Rc<Pool>,
+        run: impl FnOnce() -> Result<T, E>,
+    ) -> Option<(Graph, T)> {
         // Relaxed, because another thread may use the card at the same time: nothing here waits on it.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
         // SAFETY: the stream lives, and the capture is ended below on every path.
         unsafe { result::stream::begin_capture(self.stream, mode) }.ok()?;
-        self.capturing.set(true);
+        self.recording.replace(Some(Recording { pool, memory: Vec::new() }));
         let ran = run();
-        self.capturing.set(false);
+        let held = self.recording.take();
         // SAFETY: the stream is the one whose capture was begun.
         let graph = unsafe { result::stream::end_capture(self.stream) }.ok().filter(|graph| !graph.is_null())?;
-        let graph = Graph { context: self.clone(), graph, runnable: std::ptr::null_mut() };
+        let graph = Graph { context: self.clone(), graph, runnable: std::ptr::null_mut(), _held: held };
         graph.instantiate().zip(ran.ok())
     }
 
     /// Compiles PTX for the card.
     pub(super) fn load(self: &Rc<Self>, ptx: &str) -> Result<Module> {
         let text = CString::new(ptx).expect("PTX holds no NUL");
+        self.enter()?;
         // SAFETY: the image is PTX that ends in NUL and lives through the call.
         let module = unsafe { result::module::load_data(text.as_ptr().cast()) }.map_err(refused("cuModuleLoadData"))?;
-        Ok(Module { _context: self.clone(), module })
+        Ok(Module { context: self.clone(), module })
     }
 
     /// Copies bytes within the card's memory.
@@ -141,8 +184,12 @@ impl Context {
         if bytes == 0 {
             return Ok(());
         }
+        self.enter()?;
+        self.hold(from);
+        self.hold(to);
         let source = from.pointer() + offset as CUdeviceptr;
-        // SAFETY: both ends are within their buffers (checked above), which are not the same.
+        // SAFETY: both ends are within their buffers (checked above), which are not the same, and whose memory outlives
+        // the work.
         let copied = unsafe { result::memcpy_dtod_async(to.pointer(), source, bytes, self.stream) };
         copied.map_err(refused("cuMemcpyDtoDAsync"))
     }
@@ -152,23 +199,31 @@ impl Context {
     /// # Safety
     /// The arguments must be those that the kernel takes, in their order and types, and the kernel must stay within the
     /// buffers that they point to.
-    pub(super) unsafe fn launch(&self, kernel: &Kernel, shape: LaunchShape, mut arguments: Arguments) -> Result<()> {
+    pub(super) unsafe fn launch(
+        &self,
+        kernel: &Kernel,
+        shape: LaunchShape,
+        mut arguments: Arguments<'_>,
+    ) -> Result<()> {
         let LaunchShape { grid, block, shared_bytes } = shape;
         if grid.contains(&0) {
             return Ok(());
         }
+        self.enter()?;
+        arguments.buffers.iter().flatten().for_each(|buffer| self.hold(buffer));
         if shared_bytes > kernel.shared_bytes.get() {
             kernel.allow_shared(shared_bytes)?;
         }
         let matrix = arguments.matrix.as_mut().map(|matrix| std::ptr::from_mut(matrix).cast());
         let slots = arguments.slots[..arguments.count].iter_mut().map(|slot| std::ptr::from_mut(slot).cast());
-        let mut pointers = [std::ptr::null_mut(); Arguments::MOST + 1];
+        let mut pointers = [std::ptr::null_mut(); MOST_ARGUMENTS + 1];
         let mut count = 0;
         for (pointer, argument) in pointers.iter_mut().zip(matrix.into_iter().chain(slots)) {
             *pointer = argument;
             count += 1;
         }
-        // SAFETY: the module that the kernel is of lives as long as the kernel; the rest is the caller's promise.
+        // SAFETY: the module that the kernel is of lives as long as the kernel, and memory outlives the work on it; the
+        // rest is the caller's promise.
         let launched = unsafe {
             let arguments = &mut pointers[..count];
             result::launch_kernel(kernel.function, grid.into(), (block, 1, 1), shared_bytes, self.stream, arguments)
@@ -197,8 +252,7 @@ impl Drop for Context {
 
 /// Kernels compiled for the card.
 pub(super) struct Module {
-    /// Must outlive it.
-    _context: Rc<Context>,
+    context: Rc<Context>,
     module: CUmodule,
 }
 
@@ -215,6 +269,7 @@ impl Module {
 
 impl Drop for Module {
     fn drop(&mut self) {
+        let _ = self.context.enter();
         // SAFETY: it was loaded once, and no kernel of it is left.
         let _ = unsafe { result::module::unload(self.module) };
     }
@@ -251,20 +306,25 @@ pub(super) struct LaunchShape {
     pub shared_bytes: u32,
 }
 
+/// The most arguments of a kernel beside a matrix.
+const MOST_ARGUMENTS: usize = 16;
+
 /// The arguments of a kernel: a matrix, where it takes one, comes first; each other has a slot of 8 bytes, whose low bytes
 /// are the value, whatever its size.
 #[derive(Default)]
-pub(super) struct Arguments {
+pub(super) struct Arguments<'a> {
     matrix: Option<RawMatrix>,
-    slots: [u64; Self::MOST],
+    slots: [u64; MOST_ARGUMENTS],
     count: usize,
+    /// What they point to: the parts of the matrix come last.
+    buffers: [Option<&'a Buffer>; MOST_ARGUMENTS + 3],
 }
 
-impl Arguments {
-    const MOST: usize = 16;
-
-    pub(super) fn of_matrix(matrix: RawMatrix) -> Self {
-        Self { matrix: Some(matrix), ..Self::default() }
+impl<'a> Arguments<'a> {
+    pub(super) fn of_matrix(matrix: &'a DeviceMatrix) -> Self {
+        let mut arguments = Self { matrix: Some(matrix.raw()), ..Self::default() };
+        arguments.buffers[MOST_ARGUMENTS..].copy_from_slice(&matrix.buffers());
+        arguments
     }
 
     fn push(mut self, slot: u64) -> Self {
@@ -273,19 +333,23 @@ impl Arguments {
         self
     }
 
-    pub(super) fn buffer(self, buffer: &Buffer) -> Self {
-        self.push(buffer.pointer())
+    pub(super) fn buffer(self, buffer: &'a Buffer) -> Self {
+        self.part(buffer, 0)
     }
 
     /// A part of a buffer, from a byte on.
-    pub(super) fn at(self, buffer: &Buffer, offset: usize) -> Self {
+    pub(super) fn part(mut self, buffer: &'a Buffer, offset: usize) -> Self {
         assert!(offset < buffer.bytes(), "the buffer ends before byte {offset}");
+        self.buffers[self.count] = Some(buffer);
         self.push(buffer.pointer() + offset as u64)
     }
 
     /// A pointer that may be null.
-    pub(super) fn optional(self, buffer: Option<&Buffer>) -> Self {
-        self.push(buffer.map_or(0, Buffer::pointer))
+    pub(super) fn optional(self, buffer: Option<&'a Buffer>) -> Self {
+        match buffer {
+            Some(buffer) => self.buffer(buffer),
+            None => self.push(0),
+        }
     }
 
     pub(super) fn u32(self, value: u32) -> Self {
@@ -301,11 +365,12 @@ impl Arguments {
     }
 }
 
-/// Recorded work that can be run again as a whole.
-pub struct Graph {
+/// Recorded work that can be run again as a whole. It holds the memory that it works on.
+pub(super) struct Graph {
     context: Rc<Context>,
     graph: CUgraph,
     runnable: CUgraphExec,
+    _held: Option<Recording>,
 }
 
 impl Graph {
@@ -316,12 +381,15 @@ impl Graph {
         Some(self)
     }
 
+    /// Whether it was recorded in this context.
+    pub(super) fn is_of(&self, context: &Rc<Context>) -> bool {
+        Rc::ptr_eq(&self.context, context)
+    }
+
     /// Runs it, after all work before.
-    ///
-    /// # Errors
-    /// [`CudaError::Call`].
-    pub fn run(&self) -> Result<()> {
-        // SAFETY: both live as long as `self`.
+    pub(super) fn run(&self) -> Result<()> {
+        self.context.enter()?;
+        // SAFETY: both live as long as `self`, and so does the memory that the recorded work uses.
         unsafe { result::graph::launch(self.runnable, self.context.stream) }.map_err(refused("cuGraphLaunch"))
     }
 }

@@ -147,10 +147,6 @@ pub(super) fn start<'a>(kernels: impl IntoIterator<Item = &'a str>) -> Result<()
 pub struct Card {
     /// The name that its maker gave it: `NVIDIA H100 80GB HBM3`.
     pub name: String,
-    /// Compute capability, major and minor.
-    pub capability: (u32, u32),
-    /// Streaming multiprocessors.
-    pub multiprocessors: u32,
     /// Bytes of shared memory that a block may ask for.
     pub shared_memory: u32,
 }
@@ -177,12 +173,8 @@ pub(super) fn first_card() -> Result<(CUdevice, Card)> {
     if (major, minor) < OLDEST_CARD {
         return Err(CudaError::OldCard { name, major, minor });
     }
-    let card = Card {
-        name,
-        capability: (major, minor),
-        multiprocessors: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
-        shared_memory: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-    };
+    let card =
+        Card { name, shared_memory: attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? };
     Ok((device, card))
 }
 

@@ -103,7 +103,7 @@ impl Cuda {
     /// `sum[token] += weights[token, slot] * y[i]` for the `i`-th place `[token, slot]`, no token twice.
     ///
     /// # Panics
-    /// If a place is not there.
+    /// If a place is not there, or a token occurs twice.
     pub fn scatter_add(
         &self,
         sum: DeviceValues,
@@ -115,6 +115,9 @@ impl Cuda {
         let (tokens, chosen) = (sum.rows().min(weights.rows()), weights.cols());
         let within = |&[token, slot]: &[u32; 2]| (token as usize) < tokens && (slot as usize) < chosen;
         assert!(places.iter().all(within), "a place beyond {tokens} tokens or {chosen} choices");
+        let mut seen = vec![false; tokens];
+        let once = |&[token, _]: &[u32; 2]| !std::mem::replace(&mut seen[token as usize], true);
+        assert!(places.iter().all(once), "a token occurs twice");
         let sum = sum.changing();
         let list = self.uploaded(bytemuck::cast_slice(places))?;
         let arguments = Arguments::default()
@@ -125,7 +128,8 @@ impl Cuda {
             .u64(y.len())
             .u32(size("columns", sum.cols())?)
             .u32(size("choices", chosen)?);
-        // SAFETY: scatter_add(sum, y, places, weights, n, cols, chosen), whose places are checked above.
+        // SAFETY: scatter_add(sum, y, places, weights, n, cols, chosen), whose places are checked above: no two threads add
+        // to one element.
         unsafe { self.launch("elementwise", ["scatter_add", "", ""], elements(y.len()), arguments)? };
         Ok(sum)
     }

@@ -1,5 +1,7 @@
 //! Products with matrices as they are stored, and rows of them.
 
+use std::cell::OnceCell;
+
 use super::{
     Cuda, MOST_BLOCKS, THREADS,
     context::{Arguments, LaunchShape},
@@ -34,11 +36,13 @@ const GEMV_THREADS: u32 = 256;
 /// Shared memory for scales, beside that for terms and weights.
 const SCALES: u32 = 1 << 10;
 
-/// Values as one or two BF16 terms each.
-#[derive(Debug)]
+/// Values in BF16, each made when a product first asks for it.
+#[derive(Debug, Default)]
 pub(super) struct BfloatTerms {
-    high: Buffer, // bf16 [rows, padded]
-    low: Buffer,  // bf16 [rows, padded]
+    /// Rounded.
+    one: OnceCell<Buffer>, // bf16 [rows, padded]
+    /// As the sum of two.
+    two: OnceCell<[Buffer; 2]>, // bf16 [rows, padded] each
 }
 
 /// The grid of embed and dequantization.
@@ -60,9 +64,9 @@ impl Cuda {
         let count = size("tokens", tokens.len())?;
         let ids = self.uploaded(bytemuck::cast_slice(tokens))?;
         let out = self.scratch(tokens.len(), table.cols())?;
-        let arguments = Arguments::of_matrix(table.raw()).buffer(&ids).u64(0).buffer(&out.buffer).u32(count);
+        let arguments = Arguments::of_matrix(table).buffer(&ids).buffer(&out.buffer);
         let encoding = table.encoding_name();
-        // SAFETY: embed(table, tokens, first, out, count) reads `count` ids and writes as many rows.
+        // SAFETY: embed(table, tokens, out) reads an id for each block of the grid and writes as many rows.
         unsafe { self.launch(encoding, ["embed_", encoding, ""], embed_shape(count, table.cols()), arguments)? };
         Ok(out)
     }
@@ -88,7 +92,8 @@ impl Cuda {
         let rows = size("rows", weight.rows())?;
         let bias = bias.map(|bias| &bias.buffer);
         let encoding = weight.encoding_name();
-        let plain = |arguments: Arguments| arguments.buffer(&x.buffer).optional(bias).buffer(&out.buffer).u32(tokens);
+        let of_floats =
+            || Arguments::of_matrix(weight).buffer(&x.buffer).optional(bias).buffer(&out.buffer).u32(tokens);
         if x.rows() <= FEW {
             let suffix = if tokens <= 1 {
                 "_t1"
@@ -98,56 +103,71 @@ impl Cuda {
                 "_t8"
             };
             let grid = if tokens == 0 { 0 } else { rows.div_ceil(GEMV_THREADS / 16) };
-            let arguments = plain(Arguments::of_matrix(weight.raw()));
             // SAFETY: gemv(w, x, bias, out, tokens), whose shapes are checked above.
-            unsafe { self.launch(encoding, ["gemv_", encoding, suffix], line(grid, GEMV_THREADS), arguments)? };
+            unsafe { self.launch(encoding, ["gemv_", encoding, suffix], line(grid, GEMV_THREADS), of_floats())? };
         } else if !weight.suits_tensor_cores() {
             let shape = LaunchShape { grid: [rows.div_ceil(64), tokens.div_ceil(64), 1], block: 256, shared_bytes: 0 };
-            let arguments = plain(Arguments::of_matrix(weight.raw()));
             // SAFETY: gemm_plain(w, x, bias, out, tokens), whose shapes are checked above.
-            unsafe { self.launch(encoding, ["gemm_plain_", encoding, ""], shape, arguments)? };
+            unsafe { self.launch(encoding, ["gemm_plain_", encoding, ""], shape, of_floats())? };
         } else {
             let exact = precision == Precision::Exact || weight.is_plain();
-            let terms = self.terms(x)?;
-            let low = exact.then_some(&terms.low);
             let weights = if exact && weight.splits_weights() { 32 << 10 } else { 16 << 10 };
             let activations = if exact { 32 << 10 } else { 16 << 10 };
             let grid = [rows.div_ceil(128), tokens.div_ceil(64), 1];
             let shape = LaunchShape { grid, block: 256, shared_bytes: activations + weights + SCALES };
             let padded = x.cols().next_multiple_of(TERM_COLS) as u32;
-            let arguments = Arguments::of_matrix(weight.raw())
-                .buffer(&terms.high)
-                .optional(low)
-                .optional(bias)
-                .buffer(&out.buffer)
-                .u32(tokens)
-                .u32(padded);
-            let name = ["gemm_", encoding, if exact { "_exact" } else { "_bf16" }];
-            // SAFETY: gemm(w, high, low, bias, out, tokens, padded), whose shapes are checked above; the terms have
-            // `padded` columns.
-            unsafe { self.launch(encoding, name, shape, arguments)? };
+            let matrix = Arguments::of_matrix(weight);
+            let (arguments, suffix) = match exact {
+                true => {
+                    let [high, low] = self.two_terms(x)?;
+                    (matrix.buffer(high).buffer(low), "_exact")
+                }
+                false => (matrix.buffer(self.one_term(x)?), "_bf16"),
+            };
+            let arguments = arguments.optional(bias).buffer(&out.buffer).u32(tokens).u32(padded);
+            // SAFETY: gemm_exact(w, high, low, bias, out, tokens, padded), and gemm_bf16 without low, whose shapes are
+            // checked above; the terms have `padded` columns.
+            unsafe { self.launch(encoding, ["gemm_", encoding, suffix], shape, arguments)? };
         }
         Ok(out)
     }
 
-    /// The BF16 terms of values, made once.
-    fn terms<'a>(&self, x: &'a DeviceValues) -> Result<&'a BfloatTerms> {
-        if let Some(terms) = x.terms.get() {
+    /// Values rounded to BF16.
+    fn one_term<'a>(&self, x: &'a DeviceValues) -> Result<&'a Buffer> {
+        if let Some(high) = x.terms.two.get().map(|[high, _]| high).or(x.terms.one.get()) {
+            return Ok(high);
+        }
+        let high = self.term(x)?;
+        self.split_activations(x, &high, None)?;
+        Ok(x.terms.one.get_or_init(|| high))
+    }
+
+    /// Values as the sums of two terms.
+    fn two_terms<'a>(&self, x: &'a DeviceValues) -> Result<&'a [Buffer; 2]> {
+        if let Some(terms) = x.terms.two.get() {
             return Ok(terms);
         }
+        let [high, low] = [self.term(x)?, self.term(x)?];
+        self.split_activations(x, &high, Some(&low))?;
+        Ok(x.terms.two.get_or_init(|| [high, low]))
+    }
+
+    /// Room for a term of each value.
+    fn term(&self, x: &DeviceValues) -> Result<Buffer> {
+        self.buffer(x.rows() * x.cols().next_multiple_of(TERM_COLS), size_of::<u16>())
+    }
+
+    fn split_activations(&self, x: &DeviceValues, high: &Buffer, low: Option<&Buffer>) -> Result<()> {
         let padded = x.cols().next_multiple_of(TERM_COLS);
-        let term = || self.buffer(x.rows() * padded, size_of::<u16>());
-        let terms = BfloatTerms { high: term()?, low: term()? };
         let arguments = Arguments::default()
             .buffer(&x.buffer)
-            .buffer(&terms.high)
-            .buffer(&terms.low)
+            .buffer(high)
+            .optional(low)
             .u32(size("tokens", x.rows())?)
             .u32(size("columns", x.cols())?)
             .u32(padded as u32);
         let shape = elements((x.rows() * padded).div_ceil(8));
-        // SAFETY: split_activations(x, high, low, tokens, cols, padded) writes all of both terms.
-        unsafe { self.launch("elementwise", ["split_activations", "", ""], shape, arguments)? };
-        Ok(x.terms.get_or_init(|| terms))
+        // SAFETY: split_activations(x, high, low, tokens, cols, padded) writes all of each term, which have that room.
+        unsafe { self.launch("elementwise", ["split_activations", "", ""], shape, arguments) }
     }
 }

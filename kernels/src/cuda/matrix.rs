@@ -127,6 +127,11 @@ impl DeviceMatrix {
         matches!(self.encoding, DeviceEncoding::Float(FloatType::F32 | FloatType::F16))
     }
 
+    /// The memory of its codes, scales and zero points.
+    pub(super) fn buffers(&self) -> [Option<&Buffer>; 3] {
+        [Some(&self.codes), self.scales.as_ref(), self.zeros.as_ref()].map(|part| part.map(|part| &*part.buffer))
+    }
+
     pub(super) fn raw(&self) -> RawMatrix {
         let (group, groups, scale_type) = match self.encoding {
             DeviceEncoding::Float(_) => (self.cols.max(1), 0, 0),
@@ -165,7 +170,7 @@ impl Cuda {
         }
         let part = |bytes: &[u8]| -> Result<Part> {
             // Kernels read whole vectors, and may read past the end of what is stored.
-            let buffer = Buffer::new(&self.context, bytes.len().next_multiple_of(16))?;
+            let buffer = self.with_room(|| Buffer::new(&self.context, bytes.len().next_multiple_of(16)))?;
             for (index, chunk) in bytes.chunks(CHUNK).enumerate() {
                 self.context.upload(chunk, &buffer, index * CHUNK)?;
             }

@@ -17,7 +17,7 @@ use super::{
 const GRAIN: usize = 512;
 
 /// Memory on the card that is given back when it is dropped.
-struct Memory {
+pub(super) struct Memory {
     context: Rc<Context>,
     pointer: CUdeviceptr,
     bytes: usize,
@@ -26,6 +26,7 @@ struct Memory {
 impl Memory {
     fn new(context: &Rc<Context>, bytes: usize) -> Result<Self> {
         let bytes = bytes.next_multiple_of(GRAIN).max(GRAIN);
+        context.enter()?;
         // SAFETY: the size is not zero, and nothing reads the memory before it is written: see `Buffer`.
         match unsafe { result::malloc_sync(bytes) } {
             Ok(pointer) => Ok(Self { context: context.clone(), pointer, bytes }),
@@ -41,7 +42,7 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         // A failure here can only repeat one that a call before it has told.
-        let _ = self.context.synchronize();
+        let _ = self.context.enter().and_then(|()| self.context.synchronize());
         // SAFETY: the pointer came from `malloc_sync`, is freed once, and no work that could use it is left.
         let _ = unsafe { result::free_sync(self.pointer) };
     }
@@ -51,7 +52,7 @@ impl Drop for Memory {
 /// was launched before finishes before what is launched after.
 pub struct Pool {
     context: Rc<Context>,
-    free: RefCell<Vec<Memory>>,
+    free: RefCell<Vec<Rc<Memory>>>,
 }
 
 impl Pool {
@@ -62,25 +63,24 @@ impl Pool {
     /// A buffer of at least so many bytes, its contents unspecified.
     ///
     /// # Errors
-    /// [`CudaError::OutOfMemory`] if there is no room even after all that waits is given back.
+    /// [`CudaError::OutOfMemory`].
     pub(super) fn take(self: &Rc<Self>, bytes: usize) -> Result<Buffer> {
         let memory = match self.waiting(bytes) {
             Some(memory) => memory,
-            None => match Memory::new(&self.context, bytes) {
-                Err(CudaError::OutOfMemory { .. }) if !self.free.borrow().is_empty() => {
-                    self.free.borrow_mut().clear();
-                    Memory::new(&self.context, bytes)?
-                }
-                memory => memory?,
-            },
+            None => Rc::new(Memory::new(&self.context, bytes)?),
         };
-        Ok(Buffer { memory: Some(memory), home: Some(self.clone()) })
+        Ok(Buffer { memory, home: Some(self.clone()) })
+    }
+
+    /// Gives back all that waits.
+    pub(super) fn clear(&self) {
+        self.free.take();
     }
 
     /// The smallest that is large enough, unless it is so large that most of it would lie idle.
-    fn waiting(&self, bytes: usize) -> Option<Memory> {
+    fn waiting(&self, bytes: usize) -> Option<Rc<Memory>> {
         let mut free = self.free.borrow_mut();
-        let fits = |memory: &Memory| (bytes..=2 * bytes.max(GRAIN)).contains(&memory.bytes);
+        let fits = |memory: &Rc<Memory>| (bytes..=2 * bytes.max(GRAIN)).contains(&memory.bytes);
         let fitting = free.iter().enumerate().filter(|(_, memory)| fits(memory));
         let index = fitting.min_by_key(|(_, memory)| memory.bytes).map(|(index, _)| index)?;
         Some(free.swap_remove(index))
@@ -89,36 +89,43 @@ impl Pool {
 
 /// Memory on the card. What it holds is what was written to it last, by a copy or a kernel.
 pub struct Buffer {
-    memory: Option<Memory>,
-    /// Where it waits to be used again once it is dropped.
+    memory: Rc<Memory>,
+    /// Where the memory waits to be used again once the buffer is dropped, unless a recorded step holds it.
     home: Option<Rc<Pool>>,
 }
 
 impl Buffer {
     /// A buffer of its own, whose memory is given back when it is dropped.
     pub(super) fn new(context: &Rc<Context>, bytes: usize) -> Result<Self> {
-        Ok(Self { memory: Some(Memory::new(context, bytes)?), home: None })
+        Ok(Self { memory: Rc::new(Memory::new(context, bytes)?), home: None })
     }
 
-    fn memory(&self) -> &Memory {
-        self.memory.as_ref().expect("it is taken only when the buffer is dropped")
+    pub(super) fn memory(&self) -> &Rc<Memory> {
+        &self.memory
+    }
+
+    /// Whether it came from this pool.
+    pub(super) fn is_of(&self, pool: &Rc<Pool>) -> bool {
+        self.home.as_ref().is_some_and(|home| Rc::ptr_eq(home, pool))
     }
 
     /// Where it lies on the card.
     pub(super) fn pointer(&self) -> CUdeviceptr {
-        self.memory().pointer
+        self.memory.pointer
     }
 
     /// The bytes that it has room for.
     pub fn bytes(&self) -> usize {
-        self.memory().bytes
+        self.memory.bytes
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let (Some(memory), Some(home)) = (self.memory.take(), &self.home) {
-            home.free.borrow_mut().push(memory);
+        if let Some(home) = &self.home
+            && Rc::strong_count(&self.memory) == 1
+        {
+            home.free.borrow_mut().push(self.memory.clone());
         }
     }
 }

@@ -40,8 +40,10 @@ const MOST_BLOCKS: u32 = 65_535;
 pub struct Cuda {
     kernels: RefCell<HashMap<KernelName, Rc<Kernel>>>,
     modules: RefCell<HashMap<&'static str, Rc<Module>>>,
-    /// Where buffers come from; a recorded step has a pool of its own, so that nothing else uses its buffers.
+    /// Where buffers come from now; a recorded step has a pool of its own, so that nothing else uses its buffers.
     pool: RefCell<Rc<Pool>>,
+    /// Where they come from outside of steps.
+    main_pool: Rc<Pool>,
     slots: step::Slots,
     card: Card,
     context: Rc<Context>,
@@ -59,10 +61,11 @@ impl Cuda {
         driver::start(ptx::MODULES.iter().map(|(_, text)| *text))?;
         let (device, card) = driver::first_card()?;
         let context = Context::new(device)?;
-        let pool = Pool::new(&context);
+        let main_pool = Pool::new(&context);
+        let pool = RefCell::new(main_pool.clone());
         let slots = step::Slots::new(&context)?;
         let (kernels, modules) = (RefCell::default(), RefCell::default());
-        Ok(Self { kernels, modules, pool: RefCell::new(pool), slots, card, context })
+        Ok(Self { kernels, modules, pool, main_pool, slots, card, context })
     }
 
     /// The card.
@@ -78,11 +81,12 @@ impl Cuda {
         Ok(self.context.memory()?.0)
     }
 
-    /// Checks that so many bytes are free.
+    /// Checks that so many bytes are free, once what waits to be used again is given back.
     ///
     /// # Errors
     /// [`CudaError::OutOfMemory`].
     pub fn check_room(&self, bytes: u64) -> Result<()> {
+        self.main_pool.clear();
         let free = self.free_memory()?;
         if bytes > free { Err(CudaError::OutOfMemory { asked: bytes, free }) } else { Ok(()) }
     }
@@ -92,7 +96,6 @@ impl Cuda {
         if let Some(kernel) = self.kernels.borrow().get(&name) {
             return Ok(kernel.clone());
         }
-        self.context.enter()?;
         let loaded = self.modules.borrow().get(module).cloned();
         let module = match loaded {
             Some(module) => module,
@@ -114,7 +117,20 @@ impl Cuda {
         let Some(bytes) = bytes else {
             return Err(CudaError::OutOfMemory { asked: u64::MAX, free: self.context.memory()?.0 });
         };
-        self.pool.borrow().take(bytes)
+        self.with_room(|| self.pool.borrow().take(bytes))
+    }
+
+    /// What `allocate` returns; where it finds no room, once more after what waits to be used again is given back.
+    fn with_room<T>(&self, allocate: impl Fn() -> Result<T>) -> Result<T> {
+        match allocate() {
+            // A graph may point to what waits in the pool that it is recorded with.
+            Err(CudaError::OutOfMemory { .. }) if !self.context.is_recording() => {
+                self.main_pool.clear();
+                self.pool.borrow().clear();
+                allocate()
+            }
+            allocated => allocated,
+        }
     }
 
     /// A buffer that holds these bytes.
@@ -133,7 +149,7 @@ impl Cuda {
         module: &'static str,
         name: KernelName,
         shape: LaunchShape,
-        arguments: Arguments,
+        arguments: Arguments<'_>,
     ) -> Result<()> {
         let kernel = self.kernel(module, name)?;
         // SAFETY: the caller's promise.

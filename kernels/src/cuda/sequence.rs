@@ -3,7 +3,7 @@
 use std::{cell::Cell, rc::Rc};
 
 use super::{
-    Cuda,
+    Cuda, MOST_BLOCKS,
     context::{Arguments, LaunchShape},
     elements,
     error::{CudaError, Result},
@@ -72,11 +72,10 @@ impl Cuda {
             .buffer(&x.buffer)
             .buffer(&cos.buffer)
             .buffer(&sin.buffer)
-            .optional(None)
             .u32(size("tokens", x.rows())?)
             .u32(size("heads", heads)?)
             .u32(size("the head", head_dim)?);
-        // SAFETY: rope(x, cos, sin, past, tokens, heads, head_dim), whose shapes are checked above.
+        // SAFETY: rope(x, cos, sin, tokens, heads, head_dim), whose shapes are checked above.
         unsafe { self.launch("rope", ["rope", "", ""], elements(x.len() / 2), arguments)? };
         Ok(x)
     }
@@ -103,7 +102,8 @@ impl Cuda {
     /// If the shapes do not fit together or the cache has no room.
     ///
     /// # Errors
-    /// [`CudaError::OutOfMemory`], [`CudaError::Call`].
+    /// [`CudaError::OutOfMemory`], [`CudaError::Call`]; [`CudaError::TooLarge`] for more than 65,535 tokens with wide heads
+    /// on a card whose blocks have little shared memory.
     #[expect(clippy::too_many_arguments, reason = "each is a part of the operation's definition")]
     pub fn attention(
         &self,
@@ -122,7 +122,7 @@ impl Cuda {
         let fits = |x: &DeviceValues| x.rows() == tokens && x.cols() == width;
         assert!(fits(key) && fits(value) && past + tokens <= capacity, "keys and values that the cache has room for");
         self.set_past(past)?;
-        self.slots.note(&cache.positions);
+        self.slots.note_cache(&cache.positions, capacity);
         let count = size("tokens", tokens)?;
         let arguments = Arguments::default()
             .buffer(&key.buffer)
@@ -138,45 +138,64 @@ impl Cuda {
         // capacity are dropped.
         unsafe { self.launch("attention", ["kv_append", "", ""], elements(key.len()), arguments)? };
         let out = self.scratch(tokens, query.cols())?;
-        let about = |arguments: Arguments| {
-            arguments
-                .buffer(&self.slots.words)
-                .u32(count)
-                .u32(heads as u32)
-                .u32(kv_heads as u32)
-                .u32(head_dim as u32)
-                .u32(capacity as u32)
-                .u32(u32::try_from(window).unwrap_or(u32::MAX))
-                .f32(scale)
+        let padded = head_dim.next_multiple_of(32) as u32;
+        let shared_bytes = 4 * (2 * 32 * (padded + 4) + 32 * padded + 32 * 36);
+        // Few tokens share the positions out among blocks; many fill the card without.
+        let splits = match tokens <= FEW {
+            true => Some(capacity.div_ceil(128).clamp(1, 64) as u32),
+            false => (shared_bytes > self.card.shared_memory).then_some(1),
         };
-        let inputs = Arguments::default().buffer(&query.buffer).buffer(&cache.keys).buffer(&cache.values);
-        if tokens <= FEW {
-            let splits = capacity.div_ceil(128).clamp(1, 64) as u32;
-            let partial = self.buffer(tokens * heads * splits as usize * (head_dim + 2), size_of::<f32>())?;
-            let groups = kv_heads * heads.div_ceil(kv_heads).div_ceil(4);
-            let shape = LaunchShape { grid: [groups as u32, splits, count], block: 128, shared_bytes: 0 };
-            let arguments = about(inputs.buffer(&partial)).u32(splits);
-            // SAFETY: attention_decode(q, keys, values, partial, past, tokens, heads, kv_heads, head_dim, capacity,
-            // window, scale, splits), whose shapes are checked above.
-            unsafe { self.launch("attention", ["attention_decode", "", ""], shape, arguments)? };
-            let arguments = Arguments::default()
-                .buffer(&partial)
-                .buffer(&out.buffer)
-                .u32(count)
-                .u32(heads as u32)
-                .u32(head_dim as u32)
-                .u32(splits);
-            let shape = LaunchShape { grid: [heads as u32, count, 1], block: 128, shared_bytes: 0 };
-            // SAFETY: attention_combine(partial, out, tokens, heads, head_dim, splits).
-            unsafe { self.launch("attention", ["attention_combine", "", ""], shape, arguments)? };
-        } else {
-            let padded = head_dim.next_multiple_of(32) as u32;
-            let shared_bytes = 4 * (2 * 32 * (padded + 4) + 32 * padded + 32 * 36);
-            let shape = LaunchShape { grid: [count.div_ceil(32), heads as u32, 1], block: 256, shared_bytes };
-            // SAFETY: attention_prefill(q, keys, values, out, past, tokens, heads, kv_heads, head_dim, capacity, window,
-            // scale), whose shapes are checked above.
-            let arguments = about(inputs.buffer(&out.buffer));
-            unsafe { self.launch("attention", ["attention_prefill", "", ""], shape, arguments)? };
+        let partial = match splits {
+            // A grid is shorter in its other dimensions than in its first.
+            Some(_) if count > MOST_BLOCKS => {
+                return Err(CudaError::TooLarge {
+                    what: "a batch of tokens",
+                    found: tokens,
+                    most: MOST_BLOCKS as usize,
+                });
+            }
+            Some(splits) => {
+                Some((self.buffer(tokens * heads * splits as usize * (head_dim + 2), size_of::<f32>())?, splits))
+            }
+            None => None,
+        };
+        let arguments = Arguments::default()
+            .buffer(&query.buffer)
+            .buffer(&cache.keys)
+            .buffer(&cache.values)
+            .buffer(partial.as_ref().map_or(&out.buffer, |(partial, _)| partial))
+            .buffer(&self.slots.words)
+            .u32(count)
+            .u32(heads as u32)
+            .u32(kv_heads as u32)
+            .u32(head_dim as u32)
+            .u32(capacity as u32)
+            .u32(u32::try_from(window).unwrap_or(u32::MAX))
+            .f32(scale);
+        match &partial {
+            Some((partial, splits)) => {
+                let groups = kv_heads * heads.div_ceil(kv_heads).div_ceil(4);
+                let shape = LaunchShape { grid: [groups as u32, *splits, count], block: 128, shared_bytes: 0 };
+                // SAFETY: attention_decode(q, keys, values, partial, past, tokens, heads, kv_heads, head_dim, capacity,
+                // window, scale, splits), whose shapes are checked above.
+                unsafe { self.launch("attention", ["attention_decode", "", ""], shape, arguments.u32(*splits))? };
+                let arguments = Arguments::default()
+                    .buffer(partial)
+                    .buffer(&out.buffer)
+                    .u32(count)
+                    .u32(heads as u32)
+                    .u32(head_dim as u32)
+                    .u32(*splits);
+                let shape = LaunchShape { grid: [heads as u32, count, 1], block: 128, shared_bytes: 0 };
+                // SAFETY: attention_combine(partial, out, tokens, heads, head_dim, splits).
+                unsafe { self.launch("attention", ["attention_combine", "", ""], shape, arguments)? };
+            }
+            None => {
+                let shape = LaunchShape { grid: [count.div_ceil(32), heads as u32, 1], block: 256, shared_bytes };
+                // SAFETY: attention_prefill(q, keys, values, out, past, tokens, heads, kv_heads, head_dim, capacity,
+                // window, scale), whose shapes are checked above.
+                unsafe { self.launch("attention", ["attention_prefill", "", ""], shape, arguments)? };
+            }
         }
         cache.positions.set(past + tokens);
         Ok(out)
@@ -199,24 +218,26 @@ impl Cuda {
     ) -> Result<DeviceValues> {
         let (tokens, channels) = (x.rows(), x.cols());
         let kernel = weight.len() / channels.max(1);
-        let fits = weight.len() == channels * kernel && history.len() == channels * (kernel - 1);
+        let fits = kernel > 0 && weight.len() == channels * kernel && history.len() == channels * (kernel - 1);
         assert!(fits && bias.is_none_or(|bias| bias.len() == channels), "a kernel for each channel");
         let out = self.scratch(tokens, channels)?;
-        let sizes = |arguments: Arguments| -> Result<Arguments> {
-            Ok(arguments.u32(size("tokens", tokens)?).u32(size("channels", channels)?).u32(size("a kernel", kernel)?))
-        };
+        let sizes = (size("tokens", tokens)?, size("channels", channels)?, size("a kernel", kernel)?);
         let arguments = Arguments::default()
             .buffer(&x.buffer)
             .buffer(&weight.buffer)
             .optional(bias.map(|bias| &bias.buffer))
             .buffer(&history.buffer)
-            .buffer(&out.buffer);
+            .buffer(&out.buffer)
+            .u32(sizes.0)
+            .u32(sizes.1)
+            .u32(sizes.2);
         // SAFETY: depthwise_conv(x, weight, bias, history, out, tokens, channels, kernel), shapes checked above.
-        unsafe { self.launch("conv", ["depthwise_conv", "", ""], elements(out.len()), sizes(arguments)?)? };
+        unsafe { self.launch("conv", ["depthwise_conv", "", ""], elements(out.len()), arguments)? };
         if kernel > 1 {
-            let arguments = sizes(Arguments::default().buffer(&x.buffer).buffer(&history.buffer))?;
-            // SAFETY: conv_history(x, history, tokens, channels, kernel), shapes checked above.
+            let arguments =
+                Arguments::default().buffer(&x.buffer).buffer(&history.buffer).u32(sizes.0).u32(sizes.1).u32(sizes.2);
             let shape = line(channels.div_ceil(256) as u32, 256);
+            // SAFETY: conv_history(x, history, tokens, channels, kernel), shapes checked above.
             unsafe { self.launch("conv", ["conv_history", "", ""], shape, arguments)? };
         }
         Ok(out)
@@ -274,15 +295,15 @@ impl Cuda {
     pub fn resolvent(&self, v: &DeviceValues, z: [f32; 2]) -> Result<DeviceValues> {
         let n = v.rows();
         let out = self.resolvent_output(v)?;
-        let about = |arguments: Arguments| arguments.buffer(&v.buffer).u64(n).f32(z[0]).f32(z[1]);
+        let about = || Arguments::default().buffer(&v.buffer).u64(n).f32(z[0]).f32(z[1]);
         let starts = self.resolvent_starts(v, z, true, None)?;
         let right = self.buffer(2 * n, size_of::<f64>())?;
         let shape = line(n.div_ceil(TILE) as u32, 256);
-        let arguments = about(Arguments::default()).buffer(&starts).buffer(&right);
+        let arguments = about().buffer(&starts).buffer(&right);
         // SAFETY: resolvent_right(v, n, zr, zi, starts, right).
         unsafe { self.launch("resolvent", ["resolvent_right", "", ""], shape, arguments)? };
         let starts = self.resolvent_starts(v, z, false, None)?;
-        let arguments = about(Arguments::default()).buffer(&starts).buffer(&right).buffer(&out.buffer);
+        let arguments = about().buffer(&starts).buffer(&right).buffer(&out.buffer);
         // SAFETY: resolvent_full(v, n, zr, zi, starts, right, out).
         unsafe { self.launch("resolvent", ["resolvent_full", "", ""], shape, arguments)? };
         Ok(out)

@@ -23,8 +23,16 @@ pub(super) struct Slots {
     /// Positions seen before, and the token of a step.
     pub words: Buffer, // u32 [2]
     past: Cell<Option<usize>>,
-    /// The numbers of positions of the caches that the step under way has used.
-    caches: RefCell<Option<Vec<Rc<Cell<usize>>>>>,
+    /// What the step that is being recorded has used.
+    used: RefCell<Option<Used>>,
+}
+
+/// What a recorded step uses that is sized by positions.
+struct Used {
+    /// The numbers of positions of its caches.
+    caches: Vec<Rc<Cell<usize>>>,
+    /// It serves positions below this one: no cache has more room, and no table more rows.
+    room: usize,
 }
 
 /// Where in the words the token lies, in bytes.
@@ -33,13 +41,21 @@ const TOKEN: usize = size_of::<u32>();
 impl Slots {
     pub(super) fn new(context: &Rc<Context>) -> Result<Self> {
         let words = Buffer::new(context, 2 * size_of::<u32>())?;
-        Ok(Self { words, past: Cell::new(None), caches: RefCell::default() })
+        Ok(Self { words, past: Cell::new(None), used: RefCell::default() })
     }
 
-    /// Notes a cache whose positions grow with each step.
-    pub(super) fn note(&self, positions: &Rc<Cell<usize>>) {
-        if let Some(caches) = &mut *self.caches.borrow_mut() {
-            caches.push(positions.clone());
+    /// Notes a cache with room for so many positions, whose number grows with each step.
+    pub(super) fn note_cache(&self, positions: &Rc<Cell<usize>>, capacity: usize) {
+        if let Some(used) = &mut *self.used.borrow_mut() {
+            used.caches.push(positions.clone());
+            used.room = used.room.min(capacity);
+        }
+    }
+
+    /// Notes a table that has rows for so many positions.
+    fn note_table(&self, rows: usize) {
+        if let Some(used) = &mut *self.used.borrow_mut() {
+            used.room = used.room.min(rows);
         }
     }
 }
@@ -47,6 +63,13 @@ impl Slots {
 /// What is kept of a step between one time and the next.
 #[derive(Default)]
 pub struct StepGraph(Stage);
+
+impl StepGraph {
+    /// Whether the step is recorded, so that it is replayed from now on.
+    pub fn is_recorded(&self) -> bool {
+        matches!(self.0, Stage::Recorded { .. })
+    }
+}
 
 #[derive(Default)]
 enum Stage {
@@ -58,9 +81,7 @@ enum Stage {
     Recorded {
         graph: Graph,
         output: DeviceValues,
-        caches: Vec<Rc<Cell<usize>>>,
-        /// The buffers that the graph writes to: nothing else may take them.
-        _pool: Rc<Pool>,
+        used: Used,
     },
     /// It cannot be recorded, so that it is run each time.
     Refused,
@@ -88,7 +109,11 @@ impl Cuda {
 
     /// Runs one step of decoding and copies its logits to `out`: the first time as `run` does, then recorded, then
     /// replayed without it. Only [`embed_step`](Self::embed_step) and [`row_at_step`](Self::row_at_step) may use the token
-    /// and the position, and caches must hold `past` positions.
+    /// and the position. A replay works on the memory that the recorded `run` used, which it keeps.
+    ///
+    /// # Panics
+    /// If a recorded step is another [`Cuda`]'s, its caches do not hold `past` positions, or they or its tables have no room
+    /// for one more.
     ///
     /// # Errors
     /// What `run` returns; [`CudaError::Call`].
@@ -99,7 +124,6 @@ impl Cuda {
         mut run: impl FnMut() -> Result<DeviceValues, E>,
         out: &mut Vec<f32>,
     ) -> Result<(), E> {
-        self.context.enter()?;
         self.set_words(past, &[self.position(past)?, token])?;
         match std::mem::take(&mut step.0) {
             Stage::New => {
@@ -109,11 +133,18 @@ impl Cuda {
                 step.0 = Stage::Run(pool);
             }
             Stage::Run(pool) => step.0 = self.record(pool, past, run, out)?,
-            Stage::Recorded { graph, output, caches, _pool } => {
+            Stage::Recorded { graph, output, used } => {
+                assert!(graph.is_of(&self.context), "a step is replayed on the card that recorded it");
+                assert!(
+                    past < used.room,
+                    "the recorded step has room for {} positions, not for {past} and one",
+                    used.room
+                );
+                assert!(used.caches.iter().all(|positions| positions.get() == past), "caches of {past} positions");
                 graph.run()?;
-                caches.iter().for_each(|positions| positions.set(past + 1));
+                used.caches.iter().for_each(|positions| positions.set(past + 1));
                 self.read(&output, out)?;
-                step.0 = Stage::Recorded { graph, output, caches, _pool };
+                step.0 = Stage::Recorded { graph, output, used };
             }
             Stage::Refused => {
                 self.read(&run()?, out)?;
@@ -130,18 +161,18 @@ impl Cuda {
         mut run: impl FnMut() -> Result<DeviceValues, E>,
         out: &mut Vec<f32>,
     ) -> Result<Stage, E> {
-        self.slots.caches.replace(Some(Vec::new()));
-        let recorded = self.context.capture(|| self.within(&pool, &mut run));
-        let caches = self.slots.caches.take().unwrap_or_default();
+        self.slots.used.replace(Some(Used { caches: Vec::new(), room: usize::MAX }));
+        let recorded = self.context.capture(pool.clone(), || self.within(&pool, &mut run));
+        let used = self.slots.used.take().expect("it was put there above");
         match recorded {
             Some((graph, output)) => {
                 graph.run()?;
                 self.read(&output, out)?;
-                Ok(Stage::Recorded { graph, output, caches, _pool: pool })
+                Ok(Stage::Recorded { graph, output, used })
             }
             None => {
                 // Nothing of the recording has run.
-                caches.iter().for_each(|positions| positions.set(past));
+                used.caches.iter().for_each(|positions| positions.set(past));
                 self.read(&run()?, out)?;
                 Ok(Stage::Refused)
             }
@@ -162,11 +193,9 @@ impl Cuda {
     /// [`CudaError::OutOfMemory`], [`CudaError::Call`].
     pub fn embed_step(&self, table: &DeviceMatrix) -> Result<DeviceValues> {
         let out = self.scratch(1, table.cols())?;
-        let arguments =
-            Arguments::of_matrix(table.raw()).at(&self.slots.words, TOKEN).u64(0).buffer(&out.buffer).u32(1);
+        let arguments = Arguments::of_matrix(table).part(&self.slots.words, TOKEN).buffer(&out.buffer);
         let encoding = table.encoding_name();
-        // SAFETY: embed(table, tokens, first, out, count) reads one token id, and writes a row of NaN for one beyond the
-        // table.
+        // SAFETY: embed(table, tokens, out) reads one token id, and writes a row of NaN for one beyond the table.
         unsafe { self.launch(encoding, ["embed_", encoding, ""], embed_shape(1, table.cols()), arguments)? };
         Ok(out)
     }
@@ -181,8 +210,8 @@ impl Cuda {
     pub fn row_at_step(&self, x: &DeviceValues) -> Result<DeviceValues> {
         let past = self.slots.past.get().unwrap_or(usize::MAX);
         assert!(past < x.rows(), "{} rows have none for position {past}", x.rows());
-        // SAFETY: the first word is the position, for which `x` has a row; a replay is given positions below the room of
-        // the state that the rows were made for.
+        self.slots.note_table(x.rows());
+        // SAFETY: the first word is the position, for which `x` has a row; a replay asserts the same of its position.
         unsafe { self.gather_by(x, Arguments::default().buffer(&x.buffer).buffer(&self.slots.words), 1) }
     }
 }

@@ -1,7 +1,5 @@
 //! Values on the card, made, moved and read.
 
-use std::cell::OnceCell;
-
 use super::{
     Cuda,
     context::Arguments,
@@ -18,8 +16,8 @@ pub struct DeviceValues {
     pub(super) buffer: Buffer, // f32 [rows, cols]
     rows: usize,
     cols: usize,
-    /// The same as sums of BF16 terms, once a product has needed them; of the values as they are.
-    pub(super) terms: OnceCell<BfloatTerms>,
+    /// The same in BF16, once a product has needed it; of the values as they are.
+    pub(super) terms: BfloatTerms,
 }
 
 impl DeviceValues {
@@ -40,7 +38,7 @@ impl DeviceValues {
 
     /// The same values before a kernel changes them in place.
     pub(super) fn changing(mut self) -> Self {
-        self.terms = OnceCell::new();
+        self.terms = BfloatTerms::default();
         self
     }
 }
@@ -50,7 +48,7 @@ impl Cuda {
     pub(super) fn scratch(&self, rows: usize, cols: usize) -> Result<DeviceValues> {
         let too_large = || CudaError::TooLarge { what: "a tensor with rows", found: rows, most: isize::MAX as usize };
         let count = rows.checked_mul(cols).ok_or_else(too_large)?;
-        Ok(DeviceValues { buffer: self.buffer(count, size_of::<f32>())?, rows, cols, terms: OnceCell::new() })
+        Ok(DeviceValues { buffer: self.buffer(count, size_of::<f32>())?, rows, cols, terms: BfloatTerms::default() })
     }
 
     /// Values of the host, whose number is a multiple of `cols`.
@@ -79,7 +77,7 @@ impl Cuda {
     /// [`CudaError::Call`].
     pub fn zero(&self, x: &mut DeviceValues) -> Result<()> {
         let bytes = x.len() * size_of::<f32>();
-        x.terms = OnceCell::new();
+        x.terms = BfloatTerms::default();
         self.context.zero(&mut x.buffer, bytes)
     }
 
@@ -151,7 +149,7 @@ impl Cuda {
     pub(super) unsafe fn gather_by(
         &self,
         x: &DeviceValues,
-        arguments: Arguments,
+        arguments: Arguments<'_>,
         count: usize,
     ) -> Result<DeviceValues> {
         let out = self.scratch(count, x.cols)?;

@@ -1,7 +1,7 @@
 //! Tests on the CUDA emulator: a driver library, built here with g++ from kernels/cuda, that runs the kernels on the CPU.
 //!
 //! The dynamic linker reads LD_LIBRARY_PATH when a program starts, so that a test runs its own program again. With a real
-//! card, `cargo test --test cuda -- --ignored` runs the same tests on it.
+//! card, `cargo test --workspace --test cuda -- --ignored` runs the same tests on it.
 
 use std::{
     path::{Path, PathBuf},
@@ -23,8 +23,10 @@ pub fn folder() -> Option<&'static Path> {
             println!("{LEFT_OUT} is set: nothing is run on the emulator");
             return None;
         }
-        if let Some(folder) = std::env::var_os(BUILT) {
-            return Some(folder.into());
+        if let Some(folder) = std::env::var_os(BUILT).map(PathBuf::from) {
+            // The dynamic linker would go on to a driver of the machine.
+            assert!(folder.join("libcuda.so.1").exists(), "{BUILT}: {} holds no libcuda.so.1", folder.display());
+            return Some(folder);
         }
         let kernels = Path::new(env!("CARGO_MANIFEST_DIR"));
         let kernels = if kernels.ends_with("kernels") { kernels.to_owned() } else { kernels.join("kernels") };
@@ -40,6 +42,36 @@ pub fn folder() -> Option<&'static Path> {
         Some(folder)
     };
     FOLDER.get_or_init(build).as_deref()
+}
+
+/// Makes a test of the name of each of these ignored tests of a module that runs it on the emulator, at will with a variable
+/// for it, and a test that finds none forgotten.
+macro_rules! on_the_emulator {
+    ($($module:ident::$name:ident $(with $variable:expr)?),* $(,)?) => {
+        $(
+            #[test]
+            fn $name() {
+                emulator::run(concat!(stringify!($module), "::", stringify!($name)), &[$($variable)?]);
+            }
+        )*
+
+        #[test]
+        fn every_ignored_test_is_run_on_the_emulator() {
+            emulator::assert_ignored(&[$(concat!(stringify!($module), "::", stringify!($name))),*]);
+        }
+    };
+}
+pub(crate) use on_the_emulator;
+
+/// Checks that these are the ignored tests of this program.
+pub fn assert_ignored(tests: &[&str]) {
+    let output = Command::new(std::env::current_exe().unwrap()).args(["--list", "--ignored"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut ignored: Vec<&str> = text.lines().filter_map(|line| line.strip_suffix(": test")).collect();
+    let mut tests = tests.to_vec();
+    ignored.sort_unstable();
+    tests.sort_unstable();
+    assert_eq!(ignored, tests, "the ignored tests of this program, and those that are run on the emulator");
 }
 
 /// Runs an ignored test of this program on the emulator, with more variables for it.
