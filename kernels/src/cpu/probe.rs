@@ -215,12 +215,9 @@ mod tests {
     #[test]
     fn rates_are_of_this_world() {
         for cpu in Cpu::available() {
-            let [fma, int8] = [cpu.fma_rate(), cpu.int8_rate()];
-            for rate in [cpu.read_rate(&vec![1; 1 << 20]), fma, int8, cpu.exp_rate()] {
+            for rate in [cpu.read_rate(&vec![1; 1 << 20]), cpu.fma_rate(), cpu.int8_rate(), cpu.exp_rate()] {
                 assert!((1e6..1e17).contains(&rate), "{rate} on {}", cpu.isa());
             }
-            // Four products to a lane instead of one, at most; and the machine may be busy meanwhile.
-            assert!(int8 < 16.0 * fma, "{int8} against {fma} on {}", cpu.isa());
         }
         assert_eq!(Cpu::detect().read_rate(&[]), 0.0);
     }
