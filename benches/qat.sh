@@ -33,7 +33,7 @@ for run in $runs; do
         llama-int8*) steps=8 rate=1e-4 ;;
         *-int8*) steps=20 rate=3e-5 ;;
         llama-ternary*) steps=400 rate=1e-3 more= ;;
-        llama-binary*) steps=200 rate=1e-3 more= ;;
+        llama-binary* | llama-fp32) steps=200 rate=1e-3 more= ;;
     esac
     case $run in
         *-teacher) ;;
