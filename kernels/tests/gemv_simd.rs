@@ -145,6 +145,117 @@ fn nibbles() {
     }
 }
 
+/// Dot products of 128 codes of a stream, by the halves of a wide step.
+struct WideStep<'a> {
+    bytes: &'a [u8; 128],
+    bits: u32,
+    /// Columns 0 to 31 and 64 to 95, then the rest.
+    a: [&'a [i8; 64]; 2],
+}
+
+impl Kernel for WideStep<'_> {
+    type Output = Vec<[f32; 16]>;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Vec<[f32; 16]> {
+        let Some(first) = self.bytes.first_chunk() else { unreachable!("64 of 128 bytes") };
+        let unpack = simd.unpack(self.bits);
+        let mut ways = vec![simd.halves_of_two(&unpack, self.bytes)];
+        if self.bits <= 4 {
+            ways.push(simd.halves(&unpack, first));
+        }
+        if self.bits == 8 {
+            ways.push(simd.halves_of_bytes(self.bytes));
+        }
+        let mut dots = Vec::new();
+        for [u, v] in ways {
+            let dot = simd.dot_codes(u, self.a[0], simd.splat_i32(0), self.bits == 8);
+            let dot = simd.dot_codes(v, self.a[1], dot, self.bits == 8);
+            dots.push([0.0; 16]);
+            simd.store(simd.i32_to_f32(dot), dots.last_mut().unwrap());
+        }
+        dots
+    }
+}
+
+#[test]
+fn halves_of_a_stream() {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for bits in 1..=8 {
+        for _ in 0..20 {
+            let bytes: [u8; 128] = std::array::from_fn(|_| random.below(256) as u8);
+            let mut codes = [0; 128];
+            unpack_stream(&bytes, bits, &mut codes);
+            let times = if bits == 1 { 2 } else { 1 };
+            let [a, b]: [[i8; 64]; 2] =
+                std::array::from_fn(|_| std::array::from_fn(|_| (random.below(255) as i32 - 127) as i8));
+            let dots: [f32; 16] = std::array::from_fn(|lane| {
+                // The lanes of the upper half have columns from 64 on.
+                let first = if lane < 8 { 4 * lane } else { 64 + 4 * (lane - 8) };
+                let dot = |column: usize, a: &[i8; 64]| -> i32 {
+                    (0..4).map(|i| i32::from(codes[column + i]) * times * i32::from(a[4 * lane + i])).sum()
+                };
+                (dot(first, &a) + dot(first + 32, &b)) as f32
+            });
+            for cpu in Cpu::available() {
+                for way in cpu.dispatch(WideStep { bytes: &bytes, bits, a: [&a, &b] }) {
+                    assert_eq!(way, dots, "{bits} bits on {}", cpu.isa());
+                }
+            }
+        }
+    }
+}
+
+/// Dot products of 256 ternary codes.
+struct TernaryStep<'a> {
+    bytes: &'a [u8; 64],
+    phase: usize,
+    a: &'a [[i8; 64]; 5],
+    start: &'a [i32; 16],
+}
+
+impl Kernel for TernaryStep<'_> {
+    type Output = [f32; 16];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> [f32; 16] {
+        let digits = simd.digits(self.bytes, self.phase);
+        let dot = simd.dot_digits(&digits, self.a.each_ref(), simd.load_i32(self.start));
+        let mut out = [0.0; 16];
+        simd.store(simd.i32_to_f32(dot), &mut out);
+        out
+    }
+}
+
+#[test]
+fn ternary_digits() {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for phase in 0..TERNARY_PER_BYTE {
+        // Every byte comes to stand in every place, those that no writer makes among them.
+        for first in 0..256 {
+            let bytes: [u8; 64] = std::array::from_fn(|i| (first + i * 17) as u8);
+            let mut codes = [0; 64 * TERNARY_PER_BYTE];
+            unpack_ternary(&bytes, &mut codes);
+            let a: [[i8; 64]; 5] = std::array::from_fn(|_| {
+                std::array::from_fn(|_| if first % 8 == 0 { -127 } else { (random.below(255) as i32 - 127) as i8 })
+            });
+            let start: [i32; 16] = std::array::from_fn(|_| random.below(20_000) as i32 - 10_000);
+            let dots: [f32; 16] = std::array::from_fn(|lane| {
+                let block = (phase + lane / 4 * 64) / 5;
+                let dots = (4 * lane..4 * lane + 4).flat_map(|i| {
+                    let codes = &codes[5 * (block + i % 16)..][..5];
+                    codes.iter().rev().zip(&a).map(move |(&code, a)| i32::from(code) * i32::from(a[i]))
+                });
+                (start[lane] + dots.sum::<i32>()) as f32
+            });
+            for cpu in Cpu::available() {
+                let found = cpu.dispatch(TernaryStep { bytes: &bytes, phase, a: &a, start: &start });
+                assert_eq!(found, dots, "phase {phase}, first byte {first} on {}", cpu.isa());
+            }
+        }
+    }
+}
+
 /// One vector by an index for each lane.
 struct Permute<'a>(&'a [f32; 16], &'a [i32; 16]);
 

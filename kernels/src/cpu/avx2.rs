@@ -3,8 +3,8 @@
 use std::arch::x86_64::*;
 
 use super::Kernel;
-use super::avx2_codes::{both, nibbles, transpose, unpack};
-use super::simd::{Simd, TERNARY_PLACES};
+use super::avx2_codes::{both, codes, digits, halves, transpose, unpack};
+use super::simd::{Simd, TERNARY_BYTES, TERNARY_PLACES};
 
 /// Token for AVX2 with fused multiply-add and half-precision conversion.
 #[derive(Clone, Copy, Debug)]
@@ -38,6 +38,7 @@ impl Simd for Avx2 {
     type I32 = [__m256i; 2];
     type U8 = [__m256i; 2];
     type Unpack = u32;
+    type Digits = [[__m256i; 2]; 5];
 
     const REGISTERS: usize = 8;
 
@@ -382,20 +383,8 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn codes(self, &bits: &u32, stream: &[u8; 64]) -> [__m256i; 2] {
-        let from: *const __m128i = stream.as_ptr().cast();
-        // SAFETY: the token exists only on CPUs with AVX2; the array is 64 bytes, as long as any 64 codes, and loads may be
-        // unaligned.
-        unsafe {
-            match bits {
-                1 => {
-                    let [low, high] = unpack(stream.as_ptr(), bits);
-                    [_mm256_add_epi8(low, low), _mm256_add_epi8(high, high)]
-                }
-                4 => [nibbles(from), nibbles(from.add(1))],
-                8 => [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(2).cast())],
-                _ => unpack(stream.as_ptr(), bits),
-            }
-        }
+        // SAFETY: the token exists only on CPUs with AVX2; the array is 64 bytes, as long as any 64 codes.
+        unsafe { codes(stream.as_ptr(), bits) }
     }
 
     #[inline(always)]
@@ -407,6 +396,36 @@ impl Simd for Avx2 {
             let low = bytes.map(|half| _mm256_and_si256(half, mask));
             [low, bytes.map(|half| _mm256_and_si256(_mm256_srli_epi16::<4>(half), mask))]
         }
+    }
+
+    #[inline(always)]
+    fn halves(self, &bits: &u32, bytes: &[u8; 64]) -> [[__m256i; 2]; 2] {
+        assert!(bits <= 4);
+        // SAFETY: the token exists only on CPUs with AVX2; 128 codes of up to four bits are at most 64 bytes.
+        unsafe { halves(bytes.as_ptr(), bits) }
+    }
+
+    #[inline(always)]
+    fn halves_of_two(self, &bits: &u32, bytes: &[u8; 128]) -> [[__m256i; 2]; 2] {
+        assert!(bits <= 8);
+        // SAFETY: the token exists only on CPUs with AVX2; 128 codes of up to eight bits are at most 128 bytes.
+        unsafe { halves(bytes.as_ptr(), bits) }
+    }
+
+    #[inline(always)]
+    fn halves_of_bytes(self, bytes: &[u8; 128]) -> [[__m256i; 2]; 2] {
+        self.halves_of_two(&8, bytes)
+    }
+
+    #[inline(always)]
+    fn digits(self, bytes: &[u8; 64], phase: usize) -> [[__m256i; 2]; 5] {
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { digits(bytes, &TERNARY_BYTES[phase]) }
+    }
+
+    #[inline(always)]
+    fn dot_digits(self, digits: &[[__m256i; 2]; 5], a: [&[i8; 64]; 5], acc: [__m256i; 2]) -> [__m256i; 2] {
+        digits.iter().zip(a).fold(acc, |acc, (&u, a)| self.dot_codes(u, a, acc, false))
     }
 
     #[inline(always)]

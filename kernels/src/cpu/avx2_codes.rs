@@ -80,12 +80,91 @@ pub(super) unsafe fn unpack(stream: *const u8, bits: u32) -> [__m256i; 2] {
     }
 }
 
+/// Unpacks 64 codes of `bits` bits; those of one bit are doubled.
+///
+/// # Safety
+/// As for [`unpack`].
+#[inline(always)]
+pub(super) unsafe fn codes(stream: *const u8, bits: u32) -> [__m256i; 2] {
+    let from: *const __m128i = stream.cast();
+    // SAFETY: the caller's promise; loads may be unaligned.
+    unsafe {
+        match bits {
+            1 => {
+                let [low, high] = unpack(stream, bits);
+                [_mm256_add_epi8(low, low), _mm256_add_epi8(high, high)]
+            }
+            4 => [nibbles(from), nibbles(from.add(1))],
+            8 => [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(2).cast())],
+            _ => unpack(stream, bits),
+        }
+    }
+}
+
+/// Unpacks 128 codes of `bits` bits: columns 0 to 31 and 64 to 95, then the rest; those of one bit are doubled.
+///
+/// # Safety
+/// The CPU has AVX2, `bits` is from 1 to 8, and `16 * bits` bytes are readable at `stream`.
+#[inline(always)]
+pub(super) unsafe fn halves(stream: *const u8, bits: u32) -> [[__m256i; 2]; 2] {
+    // SAFETY: the caller's promise.
+    let [first, second] = unsafe { [codes(stream, bits), codes(stream.add(8 * bits as usize), bits)] };
+    [[first[0], second[0]], [first[1], second[1]]]
+}
+
+/// The digits, highest first, of four times 16 bytes.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+pub(super) unsafe fn digits(bytes: &[u8; 64], at: &[usize; 4]) -> [[__m256i; 2]; 5] {
+    // SAFETY: loads may be unaligned; AVX2 is the caller's promise.
+    unsafe {
+        let [first, second, third, fourth] = at.map(|at| match bytes[at..].first_chunk() {
+            Some(bytes) => bytes,
+            None => unreachable!("a block starts 16 bytes or more before the end"),
+        });
+        let mut digits = [[_mm256_setzero_si256(); 2]; 5];
+        for (half, mut fraction) in
+            [both(first, second), both(third, fourth)].map(|byte| fraction(byte)).into_iter().enumerate()
+        {
+            for digits in &mut digits {
+                // Three times the fraction is one or two wholes from these on.
+                let one = _mm256_cmpeq_epi8(_mm256_max_epu8(fraction, _mm256_set1_epi8(86)), fraction);
+                let two = _mm256_cmpeq_epi8(_mm256_max_epu8(fraction, _mm256_set1_epi8(171u8 as i8)), fraction);
+                digits[half] = _mm256_abs_epi8(_mm256_add_epi8(one, two));
+                fraction = _mm256_add_epi8(_mm256_add_epi8(fraction, fraction), fraction);
+            }
+        }
+        digits
+    }
+}
+
+/// Each byte over 243, in units of 1/256, rounded up; what is above 242 starts again at zero.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn fraction(bytes: __m256i) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // `bytes + ceil(bytes * 13 / 243)`, with a division that is exact for all bytes.
+        let more = |words| {
+            let scaled = _mm256_add_epi16(_mm256_mullo_epi16(words, _mm256_set1_epi16(13)), _mm256_set1_epi16(239));
+            _mm256_mulhi_epu16(scaled, _mm256_set1_epi16(270))
+        };
+        let even = more(_mm256_and_si256(bytes, _mm256_set1_epi16(0xff)));
+        let odd = more(_mm256_srli_epi16::<8>(bytes));
+        _mm256_add_epi8(bytes, _mm256_or_si256(even, _mm256_slli_epi16::<8>(odd)))
+    }
+}
+
 /// Unpacks 32 codes of four bits.
 ///
 /// # Safety
 /// The CPU has AVX2, and 16 bytes are readable at `from`.
 #[inline(always)]
-pub(super) unsafe fn nibbles(from: *const __m128i) -> __m256i {
+unsafe fn nibbles(from: *const __m128i) -> __m256i {
     // SAFETY: the caller's promise; loads may be unaligned.
     unsafe {
         // Each byte goes to the low half of a word, and shifted to its high half.

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::Kernel;
+use super::avx512_codes::{SHIFT, SPREAD, Unpack, digits, dot_digits, quarters, transpose};
 use super::simd::{Simd, TERNARY_PLACES};
 
 /// Token for AVX-512 with the byte-permute (VBMI) and integer-dot (VNNI) extensions.
@@ -38,46 +39,6 @@ impl Avx512 {
     }
 }
 
-/// For each width, the byte of the stream that lands in each byte of the register: eight codes are `bits` bytes, and
-/// go to one 64-bit element.
-const SPREAD: [[u8; 64]; 9] = {
-    let mut table = [[0; 64]; 9];
-    let mut bits = 1;
-    while bits <= 8 {
-        let mut i = 0;
-        while i < 64 {
-            let within = if i % 8 < bits { i % 8 } else { 0 };
-            table[bits][i] = (i / 8 * bits + within) as u8;
-            i += 1;
-        }
-        bits += 1;
-    }
-    table
-};
-
-/// For each width, the bit of its 64-bit element at which each code starts.
-const SHIFT: [[u8; 64]; 9] = {
-    let mut table = [[0; 64]; 9];
-    let mut bits = 1;
-    while bits <= 8 {
-        let mut i = 0;
-        while i < 64 {
-            table[bits][i] = (i % 8 * bits) as u8;
-            i += 1;
-        }
-        bits += 1;
-    }
-    table
-};
-
-/// Registers that unpack codes of one width.
-#[derive(Clone, Copy)]
-pub struct Unpack {
-    spread: __m512i,
-    shift: __m512i,
-    mask: __m512i,
-}
-
 /// The codes below 16, as f32.
 const NIBBLES: [f32; 16] = [0., 1., 2., 3., 4., 5., 6., 7., 8., 9., 10., 11., 12., 13., 14., 15.];
 
@@ -88,51 +49,12 @@ fn first(count: usize) -> __mmask16 {
     ((1u32 << count) - 1) as __mmask16
 }
 
-/// Loads four words.
-///
-/// # Safety
-/// The CPU has AVX-512.
-#[inline(always)]
-unsafe fn words(row: &[u8; 16]) -> __m128 {
-    // SAFETY: the array is 16 bytes, and the load may be unaligned; the instructions are the caller's promise.
-    unsafe { _mm_loadu_ps(row.as_ptr().cast()) }
-}
-
-/// Transposes 16 rows of four words, after a permutation of the bytes of each row where there is an `order`.
-///
-/// # Safety
-/// The CPU has AVX-512 with BW and DQ.
-#[inline(always)]
-unsafe fn transpose(rows: [&[u8; 16]; 16], order: Option<__m512i>) -> [__m512; 4] {
-    // SAFETY: the caller's promise (128-bit insertion of pairs is of the DQ part, the byte shuffle of the BW part).
-    unsafe {
-        // Quarter `q` of vector `i` is row `i + 4q`; what remains is four 4x4 transpositions, one in each quarter.
-        let mut v = [_mm512_setzero_ps(); 4];
-        for (i, v) in v.iter_mut().enumerate() {
-            *v = _mm512_castps128_ps512(words(rows[i]));
-            *v = _mm512_insertf32x4::<1>(*v, words(rows[i + 4]));
-            *v = _mm512_insertf32x4::<2>(*v, words(rows[i + 8]));
-            *v = _mm512_insertf32x4::<3>(*v, words(rows[i + 12]));
-            if let Some(order) = order {
-                *v = _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_castps_si512(*v), order));
-            }
-        }
-        let [a, b] = [_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1])];
-        let [c, d] = [_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3])];
-        [
-            _mm512_shuffle_ps::<0b01_00_01_00>(a, c),
-            _mm512_shuffle_ps::<0b11_10_11_10>(a, c),
-            _mm512_shuffle_ps::<0b01_00_01_00>(b, d),
-            _mm512_shuffle_ps::<0b11_10_11_10>(b, d),
-        ]
-    }
-}
-
 impl Simd for Avx512 {
     type F32 = __m512;
     type I32 = __m512i;
     type U8 = __m512i;
     type Unpack = Unpack;
+    type Digits = [__m512i; 5];
 
     const REGISTERS: usize = 32;
 
@@ -420,26 +342,44 @@ impl Simd for Avx512 {
     #[inline(always)]
     fn unpack(self, bits: u32) -> Unpack {
         assert!((1..=8).contains(&bits));
-        // The window of a one-bit code starts a bit earlier, so that the code is doubled; windows wrap around.
-        let (back, mask) = if bits == 1 { (63, 2) } else { (0, (1u32 << bits) - 1) };
-        // SAFETY: the token exists only on CPUs with AVX-512 BW; the tables are 64 bytes, and loads may be unaligned.
-        unsafe {
-            let shift = _mm512_loadu_si512(SHIFT[bits as usize].as_ptr().cast());
-            Unpack {
-                spread: _mm512_loadu_si512(SPREAD[bits as usize].as_ptr().cast()),
-                shift: _mm512_add_epi8(shift, _mm512_set1_epi8(back)),
-                mask: _mm512_set1_epi8(mask as u8 as i8),
-            }
-        }
+        // SAFETY: the token exists only on CPUs with AVX-512 BW.
+        unsafe { Unpack::new(bits) }
     }
 
     #[inline(always)]
     fn codes(self, unpack: &Unpack, stream: &[u8; 64]) -> __m512i {
         // SAFETY: the token exists only on CPUs with AVX-512 VBMI; the array is 64 bytes, and the load may be unaligned.
-        unsafe {
-            let bytes = _mm512_permutexvar_epi8(unpack.spread, _mm512_loadu_si512(stream.as_ptr().cast()));
-            _mm512_and_si512(_mm512_multishift_epi64_epi8(unpack.shift, bytes), unpack.mask)
-        }
+        unsafe { unpack.spread(_mm512_loadu_si512(stream.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn halves(self, unpack: &Unpack, bytes: &[u8; 64]) -> [__m512i; 2] {
+        // SAFETY: the token exists only on CPUs with AVX-512 VBMI; the array is 64 bytes, and the load may be unaligned.
+        unsafe { unpack.halves(_mm512_loadu_si512(bytes.as_ptr().cast())) }
+    }
+
+    #[inline(always)]
+    fn halves_of_two(self, unpack: &Unpack, bytes: &[u8; 128]) -> [__m512i; 2] {
+        // SAFETY: the token exists only on CPUs with AVX-512 VBMI.
+        unsafe { unpack.halves_of_two(bytes) }
+    }
+
+    #[inline(always)]
+    fn halves_of_bytes(self, bytes: &[u8; 128]) -> [__m512i; 2] {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { quarters(bytes, 32) }
+    }
+
+    #[inline(always)]
+    fn digits(self, bytes: &[u8; 64], phase: usize) -> [__m512i; 5] {
+        // SAFETY: the token exists only on CPUs with AVX-512 VBMI.
+        unsafe { digits(bytes, phase) }
+    }
+
+    #[inline(always)]
+    fn dot_digits(self, digits: &[__m512i; 5], a: [&[i8; 64]; 5], acc: __m512i) -> __m512i {
+        // SAFETY: the token exists only on CPUs with AVX-512 VNNI.
+        unsafe { dot_digits(digits, a, acc) }
     }
 
     #[inline(always)]

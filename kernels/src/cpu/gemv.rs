@@ -7,15 +7,16 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::Cpu;
+use super::gemv_codes::{Bytes, Decode, Halves, Nibbles, Stream, Ternary, TernaryBlocks, Wide};
 use super::gemv_exact::{BF16, ExactProduct, F16, F32, FloatProduct};
 use super::gemv_int8::RoundedProduct;
-use super::gemv_nibbles::NibbleProduct;
-use super::gemv_prepare::{Form, Prepare, Prepared, Scaling};
-use super::gemv_row::{Decode, Scratch, Stream, Task, Ternary, constant_zero};
+use super::gemv_prepare::{Form, Order, Prepare, Prepared, Scaling};
+use super::gemv_row::{Scratch, Task, constant_zero};
+use super::gemv_wide::WideProduct;
 use super::matmul::Output;
 use super::pool::for_each;
 use super::simd::LANES;
-use crate::matrix::{Data, FloatType, Grid, Matrix};
+use crate::matrix::{Data, FloatType, Grid, Layout, Matrix};
 
 /// The most tokens that are a few.
 pub(super) const MAX_TOKENS: usize = 7;
@@ -175,29 +176,46 @@ impl Cpu {
             Data::Quantized { layout, .. } => layout,
         };
         SCRATCH.with_borrow_mut(|scratch| match (x.form, layout.grid) {
-            (Some(Form::Nibbles { zero: Some(_) }), _) => self.dispatch(NibbleProduct::<true> { task, scratch }),
-            (Some(Form::Nibbles { zero: None }), _) => self.dispatch(NibbleProduct::<false> { task, scratch }),
-            (Some(Form::Rounded { .. }), Grid::Ternary) => self.rounded::<Ternary, true>(task, scratch),
-            (Some(Form::Rounded { .. }), grid) if grid.has_zero_points() => {
-                self.rounded::<Stream, false>(task, scratch)
+            (Some(Form::Wide { order: Order::Nibbles, .. }), _) => self.wide_grid::<Nibbles>(task, scratch, layout),
+            (Some(Form::Wide { order: Order::Ternary, .. }), _) => {
+                self.wide::<TernaryBlocks, true>(task, scratch, layout);
             }
-            (Some(Form::Rounded { .. }), _) => self.rounded::<Stream, true>(task, scratch),
+            (Some(Form::Wide { order: Order::Halves, .. }), grid) => match grid.max_code() {
+                ..16 => self.wide_grid::<Halves<1>>(task, scratch, layout),
+                16..255 => self.wide_grid::<Halves<2>>(task, scratch, layout),
+                255 => self.wide_grid::<Bytes>(task, scratch, layout),
+            },
+            (Some(Form::Rounded { .. }), Grid::Ternary) => {
+                self.dispatch(RoundedProduct::<Ternary, true>::new(task, scratch));
+            }
+            (Some(Form::Rounded { .. }), grid) if grid.has_zero_points() => {
+                self.dispatch(RoundedProduct::<Stream, false>::new(task, scratch));
+            }
+            (Some(Form::Rounded { .. }), _) => self.dispatch(RoundedProduct::<Stream, true>::new(task, scratch)),
             (_, Grid::Ternary) => self.exact::<Ternary, true>(task, scratch),
             (_, grid) if grid.max_code() < 16 => self.exact::<Stream, true>(task, scratch),
             _ => self.exact::<Stream, false>(task, scratch),
         });
     }
 
-    fn rounded<D: Decode, const CONSTANT: bool>(self, task: Task, scratch: &mut Scratch) {
-        if task.x.form.is_some_and(Form::scales_steps) {
-            self.dispatch(RoundedProduct::<D, CONSTANT, true>::new(task, scratch));
+    fn wide_grid<W: Wide>(self, task: Task, scratch: &mut Scratch, layout: Layout) {
+        if layout.grid.has_zero_points() {
+            self.wide::<W, false>(task, scratch, layout);
         } else {
-            self.dispatch(RoundedProduct::<D, CONSTANT, false>::new(task, scratch));
+            self.wide::<W, true>(task, scratch, layout);
+        }
+    }
+
+    fn wide<W: Wide, const CONSTANT: bool>(self, task: Task, scratch: &mut Scratch, layout: Layout) {
+        if layout.group >= W::COLUMNS.min(task.w.cols()) {
+            self.dispatch(WideProduct::<W, CONSTANT, true>::new(task, scratch));
+        } else {
+            self.dispatch(WideProduct::<W, CONSTANT, false>::new(task, scratch));
         }
     }
 
     fn exact<D: Decode, const NARROW: bool>(self, task: Task, scratch: &mut Scratch) {
-        if task.x.form.is_some_and(Form::scales_steps) {
+        if task.x.form == Some(Form::Interleaved(Scaling::Steps)) {
             self.dispatch(ExactProduct::<D, NARROW, true>::new(task, scratch));
         } else {
             self.dispatch(ExactProduct::<D, NARROW, false>::new(task, scratch));

@@ -15,9 +15,10 @@
 use std::marker::PhantomData;
 
 use super::Kernel;
+use super::gemv_codes::Decode;
 use super::gemv_prepare::{Prepared, STEP};
-use super::gemv_row::{AHEAD, Codes, Decode, GROUPS, Groups, Packed, STEPS_A_LOAD, Scratch, Task};
-use super::simd::{LANES, Simd};
+use super::gemv_row::{AHEAD, Codes, GROUPS, Groups, Packed, STEPS_A_LOAD, Scratch, Task};
+use super::simd::{Aligned, LANES, Simd};
 use crate::matrix::Data;
 
 /// A task with activations as they are.
@@ -197,7 +198,7 @@ impl Task<'_> {
 #[inline(always)]
 unsafe fn add_step<S: Simd, D: Decode, const NARROW: bool, const T: usize>(
     w: &Packed<S>,
-    x: &[[[f32; LANES]; 4]],
+    x: &[Aligned<[[f32; LANES]; 4]>],
     row: Codes,
     step: usize,
     zero: S::F32,
@@ -209,7 +210,7 @@ unsafe fn add_step<S: Simd, D: Decode, const NARROW: bool, const T: usize>(
     for (t, sums) in of_group.iter_mut().enumerate() {
         // SAFETY: steps and tokens are below those of the activations, which have all slots.
         let x = unsafe { x.get_unchecked(t * w.steps + step) };
-        for (k, (level, x)) in levels.iter().zip(x).enumerate() {
+        for (k, (level, x)) in levels.iter().zip(&x.0).enumerate() {
             sums[k % 2] = simd.mul_add(*level, simd.load(x), sums[k % 2]);
         }
     }

@@ -1,9 +1,9 @@
-//! A few tokens of INT8 activations times packed weights.
+//! A few tokens of INT8 activations times packed weights of any group; see [`gemv_wide`](super::gemv_wide) for the usual
+//! ones.
 //!
 //! The order of the sums, on every instruction set: a lane's dot product over its four columns of a step is an exact
-//! integer. It is multiplied by the activation's scale and added to the lane's sum over the group, which is multiplied by
-//! the weight's scale and added to the lane's sum over the row; where lanes have scales of their own, every step is such a
-//! group. The 16 lanes are added last, in the order of [`Simd::sum`].
+//! integer. It is multiplied by the activations' scale, and the product with the weight's scale is added to the lane's sum
+//! over the row. The 16 lanes are added last, in the order of [`Simd::sum`].
 
 #![expect(
     clippy::needless_range_loop,
@@ -13,24 +13,25 @@
 use std::marker::PhantomData;
 
 use super::Kernel;
+use super::gemv_codes::Decode;
 use super::gemv_prepare::{Prepared, STEP};
-use super::gemv_row::{Codes, Decode, GROUPS, Groups, Packed, STEPS_A_LOAD, Scratch, Task};
-use super::simd::{LANES, Simd};
+use super::gemv_row::{Groups, Packed, STEPS_A_LOAD, Scratch, Task};
+use super::simd::Simd;
 
 /// A task with activations rounded to INT8.
-pub(super) struct RoundedProduct<'a, D, const CONSTANT: bool, const STEPS: bool> {
+pub(super) struct RoundedProduct<'a, D, const CONSTANT: bool> {
     task: Task<'a>,
     scratch: &'a mut Scratch,
     decode: PhantomData<D>,
 }
 
-impl<'a, D, const CONSTANT: bool, const STEPS: bool> RoundedProduct<'a, D, CONSTANT, STEPS> {
+impl<'a, D, const CONSTANT: bool> RoundedProduct<'a, D, CONSTANT> {
     pub(super) fn new(task: Task<'a>, scratch: &'a mut Scratch) -> Self {
         Self { task, scratch, decode: PhantomData }
     }
 }
 
-impl<D: Decode, const CONSTANT: bool, const STEPS: bool> Kernel for RoundedProduct<'_, D, CONSTANT, STEPS> {
+impl<D: Decode, const CONSTANT: bool> Kernel for RoundedProduct<'_, D, CONSTANT> {
     type Output = ();
 
     #[inline(always)]
@@ -41,19 +42,15 @@ impl<D: Decode, const CONSTANT: bool, const STEPS: bool> Kernel for RoundedProdu
         let slots = steps * planes * tokens;
         assert!(steps == w.steps && codes.len() == slots);
         assert!(if CONSTANT { starts.len() } else { sums.len() } == slots);
-        if STEPS {
-            assert!(planes == 1 && task.x.scales.len() == slots);
-        } else {
-            assert!(task.x.groups.len() == steps * planes && task.x.lane_scales.len() == slots);
-            assert!(task.x.first_groups.len() == steps);
-        }
+        assert!(task.x.scales.len() == slots && task.x.groups.len() == steps * planes);
+        assert!(task.x.first_groups.len() == steps);
         let mut token = 0;
         while token < tokens {
             token += match tokens - token {
-                1 => task.rounded_rows::<S, D, CONSTANT, STEPS, 1>(w, token, groups),
-                3 | 5 | 6 if S::REGISTERS >= 32 => task.rounded_rows::<S, D, CONSTANT, STEPS, 3>(w, token, groups),
-                4.. if S::REGISTERS >= 32 => task.rounded_rows::<S, D, CONSTANT, STEPS, 4>(w, token, groups),
-                _ => task.rounded_rows::<S, D, CONSTANT, STEPS, 2>(w, token, groups),
+                1 => task.rounded_rows::<S, D, CONSTANT, 1>(w, token, groups),
+                3 | 5 | 6 if S::REGISTERS >= 32 => task.rounded_rows::<S, D, CONSTANT, 3>(w, token, groups),
+                4.. if S::REGISTERS >= 32 => task.rounded_rows::<S, D, CONSTANT, 4>(w, token, groups),
+                _ => task.rounded_rows::<S, D, CONSTANT, 2>(w, token, groups),
             };
         }
     }
@@ -62,7 +59,7 @@ impl<D: Decode, const CONSTANT: bool, const STEPS: bool> Kernel for RoundedProdu
 impl Task<'_> {
     /// `T` tokens from `token` on. Gives `T`.
     #[inline(always)]
-    fn rounded_rows<S: Simd, D: Decode, const CONSTANT: bool, const STEPS: bool, const T: usize>(
+    fn rounded_rows<S: Simd, D: Decode, const CONSTANT: bool, const T: usize>(
         &self,
         w: &Packed<S>,
         token: usize,
@@ -70,25 +67,20 @@ impl Task<'_> {
     ) -> usize {
         assert!(token + T <= self.x.tokens);
         for row in self.rows.clone() {
-            let sums = if STEPS {
-                // SAFETY: the tokens were checked above, and the lengths by the kernel.
-                unsafe { self.rounded_steps::<S, D, CONSTANT, T>(w, token, row, groups) }
-            } else {
-                // SAFETY: as above.
-                unsafe { self.rounded_lanes::<S, D, CONSTANT, T>(w, token, row, groups) }
-            };
+            // SAFETY: the tokens were checked above, and the lengths by the kernel.
+            let sums = unsafe { self.rounded_row::<S, D, CONSTANT, T>(w, token, row, groups) };
             self.store(w.simd, token, row, &sums);
         }
         T
     }
 
-    /// `T` tokens times a row where scales are of whole steps.
+    /// `T` tokens times a row.
     ///
     /// # Safety
     /// The activations have `token + T` tokens or more, a value for each slot in every part that is read, and the steps
     /// of `w`.
     #[inline(always)]
-    unsafe fn rounded_steps<S: Simd, D: Decode, const CONSTANT: bool, const T: usize>(
+    unsafe fn rounded_row<S: Simd, D: Decode, const CONSTANT: bool, const T: usize>(
         &self,
         w: &Packed<S>,
         token: usize,
@@ -96,64 +88,7 @@ impl Task<'_> {
         groups: &mut Groups,
     ) -> [S::F32; T] {
         let simd = w.simd;
-        let steps = self.x.steps;
-        let from = token * steps;
-        let x = Slots {
-            steps,
-            codes: &self.x.codes[from..],
-            starts: if CONSTANT { &self.x.starts[from..] } else { &[] },
-            sums: if CONSTANT { &[] } else { &self.x.sums[from..] },
-            scales: &self.x.scales[from..],
-        };
-        let steps_a_group = w.layout.group.div_ceil(STEP).min(steps);
-        let row_codes = w.row(row);
-        let mut out = [simd.splat(0.0); T];
-        let mut first = 0;
-        for first_group in (0..w.groups).step_by(GROUPS) {
-            let count = GROUPS.min(w.groups - first_group);
-            groups.load(w, row, first_group, count);
-            let (weight_scales, zeros) = groups.loaded(first_group, count);
-            for (weight_scale, zero) in weight_scales.iter().zip(zeros) {
-                let end = steps.min(first + steps_a_group);
-                let minus_zero = simd.splat(-zero);
-                let mut of_group = [simd.splat(0.0); T];
-                // The usual group is two steps.
-                while first + 2 <= end {
-                    // SAFETY: the steps are below `steps`; the rest is the caller's promise.
-                    unsafe {
-                        x.add::<S, D, CONSTANT, T>(w, row_codes, first, minus_zero, &mut of_group);
-                        x.add::<S, D, CONSTANT, T>(w, row_codes, first + 1, minus_zero, &mut of_group);
-                    }
-                    first += 2;
-                }
-                if first < end {
-                    // SAFETY: as above.
-                    unsafe { x.add::<S, D, CONSTANT, T>(w, row_codes, first, minus_zero, &mut of_group) };
-                    first += 1;
-                }
-                for t in 0..T {
-                    out[t] = simd.mul_add(of_group[t], simd.splat(*weight_scale), out[t]);
-                }
-            }
-        }
-        out
-    }
-
-    /// `T` tokens times a row where lanes have scales of their own.
-    ///
-    /// # Safety
-    /// The activations have `token + T` tokens or more, a value for each slot in every part that is read, and the steps
-    /// of `w`.
-    #[inline(always)]
-    unsafe fn rounded_lanes<S: Simd, D: Decode, const CONSTANT: bool, const T: usize>(
-        &self,
-        w: &Packed<S>,
-        token: usize,
-        row: usize,
-        groups: &mut Groups,
-    ) -> [S::F32; T] {
-        let simd = w.simd;
-        let Prepared { steps, planes, ref codes, ref starts, ref sums, ref lane_scales, .. } = *self.x;
+        let Prepared { steps, planes, ref codes, ref starts, ref sums, ref scales, .. } = *self.x;
         let group = w.layout.group;
         let near = group >= 4;
         let eight_bits = w.layout.grid.max_code() > 127;
@@ -179,7 +114,7 @@ impl Task<'_> {
                     for t in 0..T {
                         let slot = ((token + t) * steps + step) * planes + plane;
                         // SAFETY: steps, planes and tokens are below those of the activations, which have all slots.
-                        let (a, scale) = unsafe { (codes.get_unchecked(slot), lane_scales.get_unchecked(slot)) };
+                        let (a, scale) = unsafe { (codes.get_unchecked(slot), scales.get_unchecked(slot)) };
                         let dot = if CONSTANT {
                             // SAFETY: as above.
                             let start = simd.load_i32(unsafe { starts.get_unchecked(slot) });
@@ -198,54 +133,5 @@ impl Task<'_> {
             }
         }
         out
-    }
-}
-
-/// The activations that a product reads where scales are of whole steps. [tokens, steps]
-#[derive(Clone, Copy)]
-struct Slots<'a> {
-    steps: usize,
-    codes: &'a [[i8; STEP]],
-    starts: &'a [[i32; LANES]],
-    sums: &'a [[f32; LANES]],
-    scales: &'a [f32],
-}
-
-impl Slots<'_> {
-    /// Adds the products of one step to those of its group.
-    ///
-    /// # Safety
-    /// `step` is below the steps of `w` and of the activations, of which there are `T` tokens or more, and `row` comes from
-    /// `w`.
-    #[inline(always)]
-    unsafe fn add<S: Simd, D: Decode, const CONSTANT: bool, const T: usize>(
-        self,
-        w: &Packed<S>,
-        row: Codes,
-        step: usize,
-        minus_zero: S::F32,
-        of_group: &mut [S::F32; T],
-    ) {
-        let simd = w.simd;
-        let eight_bits = w.layout.grid.max_code() > 127;
-        // SAFETY: the caller's promise.
-        let u = unsafe { w.codes::<D>(row, step) };
-        for (t, of_group) in of_group.iter_mut().enumerate() {
-            let slot = t * self.steps + step;
-            // SAFETY: steps and tokens are below those of the activations, which have all slots.
-            let (a, scale) = unsafe { (self.codes.get_unchecked(slot), *self.scales.get_unchecked(slot)) };
-            let dot = if CONSTANT {
-                // SAFETY: as above.
-                let start = simd.load_i32(unsafe { self.starts.get_unchecked(slot) });
-                simd.i32_to_f32(simd.dot_codes(u, a, start, eight_bits))
-            } else {
-                let dot = simd.i32_to_f32(simd.dot_codes(u, a, simd.splat_i32(0), eight_bits));
-                // SAFETY: as above.
-                let sum = simd.load(unsafe { self.sums.get_unchecked(slot) });
-                // Both terms and their sum are integers below 2^24, so this is exact.
-                simd.mul_add(minus_zero, sum, dot)
-            };
-            *of_group = simd.mul_add(dot, simd.splat(scale), *of_group);
-        }
     }
 }

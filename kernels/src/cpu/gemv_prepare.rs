@@ -3,10 +3,13 @@
 //! Everything follows steps of 64 columns in which lane `l` of the vector holds columns `4l` to `4l + 3`. Where groups are
 //! whole steps ([`Scaling::Steps`]) the scales of a step are one number each. Otherwise ([`Scaling::Lanes`]) each lane has
 //! scales of its own; a lane that several blocks of columns meet has a plane for each, with zeros in the others' columns.
+//! Rounded activations whose blocks are all of 64 columns follow wider steps ([`Form::Wide`]).
 
 use super::Kernel;
+use super::gemv_codes::{TERNARY_WIDE, WIDE, ternary_place};
 use super::matmul_int8::{activation_blocks, round_block};
-use super::simd::{LANES, Simd};
+use super::simd::{Aligned, LANES, Simd};
+use crate::bits::TERNARY_PER_BYTE;
 use crate::matrix::{Grid, Layout};
 
 /// Columns of a step.
@@ -38,25 +41,46 @@ pub(super) enum Form {
     Natural,
     /// f32 by columns of a lane.
     Interleaved(Scaling),
-    /// INT8 with the sums that a zero point meets: of all groups, or of none.
-    Rounded { scaling: Scaling, zero: Option<i32> },
-    /// As `Rounded`, in steps of 128 columns in which lane `l` has columns `8l` to `8l + 7`: for codes of four bits.
-    Nibbles { zero: Option<i32> },
+    /// INT8 with lanes that have scales of their own, and the sums that a zero point meets: of all groups, or of none.
+    Rounded { group: usize, zero: Option<i32> },
+    /// INT8 in steps of several blocks of 64, each of which has lanes of its own.
+    Wide { order: Order, zero: Option<i32> },
+}
+
+/// How columns lie in the vectors of a wide step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Order {
+    /// 128 columns: the even ones, then the odd ones.
+    Nibbles,
+    /// 128 columns: 0 to 31 and 64 to 95, then the rest.
+    Halves,
+    /// 256 columns, in a vector for each of the five that share a byte.
+    Ternary,
+}
+
+impl Order {
+    /// Columns of a step.
+    pub(super) const fn columns(self) -> usize {
+        match self {
+            Self::Nibbles | Self::Halves => WIDE,
+            Self::Ternary => TERNARY_WIDE,
+        }
+    }
 }
 
 impl Form {
     /// The form in which weights of `layout` take rounded activations.
     pub(super) fn rounded(layout: Layout, cols: usize, zero: Option<i32>) -> Self {
-        let whole_steps = layout.group.is_multiple_of(2 * STEP) || layout.group >= cols;
-        match layout.grid {
-            Grid::Int { bits: 4, .. } if whole_steps => Self::Nibbles { zero },
-            _ => Self::Rounded { scaling: Scaling::of(layout, cols), zero },
-        }
-    }
-
-    /// Whether the scales of a step are one number each.
-    pub(super) fn scales_steps(self) -> bool {
-        matches!(self, Self::Interleaved(Scaling::Steps) | Self::Rounded { scaling: Scaling::Steps, .. })
+        let order = match layout.grid {
+            Grid::Int { bits: 4, .. } => Order::Nibbles,
+            Grid::Ternary => Order::Ternary,
+            _ => Order::Halves,
+        };
+        let group = layout.group;
+        // Steps are whole groups, or groups whole steps.
+        let whole = group.is_multiple_of(order.columns())
+            || group.is_multiple_of(STEP) && order.columns().is_multiple_of(group);
+        if whole || group >= cols { Self::Wide { order, zero } } else { Self::Rounded { group, zero } }
     }
 }
 
@@ -74,19 +98,17 @@ pub(super) struct Prepared {
     pub(super) first_groups: Vec<usize>,
     /// [`Form::Natural`]: [tokens, steps, 4, LANES], padded with zeros. [`Form::Interleaved`]: [tokens, steps, planes, 4,
     /// LANES], where vector `k` has column `k` of each lane.
-    pub(super) floats: Vec<[[f32; LANES]; LANE]>,
+    pub(super) floats: Vec<Aligned<[[f32; LANES]; LANE]>>,
     /// [`Form::Rounded`], and the rest too: in the order of the columns. [tokens, steps, planes]
     ///
-    /// [`Form::Nibbles`]: the even columns, then the odd ones. [tokens, steps, 2]
-    pub(super) codes: Vec<[i8; STEP]>,
+    /// [`Form::Wide`]: [tokens, steps, vectors of a step], in its order.
+    pub(super) codes: Vec<Aligned<[i8; STEP]>>,
     /// The constant zero point times minus the sum of each lane's codes. [tokens, steps, planes]
-    pub(super) starts: Vec<[i32; LANES]>,
+    pub(super) starts: Vec<Aligned<[i32; LANES]>>,
     /// The sum of each lane's codes; without a constant zero point. [tokens, steps, planes]
-    pub(super) sums: Vec<[f32; LANES]>,
-    /// Scales of whole steps. [tokens, steps]
-    pub(super) scales: Vec<f32>,
-    /// Scales of lanes. [tokens, steps, planes]
-    pub(super) lane_scales: Vec<[f32; LANES]>,
+    pub(super) sums: Vec<Aligned<[f32; LANES]>>,
+    /// The scale of each lane's codes. [tokens, steps, planes]
+    pub(super) scales: Vec<Aligned<[f32; LANES]>>,
 }
 
 /// Prepares whole rows of activations.
@@ -107,17 +129,19 @@ impl Kernel for Prepare<'_> {
         to.tokens = x.len() / cols;
         to.steps = cols.div_ceil(STEP);
         to.planes = 1;
-        let scaling = match form {
-            Form::Natural => return to.natural(x, cols),
-            Form::Nibbles { zero } => return to.round_nibbles(simd, x, cols, zero),
-            Form::Interleaved(scaling) | Form::Rounded { scaling, .. } => scaling,
-        };
-        if let Scaling::Lanes { group } = scaling {
+        if let Form::Interleaved(Scaling::Lanes { group }) | Form::Rounded { group, .. } = form {
             to.lay_out(group, cols);
         }
         match form {
-            Form::Rounded { zero, .. } => to.round(simd, x, cols, scaling, zero),
-            _ => to.interleave(x, cols, scaling),
+            Form::Natural => to.natural(x, cols),
+            Form::Interleaved(scaling) => to.interleave(x, cols, scaling),
+            Form::Rounded { group, zero } => to.round(simd, x, cols, group, zero),
+            Form::Wide { order: order @ (Order::Nibbles | Order::Halves), zero } => {
+                to.round_wide::<S, 2>(simd, x, cols, order, zero);
+            }
+            Form::Wide { order: order @ Order::Ternary, zero } => {
+                to.round_wide::<S, TERNARY_PER_BYTE>(simd, x, cols, order, zero);
+            }
         }
     }
 }
@@ -147,7 +171,7 @@ impl Prepared {
 
     fn natural(&mut self, x: &[f32], cols: usize) {
         self.floats.clear();
-        self.floats.resize(self.slots(), [[0.0; LANES]; LANE]);
+        self.floats.resize(self.slots(), Aligned([[0.0; LANES]; LANE]));
         for (token, x) in x.chunks_exact(cols).enumerate() {
             for (step, x) in x.chunks(STEP).enumerate() {
                 self.floats[token * self.steps + step].as_flattened_mut()[..x.len()].copy_from_slice(x);
@@ -178,7 +202,7 @@ impl Prepared {
     fn interleave(&mut self, x: &[f32], cols: usize, scaling: Scaling) {
         let (steps, planes) = (self.steps, self.planes);
         self.floats.clear();
-        self.floats.resize(self.slots(), [[0.0; LANES]; LANE]);
+        self.floats.resize(self.slots(), Aligned([[0.0; LANES]; LANE]));
         for (token, x) in x.chunks_exact(cols).enumerate() {
             match scaling {
                 Scaling::Lanes { group } if planes > 1 => {
@@ -211,38 +235,24 @@ impl Prepared {
     }
 
     #[inline(always)]
-    fn round<S: Simd>(&mut self, simd: S, x: &[f32], cols: usize, scaling: Scaling, zero: Option<i32>) {
+    fn round<S: Simd>(&mut self, simd: S, x: &[f32], cols: usize, group: usize, zero: Option<i32>) {
         let (slots, steps, planes) = (self.slots(), self.steps, self.planes);
         self.codes.clear();
-        self.codes.resize(slots, [0; STEP]);
+        self.codes.resize(slots, Aligned([0; STEP]));
         self.scales.clear();
-        self.lane_scales.clear();
-        match scaling {
-            Scaling::Steps => self.scales.resize(slots, 0.0),
-            Scaling::Lanes { .. } => self.lane_scales.resize(slots, [0.0; LANES]),
-        }
+        self.scales.resize(slots, Aligned([0.0; LANES]));
         for (token, x) in x.chunks_exact(cols).enumerate() {
-            match scaling {
-                Scaling::Steps => {
-                    for (step, x) in x.chunks(STEP).enumerate() {
-                        let slot = token * steps + step;
-                        self.scales[slot] = round_block(simd, x, &mut self.codes[slot]);
+            let mut before = None;
+            for block in activation_blocks(group, cols) {
+                let mut rounded = [0; STEP];
+                let scale = round_block(simd, &x[block.clone()], &mut rounded);
+                each_lane(&block, &mut before, |lane, columns, plane| {
+                    let slot = (token * steps + lane / LANES) * planes + plane;
+                    self.scales[slot][lane % LANES] = scale;
+                    for column in columns {
+                        self.codes[slot][column % STEP] = rounded[column - block.start];
                     }
-                }
-                Scaling::Lanes { group } => {
-                    let mut before = None;
-                    for block in activation_blocks(group, cols) {
-                        let mut rounded = [0; STEP];
-                        let scale = round_block(simd, &x[block.clone()], &mut rounded);
-                        each_lane(&block, &mut before, |lane, columns, plane| {
-                            let slot = (token * steps + lane / LANES) * planes + plane;
-                            self.lane_scales[slot][lane % LANES] = scale;
-                            for column in columns {
-                                self.codes[slot][column % STEP] = rounded[column - block.start];
-                            }
-                        });
-                    }
-                }
+                });
             }
         }
         self.add_lanes::<1>(zero);
@@ -250,37 +260,58 @@ impl Prepared {
 
     /// The rounding of [`round`](Self::round) where blocks are of 64 columns.
     #[inline(always)]
-    fn round_nibbles<S: Simd>(&mut self, simd: S, x: &[f32], cols: usize, zero: Option<i32>) {
-        const COLUMNS: usize = 2 * STEP;
-        self.steps = cols.div_ceil(COLUMNS);
+    fn round_wide<S: Simd, const VECTORS: usize>(
+        &mut self,
+        simd: S,
+        x: &[f32],
+        cols: usize,
+        order: Order,
+        zero: Option<i32>,
+    ) {
+        let columns = order.columns();
+        self.steps = cols.div_ceil(columns);
         let slots = self.slots();
         self.codes.clear();
-        self.codes.resize(2 * slots, [0; STEP]);
+        self.codes.resize(VECTORS * slots, Aligned([0; STEP]));
         self.scales.clear();
-        self.lane_scales.clear();
-        self.lane_scales.resize(slots, [0.0; LANES]);
-        let pairs = self.codes.as_chunks_mut::<2>().0;
-        for (x, (pairs, scales)) in
-            x.chunks_exact(cols).zip(pairs.chunks_mut(self.steps).zip(self.lane_scales.chunks_mut(self.steps)))
-        {
-            for (x, ([even, odd], scales)) in x.chunks(COLUMNS).zip(pairs.iter_mut().zip(scales)) {
-                for (half, x) in x.chunks(STEP).enumerate() {
-                    let mut codes = [0; STEP];
-                    scales[half * LANES / 2..][..LANES / 2].fill(round_block(simd, x, &mut codes));
-                    for (i, codes) in codes.as_chunks::<2>().0.iter().enumerate() {
-                        [even[half * STEP / 2 + i], odd[half * STEP / 2 + i]] = *codes;
+        self.scales.resize(slots, Aligned([0.0; LANES]));
+        let vectors = self.codes.as_chunks_mut::<VECTORS>().0;
+        let lanes = LANES * STEP / columns;
+        for (token, x) in x.chunks_exact(cols).enumerate() {
+            for (block, x) in x.chunks(STEP).enumerate() {
+                let (step, block) = (block * STEP / columns, block % (columns / STEP));
+                let slot = token * self.steps + step;
+                let mut codes = [0; STEP];
+                self.scales[slot][block * lanes..][..lanes].fill(round_block(simd, x, &mut codes));
+                let vectors = &mut vectors[slot];
+                match order {
+                    Order::Nibbles => {
+                        for (i, pair) in codes.as_chunks::<2>().0.iter().enumerate() {
+                            [vectors[0][block * 32 + i], vectors[1][block * 32 + i]] = *pair;
+                        }
+                    }
+                    Order::Halves => {
+                        for (vector, codes) in vectors.iter_mut().zip(codes.as_chunks::<32>().0) {
+                            vector[block * 32..][..32].copy_from_slice(codes);
+                        }
+                    }
+                    Order::Ternary => {
+                        for (column, code) in codes.into_iter().enumerate() {
+                            let (vector, byte) = ternary_place(step, block * STEP + column);
+                            vectors[vector][byte] = code;
+                        }
                     }
                 }
             }
         }
-        self.add_lanes::<2>(zero);
+        self.add_lanes::<VECTORS>(zero);
     }
 
     /// What a zero point meets: the codes of each lane, added over `VECTORS` vectors of them.
     fn add_lanes<const VECTORS: usize>(&mut self, zero: Option<i32>) {
         self.starts.clear();
         self.sums.clear();
-        let lane_sums = |vectors: &[[i8; STEP]; VECTORS]| {
+        let lane_sums = |vectors: &[Aligned<[i8; STEP]>; VECTORS]| {
             let mut sums = [0; LANES];
             for codes in vectors {
                 for (sum, codes) in sums.iter_mut().zip(codes.as_chunks::<LANE>().0) {
@@ -291,8 +322,8 @@ impl Prepared {
         };
         let slots = self.codes.as_chunks::<VECTORS>().0;
         match zero {
-            Some(zero) => self.starts.extend(slots.iter().map(|slot| lane_sums(slot).map(|sum| -zero * sum))),
-            None => self.sums.extend(slots.iter().map(|slot| lane_sums(slot).map(|sum| sum as f32))),
+            Some(zero) => self.starts.extend(slots.iter().map(|slot| Aligned(lane_sums(slot).map(|sum| -zero * sum)))),
+            None => self.sums.extend(slots.iter().map(|slot| Aligned(lane_sums(slot).map(|sum| sum as f32)))),
         }
     }
 }

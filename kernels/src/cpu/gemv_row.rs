@@ -6,10 +6,10 @@
 use std::ops::Range;
 
 use super::dequantize::zero_point;
+use super::gemv_codes::{Decode, Hold};
 use super::gemv_prepare::{Prepared, STEP};
 use super::matmul::Output;
-use super::simd::{LANES, Simd};
-use crate::bits::TERNARY_PER_BYTE;
+use super::simd::{Aligned, LANES, Simd};
 use crate::matrix::{Data, FloatType, Grid, Layout, Matrix};
 
 /// Groups that are widened at a time.
@@ -57,71 +57,6 @@ impl Scratch {
     }
 }
 
-/// How a row holds its codes, known when the loop is compiled.
-pub(super) trait Hold {
-    /// Columns of a step.
-    const COLUMNS: usize;
-
-    /// The byte in which the codes of step `step` start.
-    fn offset(bits: usize, step: usize) -> usize;
-}
-
-/// Codes of a step in one vector.
-pub(super) trait Decode: Hold {
-    /// The codes of a step, so that `(code - zero) * scale` is the weight: binary codes are doubled.
-    fn codes<S: Simd>(simd: S, unpack: &S::Unpack, bytes: &[u8; STEP], step: usize) -> S::U8;
-}
-
-/// A dense stream.
-pub(super) struct Stream;
-
-impl Hold for Stream {
-    const COLUMNS: usize = STEP;
-
-    #[inline(always)]
-    fn offset(bits: usize, step: usize) -> usize {
-        step * (STEP / 8 * bits)
-    }
-}
-
-impl Decode for Stream {
-    #[inline(always)]
-    fn codes<S: Simd>(simd: S, unpack: &S::Unpack, bytes: &[u8; STEP], _: usize) -> S::U8 {
-        simd.codes(unpack, bytes)
-    }
-}
-
-/// Five ternary codes to a byte.
-pub(super) struct Ternary;
-
-impl Hold for Ternary {
-    const COLUMNS: usize = STEP;
-
-    #[inline(always)]
-    fn offset(_: usize, step: usize) -> usize {
-        step * STEP / TERNARY_PER_BYTE
-    }
-}
-
-impl Decode for Ternary {
-    #[inline(always)]
-    fn codes<S: Simd>(simd: S, _: &S::Unpack, bytes: &[u8; STEP], step: usize) -> S::U8 {
-        simd.ternary_codes(bytes, step * STEP % TERNARY_PER_BYTE)
-    }
-}
-
-/// A stream of codes of four bits, a whole vector of bytes at a time.
-pub(super) struct Nibbles;
-
-impl Hold for Nibbles {
-    const COLUMNS: usize = 2 * STEP;
-
-    #[inline(always)]
-    fn offset(_: usize, step: usize) -> usize {
-        step * STEP
-    }
-}
-
 /// The quantized matrix that rows are taken from.
 #[derive(Clone, Copy)]
 pub(super) struct Packed<'a, S: Simd> {
@@ -130,7 +65,7 @@ pub(super) struct Packed<'a, S: Simd> {
     pub(super) steps: usize,
     /// Groups of a row.
     pub(super) groups: usize,
-    unpack: S::Unpack,
+    pub(super) unpack: S::Unpack,
     bits: usize,
     codes: &'a [u8],
     code_bytes: usize,
@@ -156,7 +91,7 @@ impl<'a, S: Simd> Packed<'a, S> {
         let Data::Quantized { layout, codes, scale_type, scales, zeros } = w.data() else { return None };
         let bits = layout.grid.stream_bits().unwrap_or(8);
         let (steps, code_bytes) = (w.cols().div_ceil(H::COLUMNS), layout.code_bytes(w.cols()));
-        let loaded_bytes = H::offset(bits as usize, steps.saturating_sub(1)) + STEP;
+        let loaded_bytes = H::offset(bits as usize, steps.saturating_sub(1)) + H::BYTES;
         let tail_row = (codes.len() + code_bytes).saturating_sub(loaded_bytes) / code_bytes.max(1);
         tail.clear();
         if tail_row < end {
@@ -193,12 +128,14 @@ impl<'a, S: Simd> Packed<'a, S> {
     /// # Safety
     /// `step` is below [`steps`](Self::steps), and `row` comes from [`row`](Self::row).
     #[inline(always)]
-    pub(super) unsafe fn bytes<'r, H: Hold>(&self, row: Codes<'r>, step: usize) -> &'r [u8; STEP] {
+    pub(super) unsafe fn bytes<'r, H: Hold>(&self, row: Codes<'r>, step: usize) -> &'r [u8] {
         let offset = H::offset(self.bits, step);
-        debug_assert!(step < self.steps && offset + STEP <= row.0.len());
+        debug_assert!(step < self.steps && offset + H::BYTES <= row.0.len());
         // SAFETY: the row has as many bytes as the load of the last step touches, which is the caller's promise.
-        let bytes: &'r [u8; STEP] = unsafe { &*row.0.as_ptr().add(offset).cast() };
-        self.simd.prefetch(bytes.as_ptr().wrapping_add(AHEAD));
+        let bytes = unsafe { std::slice::from_raw_parts(row.0.as_ptr().add(offset), H::BYTES) };
+        for line in (0..H::BYTES).step_by(64) {
+            self.simd.prefetch(bytes.as_ptr().wrapping_add(AHEAD + line));
+        }
         bytes
     }
 
@@ -240,32 +177,55 @@ fn window<'a, const N: usize>(bytes: &'a [u8], at: usize, padded: &'a mut [u8; N
 pub(super) struct Groups {
     /// A multiple of eight, so that its zero points start at a whole byte.
     first: usize,
-    scales: [f32; ROOM],
-    zeros: [f32; ROOM],
+    scales: Aligned<[f32; ROOM]>,
+    zeros: Aligned<[f32; ROOM]>,
 }
 
 impl Groups {
     const fn new() -> Self {
-        Self { first: 0, scales: [0.0; ROOM], zeros: [0.0; ROOM] }
+        Self { first: 0, scales: Aligned([0.0; ROOM]), zeros: Aligned([0.0; ROOM]) }
     }
 
     /// Widens `count` groups of a row, at most [`GROUPS`], from `first` on. Zero points only where each group has its own.
     #[inline(always)]
     pub(super) fn load<S: Simd>(&mut self, w: &Packed<S>, row: usize, first: usize, count: usize) {
-        let simd = w.simd;
         self.first = first / 8 * 8;
-        let end = first - self.first + count;
-        let start = (row * w.groups + self.first) * w.scale_type.bytes();
-        for (i, to) in self.scales.as_chunks_mut::<LANES>().0[..end.div_ceil(LANES)].iter_mut().enumerate() {
+        let count = first - self.first + count;
+        self.widen(w, row, self.first, count);
+        self.widen_zeros(w, row, self.first, count, 0);
+    }
+
+    /// Widens all groups of some rows, at most [`GROUPS`], in the order of the rows.
+    #[inline(always)]
+    pub(super) fn load_rows<S: Simd>(&mut self, w: &Packed<S>, rows: Range<usize>) {
+        self.first = 0;
+        self.widen(w, rows.start, 0, rows.len() * w.groups);
+        for (i, row) in rows.enumerate() {
+            self.widen_zeros(w, row, 0, w.groups, i * w.groups);
+        }
+    }
+
+    /// Widens `count` scales that follow each other.
+    #[inline(always)]
+    fn widen<S: Simd>(&mut self, w: &Packed<S>, row: usize, first: usize, count: usize) {
+        let simd = w.simd;
+        let start = (row * w.groups + first) * w.scale_type.bytes();
+        for (i, to) in self.scales.as_chunks_mut::<LANES>().0[..count.div_ceil(LANES)].iter_mut().enumerate() {
             let v = match w.scale_type {
                 FloatType::F32 => simd.load_f32(window(w.scales, start + i * 64, &mut [0; 64])),
                 _ => simd.load_f16(window(w.scales, start + i * 32, &mut [0; 32])),
             };
             simd.store(v, to);
         }
+    }
+
+    /// Widens `count` zero points of a row to `at`.
+    #[inline(always)]
+    fn widen_zeros<S: Simd>(&mut self, w: &Packed<S>, row: usize, first: usize, count: usize, at: usize) {
+        let simd = w.simd;
         let Grid::Int { bits, symmetric: false } = w.layout.grid else { return };
-        let start = row * w.zero_bytes + self.first / 8 * bits as usize;
-        for (i, to) in self.zeros.as_chunks_mut::<STEP>().0[..end.div_ceil(STEP)].iter_mut().enumerate() {
+        let start = row * w.zero_bytes + first / 8 * bits as usize;
+        for (i, to) in self.zeros[at..].as_chunks_mut::<STEP>().0[..count.div_ceil(STEP)].iter_mut().enumerate() {
             let codes = simd.unpack64(window(w.zeros, start + i * 8 * bits as usize, &mut [0; STEP]), bits);
             for (to, codes) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(codes.as_chunks::<LANES>().0) {
                 simd.store(simd.load_u8(codes), to);

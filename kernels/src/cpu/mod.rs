@@ -9,6 +9,8 @@ mod avx2;
 mod avx2_codes;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx512_codes;
 mod cholesky;
 mod convolution;
 mod dequantize;
@@ -17,11 +19,12 @@ mod elementwise;
 mod feedback;
 mod gemm_int8;
 mod gemv;
+mod gemv_codes;
 mod gemv_exact;
 mod gemv_int8;
-mod gemv_nibbles;
 mod gemv_prepare;
 mod gemv_row;
+mod gemv_wide;
 mod gram;
 mod loss;
 mod matmul;

@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::simd::{Simd, TERNARY_FACTORS};
+use super::simd::{Simd, TERNARY_BYTES, TERNARY_FACTORS};
 
 /// Token for plain scalar code, which every CPU runs.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +53,7 @@ impl Simd for Scalar {
     type I32 = [i32; 16];
     type U8 = [u8; 64];
     type Unpack = u32;
+    type Digits = [[u8; 64]; 5];
 
     const REGISTERS: usize = 4;
 
@@ -299,6 +300,50 @@ impl Simd for Scalar {
     #[inline(always)]
     fn nibbles(self, bytes: &[u8; 64]) -> [[u8; 64]; 2] {
         [bytes.map(|byte| byte & 15), bytes.map(|byte| byte >> 4)]
+    }
+
+    #[inline(always)]
+    fn halves(self, unpack: &u32, bytes: &[u8; 64]) -> [[u8; 64]; 2] {
+        let mut both = [0; 128];
+        both[..64].copy_from_slice(bytes);
+        self.halves_of_two(unpack, &both)
+    }
+
+    #[inline(always)]
+    fn halves_of_two(self, unpack: &u32, bytes: &[u8; 128]) -> [[u8; 64]; 2] {
+        let [mut low, mut high] = [[0; 64]; 2];
+        for half in 0..2 {
+            let mut stream = [0; 64];
+            let width = 8 * *unpack as usize;
+            stream[..width].copy_from_slice(&bytes[half * width..][..width]);
+            let codes = self.codes(unpack, &stream);
+            low[half * 32..][..32].copy_from_slice(&codes[..32]);
+            high[half * 32..][..32].copy_from_slice(&codes[32..]);
+        }
+        [low, high]
+    }
+
+    #[inline(always)]
+    fn halves_of_bytes(self, bytes: &[u8; 128]) -> [[u8; 64]; 2] {
+        self.halves_of_two(&8, bytes)
+    }
+
+    #[inline(always)]
+    fn digits(self, bytes: &[u8; 64], phase: usize) -> [[u8; 64]; 5] {
+        let mut digits = [[0; 64]; 5];
+        for i in 0..64 {
+            let mut rest = bytes[TERNARY_BYTES[phase][i / 16] + i % 16];
+            for digits in digits.iter_mut().rev() {
+                digits[i] = rest % 3;
+                rest /= 3;
+            }
+        }
+        digits
+    }
+
+    #[inline(always)]
+    fn dot_digits(self, digits: &[[u8; 64]; 5], a: [&[i8; 64]; 5], acc: [i32; 16]) -> [i32; 16] {
+        digits.iter().zip(a).fold(acc, |acc, (&u, a)| self.dot_codes(u, a, acc, false))
     }
 
     #[inline(always)]

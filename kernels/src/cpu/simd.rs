@@ -7,8 +7,31 @@
 //! A type that implements [`Simd`] is a token: it can only be made on a CPU that has its instructions, which is what
 //! makes the methods safe to call.
 
+use std::ops::{Deref, DerefMut};
+
 /// Lanes of the logical vector.
 pub const LANES: usize = 16;
+
+/// Values that start a cache line: vectors that lie across two lines load at about half the speed.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(super) struct Aligned<T>(pub T);
+
+impl<T> Deref for Aligned<T> {
+    type Target = T;
+
+    #[inline(always)]
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T> DerefMut for Aligned<T> {
+    #[inline(always)]
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
+}
 
 /// For each of the five digits of a ternary byte, a factor that leaves, modulo 2^16, the fraction of the byte over
 /// 3^(digit + 1): the high half of three times that is the digit.
@@ -33,6 +56,21 @@ pub(super) const TERNARY_PLACES: [[([u8; 64], [u16; 32]); 2]; 5] = {
     table
 };
 
+/// For each phase of 256 ternary codes, the byte in which each of its four blocks of 64 starts; 16 bytes have them all.
+pub(super) const TERNARY_BYTES: [[usize; 4]; 5] = {
+    let mut table = [[0; 4]; 5];
+    let mut phase = 0;
+    while phase < 5 {
+        let mut block = 0;
+        while block < 4 {
+            table[phase][block] = (phase + 64 * block) / 5;
+            block += 1;
+        }
+        phase += 1;
+    }
+    table
+};
+
 /// Operations on the logical vector. Kernels reach an implementation through [`Cpu::dispatch`](super::Cpu::dispatch).
 pub trait Simd: Copy + Send + Sync + 'static {
     /// 16 lanes of f32.
@@ -44,6 +82,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     type U8: Copy + Send + Sync;
     /// How [`codes`](Self::codes) unpacks codes of one width.
     type Unpack: Copy + Send + Sync;
+    /// What [`digits`](Self::digits) makes of ternary codes.
+    type Digits: Copy + Send + Sync;
 
     /// How many logical vectors fit in registers: the size of a matrix tile follows from it.
     const REGISTERS: usize;
@@ -146,6 +186,24 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// The low and the high four bits of every byte: 128 codes of four bits, the even and the odd ones.
     fn nibbles(self, bytes: &[u8; 64]) -> [Self::U8; 2];
+
+    /// Unpacks 128 codes of 1 to 4 bits: columns 0 to 31 and 64 to 95, then 32 to 63 and 96 to 127; those of one bit are
+    /// doubled. Bytes after the codes are ignored.
+    fn halves(self, unpack: &Self::Unpack, bytes: &[u8; 64]) -> [Self::U8; 2];
+
+    /// [`halves`](Self::halves) of codes of 5 to 8 bits.
+    fn halves_of_two(self, unpack: &Self::Unpack, bytes: &[u8; 128]) -> [Self::U8; 2];
+
+    /// [`halves`](Self::halves) of bytes.
+    fn halves_of_bytes(self, bytes: &[u8; 128]) -> [Self::U8; 2];
+
+    /// The digits of bytes that hold five ternary codes each: of four times 16 bytes from where the four blocks of 64 codes
+    /// start, where the first of all 256 codes is digit `phase`, below 5, of the first byte.
+    fn digits(self, bytes: &[u8; 64], phase: usize) -> Self::Digits;
+
+    /// Adds to lane `i` the products of the digits of bytes `4i` to `4i + 3` and the bytes there of `a`, whose first vector
+    /// meets the highest digit; exactly.
+    fn dot_digits(self, digits: &Self::Digits, a: [&[i8; 64]; 5], acc: Self::I32) -> Self::I32;
 
     /// Unpacks 64 ternary codes of five to a byte, from digit `phase` of the first byte on; `phase` is below 5. Bytes
     /// after the codes are ignored.
