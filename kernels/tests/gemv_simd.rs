@@ -3,7 +3,7 @@
 use bkpack_kernels::Cpu;
 use bkpack_kernels::bits::{TERNARY_PER_BYTE, unpack_stream, unpack_ternary};
 use bkpack_kernels::cpu::Kernel;
-use bkpack_kernels::cpu::simd::Simd;
+use bkpack_kernels::cpu::simd::{Aligned, Simd};
 
 /// A xorshift generator: these tests need many values, not good ones.
 struct Random(u64);
@@ -252,6 +252,36 @@ fn ternary_digits() {
                 let found = cpu.dispatch(TernaryStep { bytes: &bytes, phase, a: &a, start: &start });
                 assert_eq!(found, dots, "phase {phase}, first byte {first} on {}", cpu.isa());
             }
+        }
+    }
+}
+
+/// The sums of 16 vectors, together and one by one.
+struct Sums<'a>(&'a [Aligned<[f32; 16]>; 16]);
+
+impl Kernel for Sums<'_> {
+    type Output = [[f32; 16]; 2];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> [[f32; 16]; 2] {
+        let mut out = [[0.0; 16]; 2];
+        simd.store(simd.sums(self.0), &mut out[0]);
+        for (out, from) in out[1].iter_mut().zip(self.0) {
+            *out = simd.sum(simd.load(from));
+        }
+        out
+    }
+}
+
+#[test]
+fn sums_of_vectors() {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for _ in 0..100 {
+        let mut value = || random.below(1 << 24) as f32 * 1e-5 - 80.0;
+        let from = std::array::from_fn(|_| Aligned(std::array::from_fn(|_| value())));
+        for cpu in Cpu::available() {
+            let [together, each] = cpu.dispatch(Sums(&from));
+            assert_eq!(together.map(f32::to_bits), each.map(f32::to_bits), "{}", cpu.isa());
         }
     }
 }

@@ -3,8 +3,9 @@
 use std::arch::x86_64::*;
 
 use super::Kernel;
-use super::avx512_codes::{SHIFT, SPREAD, Unpack, digits, dot_digits, quarters, transpose};
-use super::simd::{Simd, TERNARY_PLACES};
+use super::avx512_codes::{SHIFT, SPREAD, Unpack, digits, dot_digits, quarters};
+use super::avx512_transpose::{sums, transpose};
+use super::simd::{Aligned, Simd, TERNARY_PLACES};
 
 /// Token for AVX-512 with the byte-permute (VBMI) and integer-dot (VNNI) extensions.
 #[derive(Clone, Copy, Debug)]
@@ -233,6 +234,12 @@ impl Simd for Avx512 {
             let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
             _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
         }
+    }
+
+    #[inline(always)]
+    fn sums(self, from: &[Aligned<[f32; 16]>; 16]) -> __m512 {
+        // SAFETY: the token exists only on CPUs with AVX-512.
+        unsafe { sums(from) }
     }
 
     #[inline(always)]

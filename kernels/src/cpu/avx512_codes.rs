@@ -1,4 +1,4 @@
-//! Codes of any width out of a stream, ternary digits and transpositions, in 512-bit registers.
+//! Codes of any width out of a stream, and ternary digits, in 512-bit registers.
 
 use std::arch::x86_64::*;
 
@@ -239,45 +239,5 @@ pub(super) unsafe fn dot_digits(digits: &[__m512i; 5], a: [&[i8; 64]; 5], acc: _
             lower = _mm512_dpbusd_epi32(lower, digits[i], _mm512_loadu_si512(a[i].as_ptr().cast()));
         }
         _mm512_add_epi32(lower, highest)
-    }
-}
-
-/// Loads four words.
-///
-/// # Safety
-/// The CPU has AVX-512.
-#[inline(always)]
-unsafe fn words(row: &[u8; 16]) -> __m128 {
-    // SAFETY: the array is 16 bytes, and the load may be unaligned; the instructions are the caller's promise.
-    unsafe { _mm_loadu_ps(row.as_ptr().cast()) }
-}
-
-/// Transposes 16 rows of four words, after a permutation of the bytes of each row where there is an `order`.
-///
-/// # Safety
-/// The CPU has AVX-512 with BW and DQ.
-#[inline(always)]
-pub(super) unsafe fn transpose(rows: [&[u8; 16]; 16], order: Option<__m512i>) -> [__m512; 4] {
-    // SAFETY: the caller's promise (128-bit insertion of pairs is of the DQ part, the byte shuffle of the BW part).
-    unsafe {
-        // Quarter `q` of vector `i` is row `i + 4q`; what remains is four 4x4 transpositions, one in each quarter.
-        let mut v = [_mm512_setzero_ps(); 4];
-        for (i, v) in v.iter_mut().enumerate() {
-            *v = _mm512_castps128_ps512(words(rows[i]));
-            *v = _mm512_insertf32x4::<1>(*v, words(rows[i + 4]));
-            *v = _mm512_insertf32x4::<2>(*v, words(rows[i + 8]));
-            *v = _mm512_insertf32x4::<3>(*v, words(rows[i + 12]));
-            if let Some(order) = order {
-                *v = _mm512_castsi512_ps(_mm512_shuffle_epi8(_mm512_castps_si512(*v), order));
-            }
-        }
-        let [a, b] = [_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1])];
-        let [c, d] = [_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3])];
-        [
-            _mm512_shuffle_ps::<0b01_00_01_00>(a, c),
-            _mm512_shuffle_ps::<0b11_10_11_10>(a, c),
-            _mm512_shuffle_ps::<0b01_00_01_00>(b, d),
-            _mm512_shuffle_ps::<0b11_10_11_10>(b, d),
-        ]
     }
 }

@@ -13,13 +13,13 @@ use super::simd::{Aligned, LANES, Simd};
 use crate::matrix::{Data, FloatType, Grid, Layout, Matrix};
 
 /// Groups that are widened at a time.
-pub(super) const GROUPS: usize = 256;
+pub(super) const GROUPS: usize = 512;
 
 /// Room for groups: a load starts up to seven groups early and ends at a whole step, and a vector starts at any group.
 const ROOM: usize = GROUPS + 2 * STEP;
 
 /// Steps whose groups are widened at a time where lanes have scales of their own.
-pub(super) const STEPS_A_LOAD: usize = GROUPS / STEP;
+pub(super) const STEPS_A_LOAD: usize = 4;
 
 /// How far ahead of its load a byte is asked for. The hardware follows a row only to the end of its page, and requests for
 /// the first-level cache would take the few places in which loads wait: two thirds of the speed were measured with them.

@@ -86,53 +86,66 @@ impl Task<'_> {
             std::array::from_fn(|lane| (lane * groups_a_step / LANES).min(groups - 1) as i32)
         };
         let (whole, part) = (of_lanes(groups_a_step), of_lanes((w.groups - 1) % groups_a_step + 1));
-        let rows_a_load = GROUPS / w.groups;
-        for row in self.rows.clone() {
-            let row_codes = w.row(row);
-            let mut out = [simd.splat(0.0); T];
-            let mut step = 0;
-            for first_group in (0..w.groups).step_by(GROUPS) {
-                let count = GROUPS.min(w.groups - first_group);
-                let mut at = first_group;
-                if rows_a_load < 2 {
-                    groups.load(w, row, first_group, count);
-                } else {
-                    let before = (row - self.rows.start) % rows_a_load;
-                    if before == 0 {
-                        groups.load_rows(w, row..self.rows.end.min(row + rows_a_load));
+        let rows_at_once = (GROUPS / w.groups).clamp(1, LANES);
+        let mut lanes = [[Aligned([0.0; LANES]); LANES]; T];
+        for start in self.rows.clone().step_by(rows_at_once) {
+            let rows = start..self.rows.end.min(start + rows_at_once);
+            if w.groups <= GROUPS {
+                groups.load_rows(w, rows.clone());
+            }
+            for (i, row) in rows.clone().enumerate() {
+                let row_codes = w.row(row);
+                let mut out = [simd.splat(0.0); T];
+                let mut step = 0;
+                for first_group in (0..w.groups).step_by(GROUPS) {
+                    let count = GROUPS.min(w.groups - first_group);
+                    let mut at = i * w.groups;
+                    if w.groups > GROUPS {
+                        groups.load(w, row, first_group, count);
+                        at = first_group;
                     }
-                    at = before * w.groups;
-                }
-                if UNIFORM {
-                    let (scales, zeros) = groups.loaded(at, count);
-                    for (scale, zero) in scales.iter().zip(zeros) {
-                        let (scale, minus_zero) = (simd.splat(*scale), simd.splat(-zero));
-                        // SAFETY: the steps are below `steps`; the activations have `token + T` tokens or more, and their
-                        // lengths were checked by the kernel.
-                        unsafe { x.add::<S, W, CONSTANT, T>(w, row_codes, step, scale, minus_zero, &mut out) };
-                        step += 1;
-                        let end = if steps_a_group == 1 { step } else { steps.min(step + steps_a_group - 1) };
-                        while step < end {
+                    if UNIFORM {
+                        let (scales, zeros) = groups.loaded(at, count);
+                        for (scale, zero) in scales.iter().zip(zeros) {
+                            let (scale, minus_zero) = (simd.splat(*scale), simd.splat(-zero));
+                            // SAFETY: the step is below `steps`; the activations have `token + T` tokens or more, and their
+                            // lengths were checked by the kernel.
+                            unsafe { x.add::<S, W, CONSTANT, T>(w, row_codes, step, scale, minus_zero, &mut out) };
+                            step += 1;
+                            if steps_a_group > 1 {
+                                let end = steps.min(step + steps_a_group - 1);
+                                while step < end {
+                                    // SAFETY: as above.
+                                    unsafe {
+                                        x.add::<S, W, CONSTANT, T>(w, row_codes, step, scale, minus_zero, &mut out)
+                                    };
+                                    step += 1;
+                                }
+                            }
+                        }
+                    } else {
+                        for base in (at..at + count).step_by(groups_a_step) {
+                            let of_lanes = if step + 1 < steps { &whole } else { &part };
+                            let scale = groups.lane_scales(simd, base, of_lanes, true);
+                            let mut minus_zero = scale;
+                            if !CONSTANT {
+                                minus_zero = simd.neg(groups.lane_zeros(simd, base, of_lanes, true));
+                            }
                             // SAFETY: as above.
                             unsafe { x.add::<S, W, CONSTANT, T>(w, row_codes, step, scale, minus_zero, &mut out) };
                             step += 1;
                         }
                     }
-                } else {
-                    for base in (at..at + count).step_by(groups_a_step) {
-                        let of_lanes = if step + 1 < steps { &whole } else { &part };
-                        let scale = groups.lane_scales(simd, base, of_lanes, true);
-                        let mut minus_zero = scale;
-                        if !CONSTANT {
-                            minus_zero = simd.neg(groups.lane_zeros(simd, base, of_lanes, true));
-                        }
-                        // SAFETY: as above.
-                        unsafe { x.add::<S, W, CONSTANT, T>(w, row_codes, step, scale, minus_zero, &mut out) };
-                        step += 1;
-                    }
+                }
+                for (lanes, out) in lanes.iter_mut().zip(out) {
+                    simd.store(out, &mut lanes[i]);
                 }
             }
-            self.store(simd, token, row, &out);
+            for (t, lanes) in lanes.iter().enumerate() {
+                let sums = simd.sums(lanes);
+                // SAFETY: every task has rows of its own, and this one makes one reference at a time.
+                simd.store_partial(sums, unsafe { self.out.segment(token + t, rows.clone()) });
+            }
         }
         T
     }

@@ -11,6 +11,8 @@ mod avx2_codes;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx512_codes;
+#[cfg(target_arch = "x86_64")]
+mod avx512_transpose;
 mod cholesky;
 mod convolution;
 mod dequantize;

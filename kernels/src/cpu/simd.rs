@@ -15,7 +15,7 @@ pub const LANES: usize = 16;
 /// Values that start a cache line: vectors that lie across two lines load at about half the speed.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
-pub(super) struct Aligned<T>(pub T);
+pub struct Aligned<T>(pub T);
 
 impl<T> Deref for Aligned<T> {
     type Target = T;
@@ -140,6 +140,15 @@ pub trait Simd: Copy + Send + Sync + 'static {
 
     /// Sum of the lanes: `i` and `i + 8` first, then `i + 4`, `i + 2`, `i + 1`.
     fn sum(self, v: Self::F32) -> f32;
+    /// [`sum`](Self::sum) of each of 16 vectors.
+    #[inline(always)]
+    fn sums(self, from: &[Aligned<[f32; 16]>; 16]) -> Self::F32 {
+        let mut sums = [0.0; 16];
+        for (sum, from) in sums.iter_mut().zip(from) {
+            *sum = self.sum(self.load(from));
+        }
+        self.load(&sums)
+    }
     /// Largest lane, folded with [`max`](Self::max) in the order of [`sum`](Self::sum).
     fn max_lane(self, v: Self::F32) -> f32;
     /// Smallest lane, folded with [`min`](Self::min) in the order of [`sum`](Self::sum).
