@@ -308,6 +308,16 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn store_i32(self, v: [__m256i; 2], to: &mut [i32; 16]) {
+        let to: *mut __m256i = to.as_mut_ptr().cast();
+        // SAFETY: the token exists only on CPUs with AVX2; the array is two registers long, and stores may be unaligned.
+        unsafe {
+            _mm256_storeu_si256(to, v[0]);
+            _mm256_storeu_si256(to.add(1), v[1]);
+        }
+    }
+
+    #[inline(always)]
     fn mul_i32(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
         // SAFETY: the token exists only on CPUs with AVX2.
         unsafe { [_mm256_mullo_epi32(a[0], b[0]), _mm256_mullo_epi32(a[1], b[1])] }

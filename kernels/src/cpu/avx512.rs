@@ -283,6 +283,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn store_i32(self, v: __m512i, to: &mut [i32; 16]) {
+        // SAFETY: the token exists only on CPUs with AVX-512; the array is 64 bytes, and the store may be unaligned.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), v) }
+    }
+
+    #[inline(always)]
     fn mul_i32(self, a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: the token exists only on CPUs with AVX-512.
         unsafe { _mm512_mullo_epi32(a, b) }

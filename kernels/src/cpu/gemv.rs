@@ -5,6 +5,7 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Cpu;
 use super::gemv_codes::{Bytes, Decode, Halves, Nibbles, Stream, Ternary, TernaryBlocks, Wide};
@@ -21,11 +22,14 @@ use crate::matrix::{Data, FloatType, Grid, Layout, Matrix};
 /// The most tokens that are a few.
 pub(super) const MAX_TOKENS: usize = 7;
 
-/// Weight bytes of a task: few enough that threads end together, and enough that what a thread asks for ahead is its own.
-const BYTES_A_TASK: std::ops::RangeInclusive<usize> = 1 << 15..=1 << 18;
+/// Weight bytes of a task: few enough that threads end together.
+const BYTES_A_TASK: std::ops::RangeInclusive<usize> = 1 << 14..=1 << 17;
 
 /// Tasks for each thread, within [`BYTES_A_TASK`].
-const TASKS_A_THREAD: usize = 4;
+const TASKS_A_THREAD: usize = 8;
+
+/// Threads that start at places of their own; more would only help these.
+const MOST_SHARES: usize = 256;
 
 /// Weights of one parallel region.
 const WEIGHTS_AT_A_TIME: usize = 8;
@@ -139,7 +143,7 @@ impl Cpu {
             let x = self.prepare(&mut prepared, &mut used, x, cols, form(w, arithmetic));
             *job = Some(Job { w, x, out, rows_a_task, end: tasks });
         }
-        for_each(tasks, |task| {
+        let run = |task| {
             let mut first = 0;
             for job in jobs.iter().flatten() {
                 if task < job.end {
@@ -148,6 +152,21 @@ impl Cpu {
                     return self.rows(job.w, &prepared[job.x], rows, &job.out);
                 }
                 first = job.end;
+            }
+        };
+        // Each thread reads on where it read last, as far as there are tasks, and then helps the others.
+        let shares = rayon::current_num_threads().min(MOST_SHARES);
+        let taken = [const { AtomicUsize::new(0) }; MOST_SHARES];
+        for_each(shares, |own| {
+            for share in (own..shares).chain(0..own) {
+                let [start, end] = [share, share + 1].map(|share| share * tasks / shares);
+                loop {
+                    let task = start + taken[share].fetch_add(1, Ordering::Relaxed);
+                    if task >= end {
+                        break;
+                    }
+                    run(task);
+                }
             }
         });
         WORKSPACE.set(prepared);

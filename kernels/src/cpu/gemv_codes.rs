@@ -34,6 +34,8 @@ pub(super) trait Decode: Hold {
 pub(super) trait Wide: Hold {
     /// Vectors of activation codes to a step.
     const VECTORS: usize;
+    /// Whether one token meets two rows at a time: they share the loads of its activations, but are two streams for memory.
+    const PAIRS: bool = true;
     /// The codes of a step.
     type Codes<S: Simd>: Copy;
 
@@ -177,6 +179,7 @@ impl Hold for Bytes {
 
 impl Wide for Bytes {
     const VECTORS: usize = 2;
+    const PAIRS: bool = false;
     type Codes<S: Simd> = [S::U8; 2];
 
     #[inline(always)]
@@ -194,12 +197,29 @@ impl Wide for Bytes {
 /// 64 columns.
 pub(super) struct TernaryBlocks;
 
-/// Where the columns of a step of [`TernaryBlocks`] stand: its vector and its byte.
-pub(super) fn ternary_place(step: usize, column: usize) -> (usize, usize) {
-    let (phase, block) = (step * TERNARY_WIDE % TERNARY_PER_BYTE, column / STEP);
-    let at = phase + column;
-    // Vectors start with the last of the five codes, the highest digit.
-    (TERNARY_PER_BYTE - 1 - at % TERNARY_PER_BYTE, block * 16 + at / TERNARY_PER_BYTE - TERNARY_BYTES[phase][block])
+/// Where each column of a step of [`TernaryBlocks`] stands among all bytes of its vectors, for each phase: the digit with
+/// which the step starts.
+pub(super) const TERNARY_COLUMNS: [[u16; TERNARY_WIDE]; TERNARY_PER_BYTE] = {
+    let mut table = [[0; TERNARY_WIDE]; TERNARY_PER_BYTE];
+    let mut phase = 0;
+    while phase < TERNARY_PER_BYTE {
+        let mut column = 0;
+        while column < TERNARY_WIDE {
+            let (at, block) = (phase + column, column / STEP);
+            // Vectors start with the last of the five codes, the highest digit.
+            let vector = TERNARY_PER_BYTE - 1 - at % TERNARY_PER_BYTE;
+            let byte = block * 16 + at / TERNARY_PER_BYTE - TERNARY_BYTES[phase][block];
+            table[phase][column] = (vector * STEP + byte) as u16;
+            column += 1;
+        }
+        phase += 1;
+    }
+    table
+};
+
+/// The digit with which a step of [`TernaryBlocks`] starts.
+pub(super) fn ternary_phase(step: usize) -> usize {
+    step * TERNARY_WIDE % TERNARY_PER_BYTE
 }
 
 impl Hold for TernaryBlocks {
@@ -218,7 +238,7 @@ impl Wide for TernaryBlocks {
 
     #[inline(always)]
     fn codes<S: Simd>(simd: S, _: &S::Unpack, bytes: &[u8], step: usize) -> S::Digits {
-        simd.digits(first(bytes), step * TERNARY_WIDE % TERNARY_PER_BYTE)
+        simd.digits(first(bytes), ternary_phase(step))
     }
 
     #[inline(always)]

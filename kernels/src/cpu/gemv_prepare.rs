@@ -6,7 +6,7 @@
 //! Rounded activations whose blocks are all of 64 columns follow wider steps ([`Form::Wide`]).
 
 use super::Kernel;
-use super::gemv_codes::{TERNARY_WIDE, WIDE, ternary_place};
+use super::gemv_codes::{TERNARY_COLUMNS, TERNARY_WIDE, WIDE, ternary_phase};
 use super::matmul_int8::{activation_blocks, round_block};
 use super::simd::{Aligned, LANES, Simd};
 use crate::bits::TERNARY_PER_BYTE;
@@ -255,7 +255,7 @@ impl Prepared {
                 });
             }
         }
-        self.add_lanes::<1>(zero);
+        self.add_lanes::<S, 1>(simd, zero);
     }
 
     /// The rounding of [`round`](Self::round) where blocks are of 64 columns.
@@ -296,34 +296,37 @@ impl Prepared {
                         }
                     }
                     Order::Ternary => {
-                        for (column, code) in codes.into_iter().enumerate() {
-                            let (vector, byte) = ternary_place(step, block * STEP + column);
-                            vectors[vector][byte] = code;
+                        let columns = &TERNARY_COLUMNS[ternary_phase(step)][block * STEP..][..STEP];
+                        for (&at, code) in columns.iter().zip(codes) {
+                            vectors[usize::from(at) / STEP][usize::from(at) % STEP] = code;
                         }
                     }
                 }
             }
         }
-        self.add_lanes::<VECTORS>(zero);
+        self.add_lanes::<S, VECTORS>(simd, zero);
     }
 
     /// What a zero point meets: the codes of each lane, added over `VECTORS` vectors of them.
-    fn add_lanes<const VECTORS: usize>(&mut self, zero: Option<i32>) {
+    #[inline(always)]
+    fn add_lanes<S: Simd, const VECTORS: usize>(&mut self, simd: S, zero: Option<i32>) {
+        let slots = self.codes.as_chunks::<VECTORS>().0;
         self.starts.clear();
         self.sums.clear();
-        let lane_sums = |vectors: &[Aligned<[i8; STEP]>; VECTORS]| {
-            let mut sums = [0; LANES];
-            for codes in vectors {
-                for (sum, codes) in sums.iter_mut().zip(codes.as_chunks::<LANE>().0) {
-                    *sum += codes.iter().map(|&code| i32::from(code)).sum::<i32>();
-                }
-            }
-            sums
-        };
-        let slots = self.codes.as_chunks::<VECTORS>().0;
         match zero {
-            Some(zero) => self.starts.extend(slots.iter().map(|slot| Aligned(lane_sums(slot).map(|sum| -zero * sum)))),
-            None => self.sums.extend(slots.iter().map(|slot| Aligned(lane_sums(slot).map(|sum| sum as f32)))),
+            Some(_) => self.starts.resize(slots.len(), Aligned([0; LANES])),
+            None => self.sums.resize(slots.len(), Aligned([0.0; LANES])),
+        }
+        let [ones, _] = simd.nibbles(&[0x11; STEP]);
+        for (i, slot) in slots.iter().enumerate() {
+            let mut sum = simd.splat_i32(0);
+            for codes in slot {
+                sum = simd.dot_codes(ones, codes, sum, false);
+            }
+            match zero {
+                Some(zero) => simd.store_i32(simd.mul_i32(sum, simd.splat_i32(-zero)), &mut self.starts[i]),
+                None => simd.store(simd.i32_to_f32(sum), &mut self.sums[i]),
+            }
         }
     }
 }

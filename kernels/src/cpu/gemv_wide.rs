@@ -78,14 +78,7 @@ impl Task<'_> {
             sums: if CONSTANT { &[] } else { &self.x.sums[from..] },
             scales: &self.x.scales[from..],
         };
-        let group = w.layout.group;
-        let steps_a_group = if UNIFORM { group.div_ceil(W::COLUMNS).min(steps) } else { 1 };
-        let groups_a_step = if UNIFORM { 1 } else { W::COLUMNS / group };
-        // Lanes after the last column take the last group's scale: another row's might not be finite.
-        let of_lanes = |groups: usize| -> [i32; LANES] {
-            std::array::from_fn(|lane| (lane * groups_a_step / LANES).min(groups - 1) as i32)
-        };
-        let (whole, part) = (of_lanes(groups_a_step), of_lanes((w.groups - 1) % groups_a_step + 1));
+        let spread = Spread::new::<W, UNIFORM>(w);
         let rows_at_once = (GROUPS / w.groups).clamp(1, LANES);
         let mut lanes = [[Aligned([0.0; LANES]); LANES]; T];
         for start in self.rows.clone().step_by(rows_at_once) {
@@ -93,53 +86,16 @@ impl Task<'_> {
             if w.groups <= GROUPS {
                 groups.load_rows(w, rows.clone());
             }
-            for (i, row) in rows.clone().enumerate() {
-                let row_codes = w.row(row);
-                let mut out = [simd.splat(0.0); T];
-                let mut step = 0;
-                for first_group in (0..w.groups).step_by(GROUPS) {
-                    let count = GROUPS.min(w.groups - first_group);
-                    let mut at = i * w.groups;
-                    if w.groups > GROUPS {
-                        groups.load(w, row, first_group, count);
-                        at = first_group;
-                    }
-                    if UNIFORM {
-                        let (scales, zeros) = groups.loaded(at, count);
-                        for (scale, zero) in scales.iter().zip(zeros) {
-                            let (scale, minus_zero) = (simd.splat(*scale), simd.splat(-zero));
-                            // SAFETY: the step is below `steps`; the activations have `token + T` tokens or more, and their
-                            // lengths were checked by the kernel.
-                            unsafe { x.add::<S, W, CONSTANT, T>(w, row_codes, step, scale, minus_zero, &mut out) };
-                            step += 1;
-                            if steps_a_group > 1 {
-                                let end = steps.min(step + steps_a_group - 1);
-                                while step < end {
-                                    // SAFETY: as above.
-                                    unsafe {
-                                        x.add::<S, W, CONSTANT, T>(w, row_codes, step, scale, minus_zero, &mut out)
-                                    };
-                                    step += 1;
-                                }
-                            }
-                        }
+            let mut i = 0;
+            while i < rows.len() {
+                // SAFETY: there are `token + T` tokens or more, and the lengths were checked by the kernel.
+                i += unsafe {
+                    if W::PAIRS && T == 1 && w.groups <= GROUPS && i + 2 <= rows.len() {
+                        x.rows::<S, W, CONSTANT, UNIFORM, T, 2>(w, start, i, groups, &spread, &mut lanes)
                     } else {
-                        for base in (at..at + count).step_by(groups_a_step) {
-                            let of_lanes = if step + 1 < steps { &whole } else { &part };
-                            let scale = groups.lane_scales(simd, base, of_lanes, true);
-                            let mut minus_zero = scale;
-                            if !CONSTANT {
-                                minus_zero = simd.neg(groups.lane_zeros(simd, base, of_lanes, true));
-                            }
-                            // SAFETY: as above.
-                            unsafe { x.add::<S, W, CONSTANT, T>(w, row_codes, step, scale, minus_zero, &mut out) };
-                            step += 1;
-                        }
+                        x.rows::<S, W, CONSTANT, UNIFORM, T, 1>(w, start, i, groups, &spread, &mut lanes)
                     }
-                }
-                for (lanes, out) in lanes.iter_mut().zip(out) {
-                    simd.store(out, &mut lanes[i]);
-                }
+                };
             }
             for (t, lanes) in lanes.iter().enumerate() {
                 let sums = simd.sums(lanes);
@@ -151,44 +107,145 @@ impl Task<'_> {
     }
 }
 
+/// How groups lie over steps.
+struct Spread {
+    steps_a_group: usize,
+    groups_a_step: usize,
+    /// The group of each lane in a step of several, and in the last step.
+    of_lanes: [[i32; LANES]; 2],
+}
+
+impl Spread {
+    fn new<W: Wide, const UNIFORM: bool>(w: &Packed<impl Simd>) -> Self {
+        let group = w.layout.group;
+        let groups_a_step = if UNIFORM { 1 } else { W::COLUMNS / group };
+        // Lanes after the last column take the last group's scale: another row's might not be finite.
+        let of_lanes = |groups: usize| -> [i32; LANES] {
+            std::array::from_fn(|lane| (lane * groups_a_step / LANES).min(groups - 1) as i32)
+        };
+        Self {
+            steps_a_group: if UNIFORM { group.div_ceil(W::COLUMNS).min(w.steps) } else { 1 },
+            groups_a_step,
+            of_lanes: [groups_a_step, (w.groups - 1) % groups_a_step + 1].map(of_lanes),
+        }
+    }
+}
+
 impl Slots<'_> {
-    /// Adds the products of one step.
+    /// The lanes of `R` rows from `start + i` on, of which there is one where groups are more than are widened at a time.
+    /// Gives `R`.
     ///
     /// # Safety
-    /// `step` is below the steps of `w` and of the activations, of which there are `T` tokens or more, and `row` comes from
-    /// `w`.
+    /// The activations have `T` tokens or more and the steps of `w`.
     #[inline(always)]
-    unsafe fn add<S: Simd, W: Wide, const CONSTANT: bool, const T: usize>(
+    unsafe fn rows<S: Simd, W: Wide, const CONSTANT: bool, const UNIFORM: bool, const T: usize, const R: usize>(
         self,
         w: &Packed<S>,
-        row: Codes,
+        start: usize,
+        i: usize,
+        groups: &mut Groups,
+        spread: &Spread,
+        lanes: &mut [[Aligned<[f32; LANES]>; LANES]; T],
+    ) -> usize {
+        let simd = w.simd;
+        let mut rows = [w.row(start + i); R];
+        let mut at = [i * w.groups; R];
+        for r in 1..R {
+            (rows[r], at[r]) = (w.row(start + i + r), (i + r) * w.groups);
+        }
+        let mut out = [[simd.splat(0.0); T]; R];
+        let mut step = 0;
+        for first_group in (0..w.groups).step_by(GROUPS) {
+            let count = GROUPS.min(w.groups - first_group);
+            if R == 1 && w.groups > GROUPS {
+                groups.load(w, start + i, first_group, count);
+                at[0] = first_group;
+            }
+            if UNIFORM {
+                let mut loaded = [groups.loaded(at[0], count); R];
+                for r in 1..R {
+                    loaded[r] = groups.loaded(at[r], count);
+                }
+                for group in 0..count {
+                    let mut scales = [(simd.splat(0.0), simd.splat(0.0)); R];
+                    for (to, (scales, zeros)) in scales.iter_mut().zip(loaded) {
+                        *to = (simd.splat(scales[group]), simd.splat(-zeros[group]));
+                    }
+                    // SAFETY: the step is below `steps`; the rest is the caller's promise.
+                    unsafe { self.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, &mut out) };
+                    step += 1;
+                    if spread.steps_a_group > 1 {
+                        let end = self.steps.min(step + spread.steps_a_group - 1);
+                        while step < end {
+                            // SAFETY: as above.
+                            unsafe { self.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, &mut out) };
+                            step += 1;
+                        }
+                    }
+                }
+            } else {
+                for group in (0..count).step_by(spread.groups_a_step) {
+                    let of_lanes = &spread.of_lanes[usize::from(step + 1 == self.steps)];
+                    let mut scales = [(simd.splat(0.0), simd.splat(0.0)); R];
+                    for (to, at) in scales.iter_mut().zip(at) {
+                        to.0 = groups.lane_scales(simd, at + group, of_lanes, true);
+                        if !CONSTANT {
+                            to.1 = simd.neg(groups.lane_zeros(simd, at + group, of_lanes, true));
+                        }
+                    }
+                    // SAFETY: as above.
+                    unsafe { self.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, &mut out) };
+                    step += 1;
+                }
+            }
+        }
+        for (r, out) in out.into_iter().enumerate() {
+            for (lanes, out) in lanes.iter_mut().zip(out) {
+                simd.store(out, &mut lanes[i + r]);
+            }
+        }
+        R
+    }
+
+    /// Adds the products of one step; scales come with minus their zero points.
+    ///
+    /// # Safety
+    /// `step` is below the steps of `w` and of the activations, of which there are `T` tokens or more, and `rows` come from
+    /// `w`.
+    #[inline(always)]
+    unsafe fn add<S: Simd, W: Wide, const CONSTANT: bool, const T: usize, const R: usize>(
+        self,
+        w: &Packed<S>,
+        rows: [Codes; R],
         step: usize,
-        weight_scale: S::F32,
-        minus_zero: S::F32,
-        out: &mut [S::F32; T],
+        weight_scales: [(S::F32, S::F32); R],
+        out: &mut [[S::F32; T]; R],
     ) {
         let simd = w.simd;
-        // SAFETY: the caller's promise.
-        let codes = W::codes(simd, &w.unpack, unsafe { w.bytes::<W>(row, step) }, step);
-        for (t, out) in out.iter_mut().enumerate() {
-            let slot = t * self.steps + step;
-            // SAFETY: steps and tokens are below those of the activations, which have all slots.
-            let a = unsafe { self.codes.get_unchecked(W::VECTORS * slot..W::VECTORS * (slot + 1)) };
-            let mut start = simd.splat_i32(0);
-            if CONSTANT {
+        for r in 0..R {
+            // SAFETY: the caller's promise.
+            let codes = W::codes(simd, &w.unpack, unsafe { w.bytes::<W>(rows[r], step) }, step);
+            let (weight_scale, minus_zero) = weight_scales[r];
+            for (t, out) in out[r].iter_mut().enumerate() {
+                let slot = t * self.steps + step;
+                // SAFETY: steps and tokens are below those of the activations, which have all slots.
+                let a = unsafe { self.codes.get_unchecked(W::VECTORS * slot..W::VECTORS * (slot + 1)) };
+                let mut start = simd.splat_i32(0);
+                if CONSTANT {
+                    // SAFETY: as above.
+                    start = simd.load_i32(unsafe { self.starts.get_unchecked(slot) });
+                }
+                let mut dot = simd.i32_to_f32(W::dot(simd, codes, a, start));
+                if !CONSTANT {
+                    // SAFETY: as above.
+                    let sum = simd.load(unsafe { self.sums.get_unchecked(slot) });
+                    // Both terms and their sum are integers below 2^24, so this is exact.
+                    dot = simd.mul_add(minus_zero, sum, dot);
+                }
                 // SAFETY: as above.
-                start = simd.load_i32(unsafe { self.starts.get_unchecked(slot) });
+                let scale = simd.load(unsafe { self.scales.get_unchecked(slot) });
+                *out = simd.mul_add(simd.mul(dot, scale), weight_scale, *out);
             }
-            let mut dot = simd.i32_to_f32(W::dot(simd, codes, a, start));
-            if !CONSTANT {
-                // SAFETY: as above.
-                let sum = simd.load(unsafe { self.sums.get_unchecked(slot) });
-                // Both terms and their sum are integers below 2^24, so this is exact.
-                dot = simd.mul_add(minus_zero, sum, dot);
-            }
-            // SAFETY: as above.
-            let scale = simd.load(unsafe { self.scales.get_unchecked(slot) });
-            *out = simd.mul_add(simd.mul(dot, scale), weight_scale, *out);
         }
     }
 }

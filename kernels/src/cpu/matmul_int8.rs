@@ -74,27 +74,36 @@ impl Kernel for Quantize<'_> {
 }
 
 /// Rounds one block of at most 64 activations to INT8, halves to even, and gives its scale, `absmax / 127`: NaN, with codes
-/// of zero, where an activation is not finite. What lies after the block in `codes` stays.
+/// of zero, where an activation is not finite. What lies after the block in `codes` becomes zero.
 ///
 /// A subnormal scale is itself rounded, so that a quotient may be beyond 127; it saturates.
 #[inline(always)]
 pub(super) fn round_block<S: Simd>(simd: S, x: &[f32], codes: &mut [i8; 64]) -> f32 {
+    let mut padded = [0.0; 64];
+    let x: &[f32; 64] = if let Ok(whole) = x.try_into() {
+        whole
+    } else {
+        padded[..x.len()].copy_from_slice(x);
+        &padded
+    };
+    let (x, codes) = (x.as_chunks::<LANES>().0, codes.as_chunks_mut::<LANES>().0);
     let zero = simd.splat(0.0);
     let (mut most, mut poison) = (zero, zero);
-    for x in x.chunks(LANES) {
-        let x = simd.load_partial(x);
+    for x in x {
+        let x = simd.load(x);
         most = simd.max(simd.abs(x), most);
         // Stays zero until infinity or NaN makes it NaN.
         poison = simd.mul_add(x, zero, poison);
     }
     let scale = simd.max_lane(most) / 127.0 + simd.sum(poison);
-    if scale > 0.0 {
-        for (x, codes) in x.chunks(LANES).zip(codes.chunks_mut(LANES)) {
-            let rounded = simd.round_even(simd.div(simd.load_partial(x), simd.splat(scale)));
-            let offset = simd.to_u8(simd.add(rounded, simd.splat(128.0)));
-            for (code, offset) in codes.iter_mut().zip(&offset[..x.len()]) {
-                *code = (offset ^ 0x80) as i8;
-            }
+    for (x, codes) in x.iter().zip(codes) {
+        let mut offset = [0x80; LANES];
+        if scale > 0.0 {
+            let rounded = simd.round_even(simd.div(simd.load(x), simd.splat(scale)));
+            offset = simd.to_u8(simd.add(rounded, simd.splat(128.0)));
+        }
+        for (code, offset) in codes.iter_mut().zip(offset) {
+            *code = (offset ^ 0x80) as i8;
         }
     }
     scale

@@ -244,6 +244,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn store_i32(self, v: [i32; 16], to: &mut [i32; 16]) {
+        *to = v;
+    }
+
+    #[inline(always)]
     fn mul_i32(self, a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
         std::array::from_fn(|i| a[i].wrapping_mul(b[i]))
     }

@@ -161,6 +161,7 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// Every lane `value`.
     fn splat_i32(self, value: i32) -> Self::I32;
     fn load_i32(self, from: &[i32; 16]) -> Self::I32;
+    fn store_i32(self, v: Self::I32, to: &mut [i32; 16]);
     /// `a * b`; wraps.
     fn mul_i32(self, a: Self::I32, b: Self::I32) -> Self::I32;
     /// Adds the products of the four unsigned bytes of each lane of `u` and the four signed bytes of that lane of `a`,
