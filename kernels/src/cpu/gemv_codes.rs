@@ -34,7 +34,7 @@ pub(super) trait Decode: Hold {
 pub(super) trait Wide: Hold {
     /// Vectors of activation codes to a step.
     const VECTORS: usize;
-    /// Whether one token meets two rows at a time: they share the loads of its activations, but are two streams for memory.
+    /// Whether one token meets two rows at a time.
     const PAIRS: bool = true;
     /// The codes of a step.
     type Codes<S: Simd>: Copy;

@@ -17,7 +17,7 @@ use std::marker::PhantomData;
 use super::Kernel;
 use super::gemv_codes::Decode;
 use super::gemv_prepare::{Prepared, STEP};
-use super::gemv_row::{AHEAD, Codes, GROUPS, Groups, Packed, STEPS_A_LOAD, Scratch, Task};
+use super::gemv_row::{AHEAD, Codes, GROUPS, Groups, Packed, Rows, STEPS_A_LOAD, Scratch, Task};
 use super::simd::{Aligned, LANES, Simd};
 use crate::matrix::Data;
 
@@ -71,68 +71,19 @@ impl Task<'_> {
         groups: &mut Groups,
     ) -> usize {
         assert!(token + T <= self.x.tokens);
+        if STEPS {
+            let x = &self.x.floats[token * self.x.steps..];
+            let steps_a_group = w.layout.group.div_ceil(STEP).min(w.steps);
+            let rows = StepRows::<D, NARROW> { x, steps_a_group, decode: PhantomData };
+            // SAFETY: the tokens were checked above, and the lengths by the kernel.
+            return unsafe { self.each_row::<S, _, T>(w, token, rows, groups) };
+        }
         for row in self.rows.clone() {
-            let sums = if STEPS {
-                // SAFETY: the tokens were checked above, and the lengths by the kernel.
-                unsafe { self.exact_steps::<S, D, NARROW, T>(w, token, row, groups) }
-            } else {
-                // SAFETY: as above.
-                unsafe { self.exact_lanes::<S, D, NARROW, T>(w, token, row, groups) }
-            };
+            // SAFETY: as above.
+            let sums = unsafe { self.exact_lanes::<S, D, NARROW, T>(w, token, row, groups) };
             self.store(w.simd, token, row, &sums);
         }
         T
-    }
-
-    /// `T` tokens times a row where scales are of whole steps.
-    ///
-    /// # Safety
-    /// The activations have `token + T` tokens or more, all slots, and the steps of `w`.
-    #[inline(always)]
-    unsafe fn exact_steps<S: Simd, D: Decode, const NARROW: bool, const T: usize>(
-        &self,
-        w: &Packed<S>,
-        token: usize,
-        row: usize,
-        groups: &mut Groups,
-    ) -> [S::F32; T] {
-        let simd = w.simd;
-        let steps = self.x.steps;
-        let x = &self.x.floats[token * steps..];
-        let steps_a_group = w.layout.group.div_ceil(STEP).min(steps);
-        let constant = w.constant_zero();
-        let row_codes = w.row(row);
-        let mut out = [simd.splat(0.0); T];
-        let mut first = 0;
-        for first_group in (0..w.groups).step_by(GROUPS) {
-            let count = GROUPS.min(w.groups - first_group);
-            groups.load(w, row, first_group, count);
-            let (scales, zeros) = groups.loaded(first_group, count);
-            for (scale, zero) in scales.iter().zip(zeros) {
-                let end = steps.min(first + steps_a_group);
-                let zero = simd.splat(constant.unwrap_or(*zero));
-                let mut of_group = [[simd.splat(0.0); 2]; T];
-                // The usual group is two steps.
-                while first + 2 <= end {
-                    // SAFETY: the steps are below `steps`; the rest is the caller's promise.
-                    unsafe {
-                        add_step::<S, D, NARROW, T>(w, x, row_codes, first, zero, &mut of_group);
-                        add_step::<S, D, NARROW, T>(w, x, row_codes, first + 1, zero, &mut of_group);
-                    }
-                    first += 2;
-                }
-                if first < end {
-                    // SAFETY: as above.
-                    unsafe { add_step::<S, D, NARROW, T>(w, x, row_codes, first, zero, &mut of_group) };
-                    first += 1;
-                }
-                for t in 0..T {
-                    let sum = simd.add(of_group[t][0], of_group[t][1]);
-                    out[t] = simd.mul_add(sum, simd.splat(*scale), out[t]);
-                }
-            }
-        }
-        out
     }
 
     /// `T` tokens times a row where lanes have scales of their own.
@@ -191,27 +142,111 @@ impl Task<'_> {
     }
 }
 
+/// Rows times tokens where scales are of whole steps. `x` is [tokens, steps].
+struct StepRows<'a, D, const NARROW: bool> {
+    x: &'a [Aligned<[[f32; LANES]; 4]>],
+    steps_a_group: usize,
+    decode: PhantomData<D>,
+}
+
+impl<D, const NARROW: bool> Clone for StepRows<'_, D, NARROW> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D, const NARROW: bool> Copy for StepRows<'_, D, NARROW> {}
+
+impl<S: Simd, D: Decode, const NARROW: bool, const T: usize> Rows<S, T> for StepRows<'_, D, NARROW> {
+    const PAIRS: bool = true;
+
+    #[inline(always)]
+    unsafe fn lanes<const R: usize>(
+        self,
+        w: &Packed<S>,
+        row: usize,
+        at: usize,
+        groups: &mut Groups,
+    ) -> [[S::F32; T]; R] {
+        let Self { x, steps_a_group, .. } = self;
+        let (simd, steps) = (w.simd, w.steps);
+        let constant = w.constant_zero();
+        let mut rows = [w.row(row); R];
+        let mut at = [at; R];
+        for r in 1..R {
+            rows[r] = w.row(row + r);
+            at[r] += r * w.groups;
+        }
+        let mut out = [[simd.splat(0.0); T]; R];
+        let mut first = 0;
+        for first_group in (0..w.groups).step_by(GROUPS) {
+            let count = GROUPS.min(w.groups - first_group);
+            if R == 1 && w.groups > GROUPS {
+                groups.load(w, row, first_group, count);
+                at[0] = first_group;
+            }
+            let mut loaded = [groups.loaded(at[0], count); R];
+            for r in 1..R {
+                loaded[r] = groups.loaded(at[r], count);
+            }
+            for group in 0..count {
+                let mut zeros = [simd.splat(0.0); R];
+                for (zero, (_, zeros)) in zeros.iter_mut().zip(loaded) {
+                    *zero = simd.splat(constant.unwrap_or(zeros[group]));
+                }
+                let end = steps.min(first + steps_a_group);
+                let mut of_group = [[[simd.splat(0.0); 2]; T]; R];
+                // The usual group is two steps.
+                while first + 2 <= end {
+                    // SAFETY: the steps are below `steps`; the rest is the caller's promise.
+                    unsafe {
+                        add_step::<S, D, NARROW, T, R>(w, x, rows, first, zeros, &mut of_group);
+                        add_step::<S, D, NARROW, T, R>(w, x, rows, first + 1, zeros, &mut of_group);
+                    }
+                    first += 2;
+                }
+                if first < end {
+                    // SAFETY: as above.
+                    unsafe { add_step::<S, D, NARROW, T, R>(w, x, rows, first, zeros, &mut of_group) };
+                    first += 1;
+                }
+                for r in 0..R {
+                    let scale = simd.splat(loaded[r].0[group]);
+                    for t in 0..T {
+                        let sum = simd.add(of_group[r][t][0], of_group[r][t][1]);
+                        out[r][t] = simd.mul_add(sum, scale, out[r][t]);
+                    }
+                }
+            }
+        }
+        out
+    }
+}
+
 /// Adds the products of one step to those of its group. `x` is [tokens, steps] from the first token on.
 ///
 /// # Safety
-/// `step` is below the steps of `w` and of the activations, of which there are `T` tokens or more, and `row` comes from `w`.
+/// `step` is below the steps of `w` and of the activations, of which there are `T` tokens or more, and `rows` come from
+/// `w`.
 #[inline(always)]
-unsafe fn add_step<S: Simd, D: Decode, const NARROW: bool, const T: usize>(
+unsafe fn add_step<S: Simd, D: Decode, const NARROW: bool, const T: usize, const R: usize>(
     w: &Packed<S>,
     x: &[Aligned<[[f32; LANES]; 4]>],
-    row: Codes,
+    rows: [Codes; R],
     step: usize,
-    zero: S::F32,
-    of_group: &mut [[S::F32; 2]; T],
+    zeros: [S::F32; R],
+    of_group: &mut [[[S::F32; 2]; T]; R],
 ) {
     let simd = w.simd;
-    // SAFETY: the caller's promise.
-    let levels = simd.levels::<NARROW>(unsafe { w.codes::<D>(row, step) }, zero);
-    for (t, sums) in of_group.iter_mut().enumerate() {
-        // SAFETY: steps and tokens are below those of the activations, which have all slots.
-        let x = unsafe { x.get_unchecked(t * w.steps + step) };
-        for (k, (level, x)) in levels.iter().zip(&x.0).enumerate() {
-            sums[k % 2] = simd.mul_add(*level, simd.load(x), sums[k % 2]);
+    for r in 0..R {
+        // SAFETY: the caller's promise.
+        let levels = simd.levels::<NARROW>(unsafe { w.codes::<D>(rows[r], step) }, zeros[r]);
+        for (t, sums) in of_group[r].iter_mut().enumerate() {
+            // SAFETY: steps and tokens are below those of the activations, which have all slots.
+            let x = unsafe { x.get_unchecked(t * w.steps + step) };
+            for (k, (level, x)) in levels.iter().zip(&x.0).enumerate() {
+                sums[k % 2] = simd.mul_add(*level, simd.load(x), sums[k % 2]);
+            }
         }
     }
 }

@@ -33,7 +33,67 @@ pub(super) struct Task<'a> {
     pub(super) out: &'a Output<'a>,
 }
 
+/// `T` tokens times rows whose groups are widened together.
+pub(super) trait Rows<S: Simd, const T: usize>: Copy {
+    /// Whether one token meets two rows at a time: they share the loads of its activations, but are two streams for memory.
+    const PAIRS: bool;
+
+    /// The lanes of `R` rows from `row` on, whose groups start at `at` among those that were widened. Where a row has more
+    /// than [`GROUPS`], there is one row, and this widens them.
+    ///
+    /// # Safety
+    /// The activations have `T` tokens or more and the steps of `w`.
+    unsafe fn lanes<const R: usize>(
+        self,
+        w: &Packed<S>,
+        row: usize,
+        at: usize,
+        groups: &mut Groups,
+    ) -> [[S::F32; T]; R];
+}
+
 impl Task<'_> {
+    /// The products of `T` tokens from `token` on. Gives `T`.
+    ///
+    /// # Safety
+    /// The activations of `x` have `T` tokens or more and the steps of `w`.
+    #[inline(always)]
+    pub(super) unsafe fn each_row<S: Simd, X: Rows<S, T>, const T: usize>(
+        &self,
+        w: &Packed<S>,
+        token: usize,
+        x: X,
+        groups: &mut Groups,
+    ) -> usize {
+        let simd = w.simd;
+        let rows_at_once = (GROUPS / w.groups).clamp(1, LANES);
+        let mut lanes = [[Aligned([0.0; LANES]); LANES]; T];
+        for start in self.rows.clone().step_by(rows_at_once) {
+            let rows = start..self.rows.end.min(start + rows_at_once);
+            if w.groups <= GROUPS {
+                groups.load_rows(w, rows.clone());
+            }
+            let mut i = 0;
+            while i < rows.len() {
+                let (row, at) = (start + i, i * w.groups);
+                // SAFETY: the caller's promise.
+                i += unsafe {
+                    if X::PAIRS && T == 1 && w.groups <= GROUPS && i + 2 <= rows.len() {
+                        keep(simd, x.lanes::<2>(w, row, at, groups), i, &mut lanes)
+                    } else {
+                        keep(simd, x.lanes::<1>(w, row, at, groups), i, &mut lanes)
+                    }
+                };
+            }
+            for (t, lanes) in lanes.iter().enumerate() {
+                let sums = simd.sums(lanes);
+                // SAFETY: every task has rows of its own, and this one makes one reference at a time.
+                simd.store_partial(sums, unsafe { self.out.segment(token + t, rows.clone()) });
+            }
+        }
+        T
+    }
+
     /// Adds the lanes and writes the outputs of `T` tokens from `token` on.
     #[inline(always)]
     pub(super) fn store<S: Simd, const T: usize>(&self, simd: S, token: usize, row: usize, out: &[S::F32; T]) {
@@ -42,6 +102,22 @@ impl Task<'_> {
             unsafe { self.out.segment(token + t, row..row + 1) }.copy_from_slice(&[simd.sum(out)]);
         }
     }
+}
+
+/// Keeps the lanes of `R` rows from the `i`-th on. Gives `R`.
+#[inline(always)]
+fn keep<S: Simd, const T: usize, const R: usize>(
+    simd: S,
+    rows: [[S::F32; T]; R],
+    i: usize,
+    lanes: &mut [[Aligned<[f32; LANES]>; LANES]; T],
+) -> usize {
+    for (r, row) in rows.into_iter().enumerate() {
+        for (lanes, row) in lanes.iter_mut().zip(row) {
+            simd.store(row, &mut lanes[i + r]);
+        }
+    }
+    R
 }
 
 /// What a thread keeps for the rows at hand.

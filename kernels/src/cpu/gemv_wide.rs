@@ -9,7 +9,7 @@ use std::marker::PhantomData;
 use super::Kernel;
 use super::gemv_codes::Wide;
 use super::gemv_prepare::{Prepared, STEP};
-use super::gemv_row::{Codes, GROUPS, Groups, Packed, Scratch, Task};
+use super::gemv_row::{Codes, GROUPS, Groups, Packed, Rows, Scratch, Task};
 use super::simd::{Aligned, LANES, Simd};
 
 /// A task with activations rounded to INT8. With `UNIFORM`, no step meets two groups.
@@ -67,7 +67,6 @@ impl Task<'_> {
         token: usize,
         groups: &mut Groups,
     ) -> usize {
-        let simd = w.simd;
         let Prepared { steps, tokens, .. } = *self.x;
         assert!(token + T <= tokens);
         let from = token * steps;
@@ -78,36 +77,29 @@ impl Task<'_> {
             sums: if CONSTANT { &[] } else { &self.x.sums[from..] },
             scales: &self.x.scales[from..],
         };
-        let spread = Spread::new::<W, UNIFORM>(w);
-        let rows_at_once = (GROUPS / w.groups).clamp(1, LANES);
-        let mut lanes = [[Aligned([0.0; LANES]); LANES]; T];
-        for start in self.rows.clone().step_by(rows_at_once) {
-            let rows = start..self.rows.end.min(start + rows_at_once);
-            if w.groups <= GROUPS {
-                groups.load_rows(w, rows.clone());
-            }
-            let mut i = 0;
-            while i < rows.len() {
-                // SAFETY: there are `token + T` tokens or more, and the lengths were checked by the kernel.
-                i += unsafe {
-                    if W::PAIRS && T == 1 && w.groups <= GROUPS && i + 2 <= rows.len() {
-                        x.rows::<S, W, CONSTANT, UNIFORM, T, 2>(w, start, i, groups, &spread, &mut lanes)
-                    } else {
-                        x.rows::<S, W, CONSTANT, UNIFORM, T, 1>(w, start, i, groups, &spread, &mut lanes)
-                    }
-                };
-            }
-            for (t, lanes) in lanes.iter().enumerate() {
-                let sums = simd.sums(lanes);
-                // SAFETY: every task has rows of its own, and this one makes one reference at a time.
-                simd.store_partial(sums, unsafe { self.out.segment(token + t, rows.clone()) });
-            }
-        }
-        T
+        let rows = WideRows::<W, CONSTANT, UNIFORM> { x, spread: Spread::new::<W, UNIFORM>(w), hold: PhantomData };
+        // SAFETY: there are `token + T` tokens or more, and the lengths were checked by the kernel.
+        unsafe { self.each_row::<S, _, T>(w, token, rows, groups) }
     }
 }
 
+/// Rows times the tokens of `x`.
+struct WideRows<'a, W, const CONSTANT: bool, const UNIFORM: bool> {
+    x: Slots<'a>,
+    spread: Spread,
+    hold: PhantomData<W>,
+}
+
+impl<W, const CONSTANT: bool, const UNIFORM: bool> Clone for WideRows<'_, W, CONSTANT, UNIFORM> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<W, const CONSTANT: bool, const UNIFORM: bool> Copy for WideRows<'_, W, CONSTANT, UNIFORM> {}
+
 /// How groups lie over steps.
+#[derive(Clone, Copy)]
 struct Spread {
     steps_a_group: usize,
     groups_a_step: usize,
@@ -131,34 +123,33 @@ impl Spread {
     }
 }
 
-impl Slots<'_> {
-    /// The lanes of `R` rows from `start + i` on, of which there is one where groups are more than are widened at a time.
-    /// Gives `R`.
-    ///
-    /// # Safety
-    /// The activations have `T` tokens or more and the steps of `w`.
+impl<S: Simd, W: Wide, const CONSTANT: bool, const UNIFORM: bool, const T: usize> Rows<S, T>
+    for WideRows<'_, W, CONSTANT, UNIFORM>
+{
+    const PAIRS: bool = W::PAIRS;
+
     #[inline(always)]
-    unsafe fn rows<S: Simd, W: Wide, const CONSTANT: bool, const UNIFORM: bool, const T: usize, const R: usize>(
+    unsafe fn lanes<const R: usize>(
         self,
         w: &Packed<S>,
-        start: usize,
-        i: usize,
+        row: usize,
+        at: usize,
         groups: &mut Groups,
-        spread: &Spread,
-        lanes: &mut [[Aligned<[f32; LANES]>; LANES]; T],
-    ) -> usize {
+    ) -> [[S::F32; T]; R] {
+        let Self { x, spread, .. } = self;
         let simd = w.simd;
-        let mut rows = [w.row(start + i); R];
-        let mut at = [i * w.groups; R];
+        let mut rows = [w.row(row); R];
+        let mut at = [at; R];
         for r in 1..R {
-            (rows[r], at[r]) = (w.row(start + i + r), (i + r) * w.groups);
+            rows[r] = w.row(row + r);
+            at[r] += r * w.groups;
         }
         let mut out = [[simd.splat(0.0); T]; R];
         let mut step = 0;
         for first_group in (0..w.groups).step_by(GROUPS) {
             let count = GROUPS.min(w.groups - first_group);
             if R == 1 && w.groups > GROUPS {
-                groups.load(w, start + i, first_group, count);
+                groups.load(w, row, first_group, count);
                 at[0] = first_group;
             }
             if UNIFORM {
@@ -172,20 +163,20 @@ impl Slots<'_> {
                         *to = (simd.splat(scales[group]), simd.splat(-zeros[group]));
                     }
                     // SAFETY: the step is below `steps`; the rest is the caller's promise.
-                    unsafe { self.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, &mut out) };
+                    unsafe { x.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, &mut out) };
                     step += 1;
                     if spread.steps_a_group > 1 {
-                        let end = self.steps.min(step + spread.steps_a_group - 1);
+                        let end = x.steps.min(step + spread.steps_a_group - 1);
                         while step < end {
                             // SAFETY: as above.
-                            unsafe { self.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, &mut out) };
+                            unsafe { x.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, &mut out) };
                             step += 1;
                         }
                     }
                 }
             } else {
                 for group in (0..count).step_by(spread.groups_a_step) {
-                    let of_lanes = &spread.of_lanes[usize::from(step + 1 == self.steps)];
+                    let of_lanes = &spread.of_lanes[usize::from(step + 1 == x.steps)];
                     let mut scales = [(simd.splat(0.0), simd.splat(0.0)); R];
                     for (to, at) in scales.iter_mut().zip(at) {
                         to.0 = groups.lane_scales(simd, at + group, of_lanes, true);
@@ -194,19 +185,16 @@ impl Slots<'_> {
                         }
                     }
                     // SAFETY: as above.
-                    unsafe { self.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, &mut out) };
+                    unsafe { x.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, &mut out) };
                     step += 1;
                 }
             }
         }
-        for (r, out) in out.into_iter().enumerate() {
-            for (lanes, out) in lanes.iter_mut().zip(out) {
-                simd.store(out, &mut lanes[i + r]);
-            }
-        }
-        R
+        out
     }
+}
 
+impl Slots<'_> {
     /// Adds the products of one step; scales come with minus their zero points.
     ///
     /// # Safety
