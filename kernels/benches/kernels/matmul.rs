@@ -49,26 +49,32 @@ fn encodings() -> Vec<(String, Encoding)> {
     all
 }
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 struct Weights {
     rows: usize,
     cols: usize,
     encoding: Encoding,
-    values: Vec<u8>, // or codes
+    values: Vec<u8>, // or codes; from the first cache line on, as in a packed file
     scales: Vec<u8>,
     zeros: Vec<u8>,
 }
 
 impl Weights {
     fn new(rows: usize, cols: usize, encoding: Encoding) -> Self {
+        let room = LINE.div_ceil(encoding.row_bytes(cols));
         let f16s = |count: usize| f16::from_f32(0.01).to_le_bytes().repeat(count);
         let (values, scales, zeros) = match encoding {
-            Encoding::Float(FloatType::F16) => (f16s(rows * cols), Vec::new(), Vec::new()),
+            Encoding::Float(FloatType::F16) => (f16s((rows + room) * cols), Vec::new(), Vec::new()),
             Encoding::Float(FloatType::BF16) => {
-                (bf16::from_f32(0.01).to_le_bytes().repeat(rows * cols), Vec::new(), Vec::new())
+                (bf16::from_f32(0.01).to_le_bytes().repeat((rows + room) * cols), Vec::new(), Vec::new())
             }
-            Encoding::Float(FloatType::F32) => (0.01f32.to_le_bytes().repeat(rows * cols), Vec::new(), Vec::new()),
+            Encoding::Float(FloatType::F32) => {
+                (0.01f32.to_le_bytes().repeat((rows + room) * cols), Vec::new(), Vec::new())
+            }
             Encoding::Quantized(layout) => {
-                let mut codes = noise(rows * layout.code_bytes(cols));
+                let mut codes = noise((rows + room) * layout.code_bytes(cols));
                 if layout.grid == Grid::Ternary {
                     codes.iter_mut().for_each(|code| *code %= 243);
                 }
@@ -79,11 +85,13 @@ impl Weights {
     }
 
     fn matrix(&self) -> Matrix<'_> {
+        let values = &self.values[self.values.as_ptr().align_offset(LINE)..];
+        let values = &values[..self.rows * self.encoding.row_bytes(self.cols)];
         let data = match self.encoding {
-            Encoding::Float(dtype) => Data::Float { dtype, values: &self.values },
+            Encoding::Float(dtype) => Data::Float { dtype, values },
             Encoding::Quantized(layout) => Data::Quantized {
                 layout,
-                codes: &self.values,
+                codes: values,
                 scale_type: FloatType::F16,
                 scales: &self.scales,
                 zeros: &self.zeros,

@@ -36,14 +36,19 @@ pub(super) const SHIFT: [[u8; 64]; 9] = {
     table
 };
 
-/// For each width, [`SPREAD`] where the first 32 codes and, after 32 others, the next 32 go to the register.
+/// For each width up to four bits, the byte of 128 codes that lands in each byte of the register: a 64-bit element has eight
+/// codes of the first half, then eight of the second.
 const SPREAD_HALVES: [[u8; 64]; 9] = {
-    let mut table = SPREAD;
+    let mut table = [[0; 64]; 9];
     let mut bits = 1;
-    while bits <= 8 {
-        let mut i = 32;
+    while bits <= 4 {
+        let mut i = 0;
         while i < 64 {
-            table[bits][i] += 4 * bits as u8;
+            let (element, half, within) = (i / 8, i % 8 / bits, i % 8 % bits);
+            if half < 2 {
+                // Four elements of the first half, four of the second, and the same of the next 64 codes.
+                table[bits][i] = ((element / 4 * 8 + half * 4 + element % 4) * bits + within) as u8;
+            }
             i += 1;
         }
         bits += 1;
@@ -71,13 +76,11 @@ const SPREAD_QUARTERS: [[u8; 64]; 9] = {
 pub struct Unpack {
     bits: usize,
     spread: __m512i,
-    /// Where the codes come from for the first half of 128.
     halves: __m512i,
-    /// The same where the half comes in two quarters.
     quarters: __m512i,
-    /// From the bytes of the first half to those of the second.
-    next: __m512i,
     shift: __m512i,
+    /// The shift for the second half of 128 codes.
+    second: __m512i,
     mask: __m512i,
 }
 
@@ -91,26 +94,27 @@ impl Unpack {
         let width = bits as usize;
         // SAFETY: the caller's promise; the tables are 64 bytes, and loads may be unaligned.
         unsafe {
+            let shift = _mm512_add_epi8(_mm512_loadu_si512(SHIFT[width].as_ptr().cast()), _mm512_set1_epi8(back));
             Self {
                 bits: width,
                 spread: _mm512_loadu_si512(SPREAD[width].as_ptr().cast()),
                 halves: _mm512_loadu_si512(SPREAD_HALVES[width].as_ptr().cast()),
                 quarters: _mm512_loadu_si512(SPREAD_QUARTERS[width].as_ptr().cast()),
-                next: _mm512_set1_epi8(4 * bits as i8),
-                shift: _mm512_add_epi8(_mm512_loadu_si512(SHIFT[width].as_ptr().cast()), _mm512_set1_epi8(back)),
+                shift,
+                second: _mm512_add_epi8(shift, _mm512_set1_epi8(8 * bits as i8)),
                 mask: _mm512_set1_epi8(mask as u8 as i8),
             }
         }
     }
 
-    /// The codes in 64-bit elements that each hold eight.
+    /// Eight codes of each 64-bit element.
     ///
     /// # Safety
     /// The CPU has AVX-512 VBMI.
     #[inline(always)]
-    unsafe fn shift(&self, elements: __m512i) -> __m512i {
+    unsafe fn shift(&self, shift: __m512i, elements: __m512i) -> __m512i {
         // SAFETY: the caller's promise.
-        unsafe { _mm512_and_si512(_mm512_multishift_epi64_epi8(self.shift, elements), self.mask) }
+        unsafe { _mm512_and_si512(_mm512_multishift_epi64_epi8(shift, elements), self.mask) }
     }
 
     /// The first 64 codes.
@@ -120,7 +124,7 @@ impl Unpack {
     #[inline(always)]
     pub(super) unsafe fn spread(&self, bytes: __m512i) -> __m512i {
         // SAFETY: the caller's promise.
-        unsafe { self.shift(_mm512_permutexvar_epi8(self.spread, bytes)) }
+        unsafe { self.shift(self.shift, _mm512_permutexvar_epi8(self.spread, bytes)) }
     }
 
     /// 128 codes of up to four bits: columns 0 to 31 and 64 to 95, then the rest.
@@ -131,8 +135,8 @@ impl Unpack {
     pub(super) unsafe fn halves(&self, bytes: __m512i) -> [__m512i; 2] {
         // SAFETY: the caller's promise.
         unsafe {
-            let second = _mm512_add_epi8(self.halves, self.next);
-            [self.halves, second].map(|places| self.shift(_mm512_permutexvar_epi8(places, bytes)))
+            let elements = _mm512_permutexvar_epi8(self.halves, bytes);
+            [self.shift(self.shift, elements), self.shift(self.second, elements)]
         }
     }
 
@@ -143,7 +147,13 @@ impl Unpack {
     #[inline(always)]
     pub(super) unsafe fn halves_of_two(&self, bytes: &[u8; 128]) -> [__m512i; 2] {
         // SAFETY: the caller's promise.
-        unsafe { quarters(bytes, 4 * self.bits).map(|bytes| self.shift(_mm512_permutexvar_epi8(self.quarters, bytes))) }
+        unsafe {
+            let [first, second] = quarters(bytes, 4 * self.bits);
+            [
+                self.shift(self.shift, _mm512_permutexvar_epi8(self.quarters, first)),
+                self.shift(self.shift, _mm512_permutexvar_epi8(self.quarters, second)),
+            ]
+        }
     }
 }
 
@@ -156,8 +166,12 @@ pub(super) unsafe fn quarters(bytes: &[u8; 128], apart: usize) -> [__m512i; 2] {
     assert!(apart <= 32);
     // SAFETY: the last quarter ends within the array; loads may be unaligned; the instructions are the caller's promise.
     unsafe {
-        let quarter = |at: usize| _mm256_loadu_si256(bytes.as_ptr().add(at * apart).cast());
-        [0, 1].map(|at| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(quarter(at)), quarter(at + 2)))
+        let from = bytes.as_ptr();
+        let mut first = _mm512_castsi256_si512(_mm256_loadu_si256(from.cast()));
+        let mut second = _mm512_castsi256_si512(_mm256_loadu_si256(from.add(apart).cast()));
+        first = _mm512_inserti64x4::<1>(first, _mm256_loadu_si256(from.add(2 * apart).cast()));
+        second = _mm512_inserti64x4::<1>(second, _mm256_loadu_si256(from.add(3 * apart).cast()));
+        [first, second]
     }
 }
 
@@ -181,7 +195,7 @@ const DIGITS: [[u8; 256]; 2] = {
     let mut table = [[0; 256]; 2];
     let mut byte = 0;
     while byte < 256 {
-        table[0][byte] = (byte % 3 | byte / 3 % 3 << 2 | byte / 9 % 3 << 4 | byte / 27 % 3 << 6) as u8;
+        table[0][byte] = (byte % 3 + 4 * (byte / 3 % 3) + 16 * (byte / 9 % 3) + 64 * (byte / 27 % 3)) as u8;
         table[1][byte] = (byte / 81 % 3) as u8;
         byte += 1;
     }

@@ -14,7 +14,7 @@ pub(super) const WIDE: usize = 2 * STEP;
 pub(super) const TERNARY_WIDE: usize = 4 * STEP;
 
 /// Where the codes of a step lie.
-pub(super) trait Hold {
+pub(super) trait Hold: Copy {
     /// Columns of a step.
     const COLUMNS: usize;
     /// Bytes that are loaded for a step, whole cache lines.
@@ -56,6 +56,7 @@ fn first<const N: usize>(bytes: &[u8]) -> &[u8; N] {
 }
 
 /// A dense stream.
+#[derive(Clone, Copy)]
 pub(super) struct Stream;
 
 impl Hold for Stream {
@@ -76,6 +77,7 @@ impl Decode for Stream {
 }
 
 /// Five ternary codes to a byte.
+#[derive(Clone, Copy)]
 pub(super) struct Ternary;
 
 impl Hold for Ternary {
@@ -109,6 +111,7 @@ fn dot_both<S: Simd>(
 }
 
 /// A stream of codes of four bits: the even columns, then the odd ones.
+#[derive(Clone, Copy)]
 pub(super) struct Nibbles;
 
 impl Hold for Nibbles {
@@ -137,6 +140,7 @@ impl Wide for Nibbles {
 }
 
 /// A stream of codes of any width: columns 0 to 31 and 64 to 95, then the rest. `LINES` is 1 up to four bits, otherwise 2.
+#[derive(Clone, Copy)]
 pub(super) struct Halves<const LINES: usize>;
 
 impl<const LINES: usize> Hold for Halves<LINES> {
@@ -165,6 +169,7 @@ impl<const LINES: usize> Wide for Halves<LINES> {
 }
 
 /// A stream of codes of eight bits, in the order of [`Halves`].
+#[derive(Clone, Copy)]
 pub(super) struct Bytes;
 
 impl Hold for Bytes {
@@ -195,6 +200,7 @@ impl Wide for Bytes {
 
 /// Five ternary codes to a byte, one vector for each of the five, in which four lanes have the bytes that meet a block of
 /// 64 columns.
+#[derive(Clone, Copy)]
 pub(super) struct TernaryBlocks;
 
 /// Where each column of a step of [`TernaryBlocks`] stands among all bytes of its vectors, for each phase: the digit with

@@ -143,19 +143,12 @@ impl Task<'_> {
 }
 
 /// Rows times tokens where scales are of whole steps. `x` is [tokens, steps].
+#[derive(Clone, Copy)]
 struct StepRows<'a, D, const NARROW: bool> {
     x: &'a [Aligned<[[f32; LANES]; 4]>],
     steps_a_group: usize,
     decode: PhantomData<D>,
 }
-
-impl<D, const NARROW: bool> Clone for StepRows<'_, D, NARROW> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<D, const NARROW: bool> Copy for StepRows<'_, D, NARROW> {}
 
 impl<S: Simd, D: Decode, const NARROW: bool, const T: usize> Rows<S, T> for StepRows<'_, D, NARROW> {
     const PAIRS: bool = true;

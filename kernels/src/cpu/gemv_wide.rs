@@ -84,19 +84,12 @@ impl Task<'_> {
 }
 
 /// Rows times the tokens of `x`.
+#[derive(Clone, Copy)]
 struct WideRows<'a, W, const CONSTANT: bool, const UNIFORM: bool> {
     x: Slots<'a>,
     spread: Spread,
     hold: PhantomData<W>,
 }
-
-impl<W, const CONSTANT: bool, const UNIFORM: bool> Clone for WideRows<'_, W, CONSTANT, UNIFORM> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-
-impl<W, const CONSTANT: bool, const UNIFORM: bool> Copy for WideRows<'_, W, CONSTANT, UNIFORM> {}
 
 /// How groups lie over steps.
 #[derive(Clone, Copy)]
