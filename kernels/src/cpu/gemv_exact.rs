@@ -13,11 +13,12 @@
 )]
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use super::Kernel;
 use super::gemv_codes::Decode;
 use super::gemv_prepare::{Prepared, STEP};
-use super::gemv_row::{AHEAD, Codes, GROUPS, Groups, Packed, Rows, STEPS_A_LOAD, Scratch, Task};
+use super::gemv_row::{AHEAD, Codes, Groups, Packed, Rows, STEPS_A_LOAD, Scratch, Task};
 use super::simd::{Aligned, LANES, Simd};
 use crate::matrix::Data;
 
@@ -154,65 +155,49 @@ impl<S: Simd, D: Decode, const NARROW: bool, const T: usize> Rows<S, T> for Step
     const PAIRS: bool = true;
 
     #[inline(always)]
-    unsafe fn lanes<const R: usize>(
+    unsafe fn add_groups<const R: usize>(
         self,
         w: &Packed<S>,
-        row: usize,
-        at: usize,
-        groups: &mut Groups,
-    ) -> [[S::F32; T]; R] {
+        rows: [Codes; R],
+        range: Range<usize>,
+        groups: &Groups,
+        at: [usize; R],
+        out: &mut [[S::F32; T]; R],
+    ) {
         let Self { x, steps_a_group, .. } = self;
-        let (simd, steps) = (w.simd, w.steps);
+        let simd = w.simd;
         let constant = w.constant_zero();
-        let mut rows = [w.row(row); R];
-        let mut at = [at; R];
-        for r in 1..R {
-            rows[r] = w.row(row + r);
-            at[r] += r * w.groups;
-        }
-        let mut out = [[simd.splat(0.0); T]; R];
-        let mut first = 0;
-        for first_group in (0..w.groups).step_by(GROUPS) {
-            let count = GROUPS.min(w.groups - first_group);
-            if R == 1 && w.groups > GROUPS {
-                groups.load(w, row, first_group, count);
-                at[0] = first_group;
+        let loaded = groups.each_loaded(at, range.len());
+        let mut step = range.start * steps_a_group;
+        for group in 0..range.len() {
+            let mut zeros = [simd.splat(0.0); R];
+            for (zero, (_, zeros)) in zeros.iter_mut().zip(loaded) {
+                *zero = simd.splat(constant.unwrap_or(zeros[group]));
             }
-            let mut loaded = [groups.loaded(at[0], count); R];
-            for r in 1..R {
-                loaded[r] = groups.loaded(at[r], count);
+            let end = w.steps.min(step + steps_a_group);
+            let mut of_group = [[[simd.splat(0.0); 2]; T]; R];
+            // The usual group is two steps.
+            while step + 2 <= end {
+                // SAFETY: the steps are below `steps`; the rest is the caller's promise.
+                unsafe {
+                    add_step::<S, D, NARROW, T, R>(w, x, rows, step, zeros, &mut of_group);
+                    add_step::<S, D, NARROW, T, R>(w, x, rows, step + 1, zeros, &mut of_group);
+                }
+                step += 2;
             }
-            for group in 0..count {
-                let mut zeros = [simd.splat(0.0); R];
-                for (zero, (_, zeros)) in zeros.iter_mut().zip(loaded) {
-                    *zero = simd.splat(constant.unwrap_or(zeros[group]));
-                }
-                let end = steps.min(first + steps_a_group);
-                let mut of_group = [[[simd.splat(0.0); 2]; T]; R];
-                // The usual group is two steps.
-                while first + 2 <= end {
-                    // SAFETY: the steps are below `steps`; the rest is the caller's promise.
-                    unsafe {
-                        add_step::<S, D, NARROW, T, R>(w, x, rows, first, zeros, &mut of_group);
-                        add_step::<S, D, NARROW, T, R>(w, x, rows, first + 1, zeros, &mut of_group);
-                    }
-                    first += 2;
-                }
-                if first < end {
-                    // SAFETY: as above.
-                    unsafe { add_step::<S, D, NARROW, T, R>(w, x, rows, first, zeros, &mut of_group) };
-                    first += 1;
-                }
-                for r in 0..R {
-                    let scale = simd.splat(loaded[r].0[group]);
-                    for t in 0..T {
-                        let sum = simd.add(of_group[r][t][0], of_group[r][t][1]);
-                        out[r][t] = simd.mul_add(sum, scale, out[r][t]);
-                    }
+            if step < end {
+                // SAFETY: as above.
+                unsafe { add_step::<S, D, NARROW, T, R>(w, x, rows, step, zeros, &mut of_group) };
+                step += 1;
+            }
+            for r in 0..R {
+                let scale = simd.splat(loaded[r].0[group]);
+                for t in 0..T {
+                    let sum = simd.add(of_group[r][t][0], of_group[r][t][1]);
+                    out[r][t] = simd.mul_add(sum, scale, out[r][t]);
                 }
             }
         }
-        out
     }
 }
 

@@ -38,18 +38,19 @@ pub(super) trait Rows<S: Simd, const T: usize>: Copy {
     /// Whether one token meets two rows at a time: they share the loads of its activations, but are two streams for memory.
     const PAIRS: bool;
 
-    /// The lanes of `R` rows from `row` on, whose groups start at `at` among those that were widened. Where a row has more
-    /// than [`GROUPS`], there is one row, and this widens them.
+    /// Adds the lanes of a range of the groups of each of `R` rows, which starts with a step. They were widened to `at`.
     ///
     /// # Safety
-    /// The activations have `T` tokens or more and the steps of `w`.
-    unsafe fn lanes<const R: usize>(
+    /// The activations have `T` tokens or more and the steps of `w`, and `rows` come from `w`, which has those groups.
+    unsafe fn add_groups<const R: usize>(
         self,
         w: &Packed<S>,
-        row: usize,
-        at: usize,
-        groups: &mut Groups,
-    ) -> [[S::F32; T]; R];
+        rows: [Codes; R],
+        range: Range<usize>,
+        groups: &Groups,
+        at: [usize; R],
+        out: &mut [[S::F32; T]; R],
+    );
 }
 
 impl Task<'_> {
@@ -75,13 +76,12 @@ impl Task<'_> {
             }
             let mut i = 0;
             while i < rows.len() {
-                let (row, at) = (start + i, i * w.groups);
                 // SAFETY: the caller's promise.
                 i += unsafe {
-                    if X::PAIRS && T == 1 && w.groups <= GROUPS && i + 2 <= rows.len() {
-                        keep(simd, x.lanes::<2>(w, row, at, groups), i, &mut lanes)
+                    if X::PAIRS && T == 1 && i + 2 <= rows.len() {
+                        add_rows::<S, X, T, 2>(w, start, i, x, groups, &mut lanes)
                     } else {
-                        keep(simd, x.lanes::<1>(w, row, at, groups), i, &mut lanes)
+                        add_rows::<S, X, T, 1>(w, start, i, x, groups, &mut lanes)
                     }
                 };
             }
@@ -104,17 +104,39 @@ impl Task<'_> {
     }
 }
 
-/// Keeps the lanes of `R` rows from the `i`-th on. Gives `R`.
+/// The lanes of `R` rows from `start + i` on, of which there is one where a row has more than [`GROUPS`]. Gives `R`.
+///
+/// # Safety
+/// The activations of `x` have `T` tokens or more and the steps of `w`.
 #[inline(always)]
-fn keep<S: Simd, const T: usize, const R: usize>(
-    simd: S,
-    rows: [[S::F32; T]; R],
+unsafe fn add_rows<S: Simd, X: Rows<S, T>, const T: usize, const R: usize>(
+    w: &Packed<S>,
+    start: usize,
     i: usize,
+    x: X,
+    groups: &mut Groups,
     lanes: &mut [[Aligned<[f32; LANES]>; LANES]; T],
 ) -> usize {
-    for (r, row) in rows.into_iter().enumerate() {
-        for (lanes, row) in lanes.iter_mut().zip(row) {
-            simd.store(row, &mut lanes[i + r]);
+    let simd = w.simd;
+    let mut rows = [w.row(start + i); R];
+    let mut at = [i * w.groups; R];
+    for r in 1..R {
+        rows[r] = w.row(start + i + r);
+        at[r] += r * w.groups;
+    }
+    let mut out = [[simd.splat(0.0); T]; R];
+    for first in (0..w.groups).step_by(GROUPS) {
+        let count = GROUPS.min(w.groups - first);
+        if R == 1 && w.groups > GROUPS {
+            groups.load(w, start + i, first, count);
+            at[0] = first;
+        }
+        // SAFETY: the caller's promise; steps meet whole numbers of groups that GROUPS is a multiple of.
+        unsafe { x.add_groups(w, rows, first..first + count, groups, at, &mut out) };
+    }
+    for (r, out) in out.into_iter().enumerate() {
+        for (lanes, out) in lanes.iter_mut().zip(out) {
+            simd.store(out, &mut lanes[i + r]);
         }
     }
     R
@@ -322,6 +344,16 @@ impl Groups {
     pub(super) fn loaded(&self, first: usize, count: usize) -> (&[f32], &[f32]) {
         let start = self.index(first, count);
         (&self.scales[start..start + count], &self.zeros[start..start + count])
+    }
+
+    /// [`loaded`](Self::loaded) from each of several on.
+    #[inline(always)]
+    pub(super) fn each_loaded<const R: usize>(&self, first: [usize; R], count: usize) -> [(&[f32], &[f32]); R] {
+        let mut loaded = [self.loaded(first[0], count); R];
+        for r in 1..R {
+            loaded[r] = self.loaded(first[r], count);
+        }
+        loaded
     }
 
     /// The scale of each lane's group; `groups` counts from `base`.

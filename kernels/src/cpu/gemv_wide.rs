@@ -5,11 +5,12 @@
 //! added to the lane's sum over the row. The 16 lanes are added last, in the order of [`Simd::sum`].
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use super::Kernel;
 use super::gemv_codes::Wide;
 use super::gemv_prepare::{Prepared, STEP};
-use super::gemv_row::{Codes, GROUPS, Groups, Packed, Rows, Scratch, Task};
+use super::gemv_row::{Codes, Groups, Packed, Rows, Scratch, Task};
 use super::simd::{Aligned, LANES, Simd};
 
 /// A task with activations rounded to INT8. With `UNIFORM`, no step meets two groups.
@@ -122,68 +123,51 @@ impl<S: Simd, W: Wide, const CONSTANT: bool, const UNIFORM: bool, const T: usize
     const PAIRS: bool = W::PAIRS;
 
     #[inline(always)]
-    unsafe fn lanes<const R: usize>(
+    unsafe fn add_groups<const R: usize>(
         self,
         w: &Packed<S>,
-        row: usize,
-        at: usize,
-        groups: &mut Groups,
-    ) -> [[S::F32; T]; R] {
+        rows: [Codes; R],
+        range: Range<usize>,
+        groups: &Groups,
+        at: [usize; R],
+        out: &mut [[S::F32; T]; R],
+    ) {
         let Self { x, spread, .. } = self;
         let simd = w.simd;
-        let mut rows = [w.row(row); R];
-        let mut at = [at; R];
-        for r in 1..R {
-            rows[r] = w.row(row + r);
-            at[r] += r * w.groups;
-        }
-        let mut out = [[simd.splat(0.0); T]; R];
-        let mut step = 0;
-        for first_group in (0..w.groups).step_by(GROUPS) {
-            let count = GROUPS.min(w.groups - first_group);
-            if R == 1 && w.groups > GROUPS {
-                groups.load(w, row, first_group, count);
-                at[0] = first_group;
-            }
-            if UNIFORM {
-                let mut loaded = [groups.loaded(at[0], count); R];
-                for r in 1..R {
-                    loaded[r] = groups.loaded(at[r], count);
+        let mut scales = [(simd.splat(0.0), simd.splat(0.0)); R];
+        if UNIFORM {
+            let mut step = range.start * spread.steps_a_group;
+            let loaded = groups.each_loaded(at, range.len());
+            for group in 0..range.len() {
+                for (to, (scales, zeros)) in scales.iter_mut().zip(loaded) {
+                    *to = (simd.splat(scales[group]), simd.splat(-zeros[group]));
                 }
-                for group in 0..count {
-                    let mut scales = [(simd.splat(0.0), simd.splat(0.0)); R];
-                    for (to, (scales, zeros)) in scales.iter_mut().zip(loaded) {
-                        *to = (simd.splat(scales[group]), simd.splat(-zeros[group]));
+                // SAFETY: the step is below `steps`; the rest is the caller's promise.
+                unsafe { x.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, out) };
+                step += 1;
+                if spread.steps_a_group > 1 {
+                    let end = x.steps.min(step + spread.steps_a_group - 1);
+                    while step < end {
+                        // SAFETY: as above.
+                        unsafe { x.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, out) };
+                        step += 1;
                     }
-                    // SAFETY: the step is below `steps`; the rest is the caller's promise.
-                    unsafe { x.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, &mut out) };
-                    step += 1;
-                    if spread.steps_a_group > 1 {
-                        let end = x.steps.min(step + spread.steps_a_group - 1);
-                        while step < end {
-                            // SAFETY: as above.
-                            unsafe { x.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, &mut out) };
-                            step += 1;
-                        }
-                    }
-                }
-            } else {
-                for group in (0..count).step_by(spread.groups_a_step) {
-                    let of_lanes = &spread.of_lanes[usize::from(step + 1 == x.steps)];
-                    let mut scales = [(simd.splat(0.0), simd.splat(0.0)); R];
-                    for (to, at) in scales.iter_mut().zip(at) {
-                        to.0 = groups.lane_scales(simd, at + group, of_lanes, true);
-                        if !CONSTANT {
-                            to.1 = simd.neg(groups.lane_zeros(simd, at + group, of_lanes, true));
-                        }
-                    }
-                    // SAFETY: as above.
-                    unsafe { x.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, &mut out) };
-                    step += 1;
                 }
             }
+        } else {
+            let first = range.start / spread.groups_a_step;
+            for (step, group) in (first..).zip((0..range.len()).step_by(spread.groups_a_step)) {
+                let of_lanes = &spread.of_lanes[usize::from(step + 1 == x.steps)];
+                for (to, at) in scales.iter_mut().zip(at) {
+                    to.0 = groups.lane_scales(simd, at + group, of_lanes, true);
+                    if !CONSTANT {
+                        to.1 = simd.neg(groups.lane_zeros(simd, at + group, of_lanes, true));
+                    }
+                }
+                // SAFETY: as above.
+                unsafe { x.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, out) };
+            }
         }
-        out
     }
 }
 
