@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Cpu;
+use super::ahead::announce;
 use super::gemv_codes::{Bytes, Decode, Halves, Nibbles, Stream, Ternary, TernaryBlocks, Wide};
 use super::gemv_exact::{BF16, ExactProduct, F16, F32, FloatProduct};
 use super::gemv_int8::RoundedProduct;
@@ -15,8 +16,8 @@ use super::gemv_prepare::{Form, Order, Prepare, Prepared, Scaling};
 use super::gemv_row::{Scratch, Task, constant_zero};
 use super::gemv_wide::WideProduct;
 use super::matmul::Output;
-use super::pool::for_each;
-use super::simd::LANES;
+use super::pool::for_each_thread;
+use super::simd::{Aligned, LANES};
 use crate::matrix::{Data, FloatType, Grid, Layout, Matrix};
 
 /// The most tokens that are a few.
@@ -27,9 +28,6 @@ const BYTES_A_TASK: std::ops::RangeInclusive<usize> = 1 << 14..=1 << 17;
 
 /// Tasks for each thread, within [`BYTES_A_TASK`].
 const TASKS_A_THREAD: usize = 8;
-
-/// Threads that start at places of their own; more would only help these.
-const MOST_SHARES: usize = 256;
 
 /// Weights of one parallel region.
 const WEIGHTS_AT_A_TIME: usize = 8;
@@ -44,10 +42,18 @@ pub enum Arithmetic {
 }
 
 thread_local! {
-    /// Activations of the last call, kept for their memory.
-    static WORKSPACE: RefCell<Vec<Prepared>> = const { RefCell::new(Vec::new()) };
+    /// Of the last call, kept for its memory.
+    static WORKSPACE: RefCell<Workspace> = const { RefCell::new(Workspace { prepared: Vec::new(), taken: Vec::new() }) };
     /// What a thread keeps for the rows at hand.
     static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
+}
+
+/// What a call needs beside its arguments.
+#[derive(Default)]
+struct Workspace {
+    prepared: Vec<Prepared>,
+    /// How many tasks of each thread's share were taken.
+    taken: Vec<Aligned<AtomicUsize>>, // [threads]
 }
 
 /// The form in which `w` takes its activations.
@@ -82,11 +88,11 @@ impl Cpu {
             out.fill(0.0);
             return;
         }
-        let mut prepared = WORKSPACE.take();
+        let mut workspace = WORKSPACE.take();
         let mut used = 0;
-        let index = self.prepare(&mut prepared, &mut used, x, w.cols(), form(w, Arithmetic::Exact));
-        self.rows(w, &prepared[index], 0..w.rows(), &Output::new(out, 1, w.rows()));
-        WORKSPACE.set(prepared);
+        let index = self.prepare(&mut workspace.prepared, &mut used, x, w.cols(), form(w, Arithmetic::Exact));
+        self.rows(w, &workspace.prepared[index], 0..w.rows(), &Output::new(out, 1, w.rows()));
+        WORKSPACE.set(workspace);
     }
 
     /// `out = x * w^T` for several weights over the same activations, bit for bit what separate products give. `x` is
@@ -126,11 +132,12 @@ impl Cpu {
     ) {
         assert!(x.len().is_multiple_of(cols), "the activations are not whole rows");
         let tokens = x.len() / cols;
-        let mut prepared = WORKSPACE.take();
+        let mut workspace = WORKSPACE.take();
+        let Workspace { prepared, taken } = &mut workspace;
         let (mut used, mut tasks) = (0, 0);
+        let threads = rayon::current_num_threads();
         let bytes: usize = weights.iter().map(Matrix::bytes).sum();
-        let bytes_a_task =
-            (bytes / (TASKS_A_THREAD * rayon::current_num_threads())).clamp(*BYTES_A_TASK.start(), *BYTES_A_TASK.end());
+        let bytes_a_task = (bytes / (TASKS_A_THREAD * threads)).clamp(*BYTES_A_TASK.start(), *BYTES_A_TASK.end());
         let mut jobs = [const { None }; WEIGHTS_AT_A_TIME];
         for ((w, out), job) in weights.iter().zip(outs).zip(&mut jobs) {
             let rows = w.rows();
@@ -140,7 +147,7 @@ impl Cpu {
             }
             let rows_a_task = (bytes_a_task * rows).div_ceil(w.bytes()).next_multiple_of(LANES);
             tasks += rows.div_ceil(rows_a_task);
-            let x = self.prepare(&mut prepared, &mut used, x, cols, form(w, arithmetic));
+            let x = self.prepare(prepared, &mut used, x, cols, form(w, arithmetic));
             *job = Some(Job { w, x, out, rows_a_task, end: tasks });
         }
         let run = |task| {
@@ -155,11 +162,12 @@ impl Cpu {
             }
         };
         // Each thread reads on where it read last, as far as there are tasks, and then helps the others.
-        let shares = rayon::current_num_threads().min(MOST_SHARES);
-        let taken = [const { AtomicUsize::new(0) }; MOST_SHARES];
-        for_each(shares, |own| {
-            for share in (own..shares).chain(0..own) {
-                let [start, end] = [share, share + 1].map(|share| share * tasks / shares);
+        taken.clear();
+        taken.resize_with(threads, || Aligned(AtomicUsize::new(0)));
+        announce(weights, threads);
+        for_each_thread(threads, |own| {
+            for share in (own..threads).chain(0..own) {
+                let [start, end] = [share, share + 1].map(|share| share * tasks / threads);
                 loop {
                     let task = start + taken[share].fetch_add(1, Ordering::Relaxed);
                     if task >= end {
@@ -169,7 +177,7 @@ impl Cpu {
                 }
             }
         });
-        WORKSPACE.set(prepared);
+        WORKSPACE.set(workspace);
     }
 
     /// Prepares `x` where none of the first `used` are of that form, and gives the index of the one that is.

@@ -1,6 +1,7 @@
 //! Kernels on the CPU: one algorithm for all instruction sets, chosen when the program starts.
 
 mod activation;
+mod ahead;
 mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]

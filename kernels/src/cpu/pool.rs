@@ -3,7 +3,8 @@
 //! Decoding a token takes hundreds of parallel loops of a few microseconds each: less than it takes to wake a thread that
 //! sleeps. So the threads of this pool, made once, wait for the next loop awake for a short while before they sleep, and
 //! a loop neither allocates nor takes a lock that anyone waits for. The calling thread works too, and in the end waits
-//! only for those that took part: one that sleeps through a loop delays nobody.
+//! only for those that took part: one that sleeps through a loop delays nobody. Who waits asks memory for what is read
+//! [next](super::ahead).
 
 use std::{
     any::Any,
@@ -18,11 +19,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use super::ahead::ask;
+
 /// How long a thread waits awake.
 const AWAKE: Duration = Duration::from_micros(50);
 
-/// Looks at the pool between two looks at the clock, and before the processor is offered to others.
+/// Looks at the pool between two looks at the clock.
 const LOOKS: usize = 64;
+
+/// Looks at the pool before the processor is offered to others.
+const LOOKS_BEFORE_YIELD: usize = 1024;
 
 static POOL: Pool = Pool {
     workers: Mutex::new(Vec::new()),
@@ -53,7 +59,7 @@ pub(super) fn for_each_init<T>(tasks: usize, init: impl Fn() -> T + Sync, run: i
             first += 1;
             continue;
         };
-        let share = || {
+        let share = |_| {
             let mut own = None;
             while let Some(task) = POOL.next_task(tasks) {
                 run(own.get_or_insert_with(&init), task);
@@ -65,6 +71,20 @@ pub(super) fn for_each_init<T>(tasks: usize, init: impl Fn() -> T + Sync, run: i
             resume_unwind(panic);
         }
         first = tasks;
+    }
+}
+
+/// Calls `run` with 0 on the calling thread and, as far as others have time, with each of `1..threads` on one of these,
+/// always the same.
+///
+/// # Panics
+/// With the panic of a call.
+pub(super) fn for_each_thread(threads: usize, run: impl Fn(usize) + Sync) {
+    let Some(mut workers) = POOL.enter().filter(|_| threads > 1) else { return run(0) };
+    let panic = POOL.run(&mut workers, threads - 1, 0, &run);
+    drop(workers);
+    if let Some(panic) = panic {
+        resume_unwind(panic);
     }
 }
 
@@ -94,8 +114,8 @@ impl<T> Pointer<T> {
     }
 }
 
-/// A thread's share of a loop: it takes tasks until none is left.
-type Share<'a> = dyn Fn() + Sync + 'a;
+/// What each thread does in a loop; it is told its number, 0 for the calling thread.
+type Share<'a> = dyn Fn(usize) + Sync + 'a;
 
 /// What a task panicked with.
 type Panic = Box<dyn Any + Send>;
@@ -165,13 +185,17 @@ impl Pool {
                 worker.thread.unpark();
             }
         }
-        self.share(share);
+        self.share(share, 0);
         self.state.fetch_and(!ADMITTED, Ordering::Relaxed);
         let mut looks = 0;
         while self.state.load(Ordering::Acquire) & ENTERED > 0 {
             looks += 1;
-            // A worker that has no processor cannot finish.
-            if looks % LOOKS == 0 { thread::yield_now() } else { spin_loop() }
+            if looks % LOOKS_BEFORE_YIELD == 0 {
+                // A worker that has no processor cannot finish.
+                thread::yield_now();
+            } else if !ask(0) {
+                spin_loop();
+            }
         }
         self.panic.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
@@ -190,8 +214,8 @@ impl Pool {
     }
 
     /// Runs a share; a panic leaves no more tasks, and is kept.
-    fn share(&self, share: &Share) {
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(share)) {
+    fn share(&self, share: &Share, thread: usize) {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| share(thread))) {
             self.next.store(usize::MAX / 2, Ordering::Relaxed);
             self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
         }
@@ -211,7 +235,7 @@ impl Pool {
             // SAFETY: `job` was written before the state that this worker entered with, and is not written again before
             // it leaves.
             if let Some(share) = unsafe { *self.job.get() } {
-                self.share(share);
+                self.share(share, index + 1);
             }
             self.state.fetch_sub(1, Ordering::Release);
         }
@@ -230,7 +254,9 @@ impl Pool {
                     if let Some(state) = enterable(Ordering::Relaxed) {
                         return state;
                     }
-                    spin_loop();
+                    if !ask(index + 1) {
+                        spin_loop();
+                    }
                 }
                 if start.elapsed() > AWAKE {
                     break;
@@ -282,7 +308,7 @@ mod tests {
     /// Runs three tasks of which each waits for the other two, which needs three threads; gives how many took part.
     fn three_at_once(workers: &mut Vec<Worker>) -> usize {
         let (barrier, seen) = (Barrier::new(3), Mutex::new(HashSet::new()));
-        let share = || {
+        let share = |_| {
             while POOL.next_task(3).is_some() {
                 barrier.wait();
                 seen.lock().unwrap().insert(thread::current().id());
