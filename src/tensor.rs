@@ -93,6 +93,23 @@ impl<'a> Tensor<'a> {
         self.view().expect("lengths were checked when the tensor was made")
     }
 
+    /// [`matrix`](Self::matrix) for as long as the bytes live; `None` where some of them are the tensor's own.
+    pub fn borrowed_matrix(&self) -> Option<Matrix<'a>> {
+        let data = match &self.data {
+            TensorData::Float { dtype, values: Cow::Borrowed(values) } => Data::Float { dtype: *dtype, values },
+            TensorData::Quantized {
+                layout,
+                codes: Cow::Borrowed(codes),
+                scale_type,
+                scales: Cow::Borrowed(scales),
+                zeros: Cow::Borrowed(zeros),
+            } => Data::Quantized { layout: *layout, codes, scale_type: *scale_type, scales, zeros },
+            _ => return None,
+        };
+        let (rows, cols) = matrix_shape(&self.shape);
+        Some(Matrix::new(rows, cols, data).expect("lengths were checked when the tensor was made"))
+    }
+
     /// Cuts the tensor's matrix into `parts` of equally many rows, first rows first.
     ///
     /// # Panics

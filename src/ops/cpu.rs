@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bkpack_kernels::{
-    Arithmetic, Cpu,
+    Arithmetic, Cpu, Matrix,
     cpu::{KeyValueCache, SelectiveScan, top_k},
 };
 use serde::Serialize;
@@ -69,8 +69,20 @@ pub struct CpuOps {
 /// A matrix as it is stored, under its name where it is a whole tensor.
 #[derive(Debug)]
 pub struct CpuWeight<'a> {
+    /// That of `tensor` where it borrows: all that decoding has to find in memory for every token.
+    matrix: Option<Matrix<'a>>,
     tensor: Tensor<'a>,
     name: Option<String>,
+}
+
+impl<'a> CpuWeight<'a> {
+    fn new(tensor: Tensor<'a>, name: Option<String>) -> Self {
+        Self { matrix: tensor.borrowed_matrix(), tensor, name }
+    }
+
+    fn matrix(&self) -> Matrix<'_> {
+        self.matrix.unwrap_or_else(|| self.tensor.matrix())
+    }
 }
 
 impl CpuOps {
@@ -161,11 +173,11 @@ impl Ops for CpuOps {
     type StepGraph = ();
 
     fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<CpuWeight<'a>> {
-        Ok(CpuWeight { tensor: source.tensor(name)?, name: Some(name.to_owned()) })
+        Ok(CpuWeight::new(source.tensor(name)?, Some(name.to_owned())))
     }
 
     fn split<'a>(&self, weight: Self::Weight<'a>, parts: usize) -> Result<Vec<Self::Weight<'a>>> {
-        Ok(weight.tensor.split(parts).into_iter().map(|tensor| CpuWeight { tensor, name: None }).collect())
+        Ok(weight.tensor.split(parts).into_iter().map(|tensor| CpuWeight::new(tensor, None)).collect())
     }
 
     fn parameter(&self, source: &dyn TensorSource, name: &str) -> Result<Values> {
@@ -219,7 +231,7 @@ impl Ops for CpuOps {
     }
 
     fn embed(&self, table: &CpuWeight<'_>, tokens: &[u32]) -> Result<Values> {
-        let table = table.tensor.matrix();
+        let table = table.matrix();
         let mut out = self.scratch(tokens.len(), table.cols());
         self.cpu.gather_rows(&table, tokens, &mut out.buffer);
         Ok(out)
@@ -235,12 +247,10 @@ impl Ops for CpuOps {
         x: &Values,
         layers: [(&CpuWeight<'_>, Option<&Values>); N],
     ) -> Result<[Values; N]> {
-        for (weight, _) in &layers {
-            if let Some(name) = &weight.name {
-                self.record(name, x);
-            }
+        if self.recorder.is_some() {
+            layers.iter().filter_map(|(weight, _)| weight.name.as_ref()).for_each(|name| self.record(name, x));
         }
-        let weights = layers.map(|(weight, _)| weight.tensor.matrix());
+        let weights = layers.map(|(weight, _)| weight.matrix());
         let mut products = weights.map(|weight| self.scratch(x.rows(), weight.rows()));
         let mut outs = products.each_mut().map(|product| &mut product.buffer[..]);
         self.cpu.matmul_group(&x.buffer, &weights, &mut outs, self.activations.arithmetic());
