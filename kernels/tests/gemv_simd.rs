@@ -311,3 +311,43 @@ fn permutations() {
         }
     }
 }
+
+/// The levels of 128 codes of four bits, with a zero point for each lane and with one for all.
+struct NibbleLevels<'a> {
+    bytes: &'a [u8; 64],
+    zeros: &'a [f32; 16],
+}
+
+impl Kernel for NibbleLevels<'_> {
+    type Output = [[[f32; 16]; 8]; 2];
+
+    #[inline(always)]
+    fn run<S: Simd>(self, simd: S) -> Self::Output {
+        let each = simd.nibble_levels::<false>(self.bytes, simd.load(self.zeros));
+        let same = simd.nibble_levels::<true>(self.bytes, simd.splat(ZERO));
+        let mut found = [[[0.0; 16]; 8]; 2];
+        for k in 0..8 {
+            simd.store(each[k], &mut found[0][k]);
+            simd.store(same[k], &mut found[1][k]);
+        }
+        found
+    }
+}
+
+#[test]
+fn levels_of_four_bits_are_exact_with_any_zero_point() {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for cpu in Cpu::available() {
+        for _ in 0..100 {
+            let bytes: [u8; 64] = std::array::from_fn(|_| random.below(256) as u8);
+            let zeros: [f32; 16] = std::array::from_fn(|_| random.below(16) as f32);
+            let [each, same] = cpu.dispatch(NibbleLevels { bytes: &bytes, zeros: &zeros });
+            for column in 0..128 {
+                let code = f32::from(bytes[column / 2] >> (4 * (column % 2)) & 15);
+                let (lane, k) = (column / 8, column % 8);
+                assert_eq!(each[k][lane], code - zeros[lane], "{}, column {column}", cpu.isa());
+                assert_eq!(same[k][lane], code - ZERO, "{}, column {column}", cpu.isa());
+            }
+        }
+    }
+}

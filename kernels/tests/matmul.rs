@@ -37,7 +37,7 @@ fn encodings() -> Vec<Encoding> {
     }
     let mut all = [FloatType::F32, FloatType::F16, FloatType::BF16].map(Encoding::Float).to_vec();
     for grid in grids {
-        for group in [1, 2, 3, 4, 5, 7, 32, 48, 64, 65, 100, 128, 256, 1 << 40] {
+        for group in [1, 2, 3, 4, 5, 7, 8, 16, 32, 48, 64, 65, 100, 128, 256, 1 << 40] {
             for scale_type in [FloatType::F16, FloatType::F32] {
                 all.push(Encoding::Quantized(Layout { grid, group }, scale_type));
             }
@@ -293,7 +293,9 @@ fn integers(bits: u32, symmetric: bool, group: usize, scale_type: FloatType) -> 
 #[test]
 fn rows_have_more_groups_than_are_widened_at_a_time() {
     let mut random = Random::new();
-    for (bits, symmetric, group) in [(4, true, 128), (4, false, 128), (3, true, 64), (8, false, 64), (5, false, 32)] {
+    for (bits, symmetric, group) in
+        [(4, true, 128), (4, false, 128), (4, false, 16), (3, true, 64), (8, false, 64), (5, false, 32)]
+    {
         let encoding = integers(bits, symmetric, group, pick(&mut random, &[FloatType::F16, FloatType::F32]));
         for tokens in [1, 3] {
             check_matmul(&mut random, encoding, 3, 600 * group + 5, tokens);

@@ -489,6 +489,23 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn nibble_levels<const SAME: bool>(self, bytes: &[u8; 64], zero: [__m256; 2]) -> [[__m256; 2]; 8] {
+        let mut levels = [zero; 8];
+        for half in 0..2 {
+            // SAFETY: the token exists only on CPUs with AVX2; the array is twice 32 bytes, and loads may be unaligned.
+            unsafe {
+                let mut words = _mm256_loadu_si256(bytes.as_ptr().cast::<__m256i>().add(half));
+                for level in &mut levels {
+                    let codes = _mm256_and_si256(words, _mm256_set1_epi32(15));
+                    level[half] = _mm256_sub_ps(_mm256_cvtepi32_ps(codes), zero[half]);
+                    words = _mm256_srli_epi32::<4>(words);
+                }
+            }
+        }
+        levels
+    }
+
+    #[inline(always)]
     fn permute(self, from: &[f32; 16], index: &[i32; 16]) -> [__m256; 2] {
         let [low, high] = self.load(from);
         let mut out = [low; 2];

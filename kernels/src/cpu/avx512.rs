@@ -453,8 +453,50 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn nibble_levels<const SAME: bool>(self, bytes: &[u8; 64], zero: __m512) -> [__m512; 8] {
+        // SAFETY: the token exists only on CPUs with AVX-512; both arrays are 64 bytes, and loads may be unaligned.
+        unsafe {
+            let words = _mm512_loadu_si512(bytes.as_ptr().cast());
+            // Codes 3 and 5 to 7 are where 0 and 2 to 4 were.
+            let later = _mm512_srli_epi32::<12>(words);
+            let first = if SAME {
+                // The permutation looks at the low four bits of each lane.
+                let table = _mm512_sub_ps(_mm512_loadu_ps(NIBBLES.as_ptr()), zero);
+                [_mm512_permutexvar_ps(words, table), _mm512_permutexvar_ps(later, table)]
+            } else {
+                [nibble_level::<0>(words, zero), nibble_level::<0>(later, zero)]
+            };
+            [
+                first[0],
+                nibble_level::<4>(words, zero),
+                nibble_level::<8>(words, zero),
+                first[1],
+                nibble_level::<16>(words, zero),
+                nibble_level::<8>(later, zero),
+                nibble_level::<12>(later, zero),
+                nibble_level::<16>(later, zero),
+            ]
+        }
+    }
+
+    #[inline(always)]
     fn permute(self, from: &[f32; 16], index: &[i32; 16]) -> __m512 {
         // SAFETY: the token exists only on CPUs with AVX-512; the arrays are 64 bytes, and loads may be unaligned.
         unsafe { _mm512_permutexvar_ps(_mm512_loadu_si512(index.as_ptr().cast()), _mm512_loadu_ps(from.as_ptr())) }
+    }
+}
+
+/// The codes of four bits from bit `AT` of each lane on, less `zero`.
+///
+/// # Safety
+/// The CPU has AVX-512.
+#[inline(always)]
+unsafe fn nibble_level<const AT: u32>(words: __m512i, zero: __m512) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // In a number from 2^(23 - AT) on, bit `AT` of the mantissa counts 1.
+        let start = _mm512_set1_epi32(((150 - AT) << 23) as i32);
+        let codes = _mm512_ternarylogic_epi32::<0b1110_1010>(words, _mm512_set1_epi32(15 << AT), start);
+        _mm512_sub_ps(_mm512_castsi512_ps(codes), _mm512_add_ps(_mm512_castsi512_ps(start), zero))
     }
 }

@@ -1,7 +1,8 @@
 //! Products of a few tokens: one weight or several over the same activations.
 //!
 //! Activations are prepared once a call, in the form that the weights need; then tasks of some rows each read every
-//! packed byte once. See [`gemv_exact`](super::gemv_exact) and [`gemv_int8`](super::gemv_int8) for the order of the sums.
+//! packed byte once. See [`gemv_exact`](super::gemv_exact), [`gemv_eights`](super::gemv_eights),
+//! [`gemv_wide`](super::gemv_wide) and [`gemv_int8`](super::gemv_int8) for the order of the sums.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -9,7 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Cpu;
 use super::ahead::announce;
-use super::gemv_codes::{Bytes, Decode, Halves, Nibbles, Stream, Ternary, TernaryBlocks, Wide};
+use super::gemv_codes::{Bytes, Decode, Halves, Hold, Nibbles, Stream, Ternary, TernaryBlocks, Wide};
+use super::gemv_eights::EightsProduct;
 use super::gemv_exact::{BF16, ExactProduct, F16, F32, FloatProduct};
 use super::gemv_int8::RoundedProduct;
 use super::gemv_prepare::{Form, Order, Prepare, Prepared, Scaling};
@@ -60,9 +62,14 @@ struct Workspace {
 fn form(w: &Matrix, arithmetic: Arithmetic) -> Form {
     let Data::Quantized { layout, .. } = w.data() else { return Form::Natural };
     match arithmetic {
-        Arithmetic::Exact => Form::Interleaved(Scaling::of(layout, w.cols())),
+        Arithmetic::Exact => Form::exact(layout, w.cols()),
         Arithmetic::Int8 => Form::rounded(layout, w.cols(), constant_zero(layout.grid).map(|zero| zero as i32)),
     }
+}
+
+/// Whether no step meets two groups, where groups are whole steps or steps whole groups.
+fn uniform<H: Hold>(layout: Layout, w: &Matrix) -> bool {
+    layout.group >= H::COLUMNS.min(w.cols())
 }
 
 /// One weight of a call, split into tasks of some rows.
@@ -203,6 +210,7 @@ impl Cpu {
             Data::Quantized { layout, .. } => layout,
         };
         SCRATCH.with_borrow_mut(|scratch| match (x.form, layout.grid) {
+            (Some(Form::Wide { order: Order::Single, .. }), _) => self.wide_grid::<Stream>(task, scratch, layout),
             (Some(Form::Wide { order: Order::Nibbles, .. }), _) => self.wide_grid::<Nibbles>(task, scratch, layout),
             (Some(Form::Wide { order: Order::Ternary, .. }), _) => {
                 self.wide::<TernaryBlocks, true>(task, scratch, layout);
@@ -219,6 +227,12 @@ impl Cpu {
                 self.dispatch(RoundedProduct::<Stream, false>::new(task, scratch));
             }
             (Some(Form::Rounded { .. }), _) => self.dispatch(RoundedProduct::<Stream, true>::new(task, scratch)),
+            (Some(Form::Eights), grid) => match (grid.has_zero_points(), uniform::<Nibbles>(layout, w)) {
+                (false, true) => self.dispatch(EightsProduct::<true, true>::new(task, scratch)),
+                (false, false) => self.dispatch(EightsProduct::<true, false>::new(task, scratch)),
+                (true, true) => self.dispatch(EightsProduct::<false, true>::new(task, scratch)),
+                (true, false) => self.dispatch(EightsProduct::<false, false>::new(task, scratch)),
+            },
             (_, Grid::Ternary) => self.exact::<Ternary, true>(task, scratch),
             (_, grid) if grid.max_code() < 16 => self.exact::<Stream, true>(task, scratch),
             _ => self.exact::<Stream, false>(task, scratch),
@@ -234,7 +248,7 @@ impl Cpu {
     }
 
     fn wide<W: Wide, const CONSTANT: bool>(self, task: Task, scratch: &mut Scratch, layout: Layout) {
-        if layout.group >= W::COLUMNS.min(task.w.cols()) {
+        if uniform::<W>(layout, task.w) {
             self.dispatch(WideProduct::<W, CONSTANT, true>::new(task, scratch));
         } else {
             self.dispatch(WideProduct::<W, CONSTANT, false>::new(task, scratch));

@@ -1,7 +1,7 @@
 //! How rows hold their codes, known when a loop is compiled.
 //!
-//! [`Decode`] gives steps of 64 columns in their order. [`Wide`] gives steps of 128 or 256, in which a lane has columns of
-//! one block of 64, in whatever order is unpacked fastest: activations are laid out the same way.
+//! [`Decode`] gives steps of 64 columns in their order. [`Wide`] gives steps of 64 to 256, in which a lane has columns of
+//! one block, in whatever order is unpacked fastest: activations are laid out the same way.
 
 use super::gemv_prepare::STEP;
 use super::simd::{Aligned, Simd, TERNARY_BYTES};
@@ -73,6 +73,22 @@ impl Decode for Stream {
     #[inline(always)]
     fn codes<S: Simd>(simd: S, unpack: &S::Unpack, bytes: &[u8], _: usize) -> S::U8 {
         simd.codes(unpack, first(bytes))
+    }
+}
+
+impl Wide for Stream {
+    const VECTORS: usize = 1;
+    type Codes<S: Simd> = S::U8;
+
+    #[inline(always)]
+    fn codes<S: Simd>(simd: S, unpack: &S::Unpack, bytes: &[u8], _: usize) -> S::U8 {
+        simd.codes(unpack, first(bytes))
+    }
+
+    #[inline(always)]
+    fn dot<S: Simd>(simd: S, codes: S::U8, a: &[Aligned<[i8; STEP]>], start: S::I32) -> S::I32 {
+        let [a] = a else { unreachable!("a step has one vector") };
+        simd.dot_codes(codes, a, start, true)
     }
 }
 

@@ -1,4 +1,5 @@
-//! A few tokens of f32 activations times packed weights: weights are decoded in registers and read once.
+//! A few tokens of f32 activations times packed weights: weights are decoded in registers and read once. Most weights of
+//! four bits go [another way](super::gemv_eights).
 //!
 //! The order of the sums, on every instruction set: in a step of 64 columns, lane `l` meets its columns `4l` to `4l + 3`
 //! one after the other, the even and the odd ones in a sum each. The two are added at the end of the group, multiplied by
@@ -18,7 +19,7 @@ use std::ops::Range;
 use super::Kernel;
 use super::gemv_codes::Decode;
 use super::gemv_prepare::{Prepared, STEP};
-use super::gemv_row::{AHEAD, Codes, Groups, Packed, Rows, STEPS_A_LOAD, Scratch, Task};
+use super::gemv_row::{AHEAD, Codes, Groups, Packed, Rows, RowsAtHand, STEPS_A_LOAD, Scratch, Task};
 use super::simd::{Aligned, LANES, Simd};
 use crate::matrix::Data;
 
@@ -40,7 +41,7 @@ impl<D: Decode, const NARROW: bool, const STEPS: bool> Kernel for ExactProduct<'
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { task, scratch: Scratch { groups, tail }, .. } = self;
+        let Self { task, scratch: Scratch { rows, tail }, .. } = self;
         let Some(w) = &Packed::new::<D>(simd, task.w, task.rows.end, tail) else { return };
         let Prepared { steps, planes, tokens, ref floats, .. } = *task.x;
         assert!(steps == w.steps && floats.len() == steps * planes * tokens);
@@ -53,10 +54,10 @@ impl<D: Decode, const NARROW: bool, const STEPS: bool> Kernel for ExactProduct<'
         let mut token = 0;
         while token < tokens {
             token += match tokens - token {
-                1 => task.exact_rows::<S, D, NARROW, STEPS, 1>(w, token, groups),
-                3 | 5 | 6 if S::REGISTERS >= 32 => task.exact_rows::<S, D, NARROW, STEPS, 3>(w, token, groups),
-                4.. if S::REGISTERS >= 32 => task.exact_rows::<S, D, NARROW, STEPS, 4>(w, token, groups),
-                _ => task.exact_rows::<S, D, NARROW, STEPS, 2>(w, token, groups),
+                1 => task.exact_rows::<S, D, NARROW, STEPS, 1>(w, token, rows),
+                3 | 5 | 6 if S::REGISTERS >= 32 => task.exact_rows::<S, D, NARROW, STEPS, 3>(w, token, rows),
+                4.. if S::REGISTERS >= 32 => task.exact_rows::<S, D, NARROW, STEPS, 4>(w, token, rows),
+                _ => task.exact_rows::<S, D, NARROW, STEPS, 2>(w, token, rows),
             };
         }
     }
@@ -69,7 +70,7 @@ impl Task<'_> {
         &self,
         w: &Packed<S>,
         token: usize,
-        groups: &mut Groups,
+        rows_at_hand: &mut RowsAtHand,
     ) -> usize {
         assert!(token + T <= self.x.tokens);
         if STEPS {
@@ -77,11 +78,11 @@ impl Task<'_> {
             let steps_a_group = w.layout.group.div_ceil(STEP).min(w.steps);
             let rows = StepRows::<D, NARROW> { x, steps_a_group, decode: PhantomData };
             // SAFETY: the tokens were checked above, and the lengths by the kernel.
-            return unsafe { self.each_row::<S, _, T>(w, token, rows, groups) };
+            return unsafe { self.each_row::<S, _, T>(w, token, rows, rows_at_hand) };
         }
         for row in self.rows.clone() {
             // SAFETY: as above.
-            let sums = unsafe { self.exact_lanes::<S, D, NARROW, T>(w, token, row, groups) };
+            let sums = unsafe { self.exact_lanes::<S, D, NARROW, T>(w, token, row, &mut rows_at_hand.groups) };
             self.store(w.simd, token, row, &sums);
         }
         T

@@ -15,7 +15,7 @@ use std::marker::PhantomData;
 use super::Kernel;
 use super::gemv_codes::Decode;
 use super::gemv_prepare::{Prepared, STEP};
-use super::gemv_row::{Groups, Packed, STEPS_A_LOAD, Scratch, Task};
+use super::gemv_row::{Groups, Packed, RowsAtHand, STEPS_A_LOAD, Scratch, Task};
 use super::simd::Simd;
 
 /// A task with activations rounded to INT8.
@@ -36,7 +36,7 @@ impl<D: Decode, const CONSTANT: bool> Kernel for RoundedProduct<'_, D, CONSTANT>
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { task, scratch: Scratch { groups, tail }, .. } = self;
+        let Self { task, scratch: Scratch { rows: RowsAtHand { groups, .. }, tail }, .. } = self;
         let Some(w) = &Packed::new::<D>(simd, task.w, task.rows.end, tail) else { return };
         let Prepared { steps, planes, tokens, ref codes, ref starts, ref sums, .. } = *task.x;
         let slots = steps * planes * tokens;

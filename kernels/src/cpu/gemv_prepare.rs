@@ -3,7 +3,8 @@
 //! Everything follows steps of 64 columns in which lane `l` of the vector holds columns `4l` to `4l + 3`. Where groups are
 //! whole steps ([`Scaling::Steps`]) the scales of a step are one number each. Otherwise ([`Scaling::Lanes`]) each lane has
 //! scales of its own; a lane that several blocks of columns meet has a plane for each, with zeros in the others' columns.
-//! Rounded activations whose blocks are all of 64 columns follow wider steps ([`Form::Wide`]).
+//! What meets codes of four bits follows wider steps ([`Form::Eights`]), as do rounded activations whose blocks have lanes of
+//! their own ([`Form::Wide`]).
 
 use super::Kernel;
 use super::gemv_codes::{TERNARY_COLUMNS, TERNARY_WIDE, WIDE, ternary_phase};
@@ -41,15 +42,19 @@ pub(super) enum Form {
     Natural,
     /// f32 by columns of a lane.
     Interleaved(Scaling),
+    /// f32 in steps of 128 columns, of which a lane has eight, by columns of a lane.
+    Eights,
     /// INT8 with lanes that have scales of their own, and the sums that a zero point meets: of all groups, or of none.
     Rounded { group: usize, zero: Option<i32> },
-    /// INT8 in steps of several blocks of 64, each of which has lanes of its own.
-    Wide { order: Order, zero: Option<i32> },
+    /// INT8 in steps of one or more blocks of `block` columns, each of which has lanes of its own.
+    Wide { order: Order, block: usize, zero: Option<i32> },
 }
 
 /// How columns lie in the vectors of a wide step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Order {
+    /// 64 columns as they come.
+    Single,
     /// 128 columns: the even ones, then the odd ones.
     Nibbles,
     /// 128 columns: 0 to 31 and 64 to 95, then the rest.
@@ -62,25 +67,51 @@ impl Order {
     /// Columns of a step.
     pub(super) const fn columns(self) -> usize {
         match self {
+            Self::Single => STEP,
             Self::Nibbles | Self::Halves => WIDE,
             Self::Ternary => TERNARY_WIDE,
         }
     }
+
+    /// Whether steps are whole groups, or groups whole steps, and no lane has columns of two.
+    fn takes(self, group: usize, cols: usize) -> bool {
+        // Columns of the fewest lanes that a group has for itself.
+        let least = match self {
+            Self::Single => LANE,
+            Self::Nibbles => 2 * LANE,
+            Self::Halves | Self::Ternary => STEP,
+        };
+        let columns = self.columns();
+        group >= cols || group.is_multiple_of(columns) || group.is_multiple_of(least) && columns.is_multiple_of(group)
+    }
 }
 
 impl Form {
+    /// The form in which weights of `layout` take activations as they are.
+    pub(super) fn exact(layout: Layout, cols: usize) -> Self {
+        let eights = matches!(layout.grid, Grid::Int { bits: 4, .. });
+        if eights && Order::Nibbles.takes(layout.group, cols) {
+            Self::Eights
+        } else {
+            Self::Interleaved(Scaling::of(layout, cols))
+        }
+    }
+
     /// The form in which weights of `layout` take rounded activations.
     pub(super) fn rounded(layout: Layout, cols: usize, zero: Option<i32>) -> Self {
+        let group = layout.group;
         let order = match layout.grid {
             Grid::Int { bits: 4, .. } => Order::Nibbles,
             Grid::Ternary => Order::Ternary,
+            _ if group < STEP && group < cols => Order::Single,
             _ => Order::Halves,
         };
-        let group = layout.group;
-        // Steps are whole groups, or groups whole steps.
-        let whole = group.is_multiple_of(order.columns())
-            || group.is_multiple_of(STEP) && order.columns().is_multiple_of(group);
-        if whole || group >= cols { Self::Wide { order, zero } } else { Self::Rounded { group, zero } }
+        if order.takes(group, cols) {
+            let block = if group < cols { group.min(STEP) } else { STEP };
+            Self::Wide { order, block, zero }
+        } else {
+            Self::Rounded { group, zero }
+        }
     }
 }
 
@@ -99,6 +130,8 @@ pub(super) struct Prepared {
     /// [`Form::Natural`]: [tokens, steps, 4, LANES], padded with zeros. [`Form::Interleaved`]: [tokens, steps, planes, 4,
     /// LANES], where vector `k` has column `k` of each lane.
     pub(super) floats: Vec<Aligned<[[f32; LANES]; LANE]>>,
+    /// [`Form::Eights`]: vector `k` has column `k` of each lane, padded with zeros. [tokens, steps]
+    pub(super) eights: Vec<Aligned<[[f32; LANES]; 8]>>,
     /// [`Form::Rounded`], and the rest too: in the order of the columns. [tokens, steps, planes]
     ///
     /// [`Form::Wide`]: [tokens, steps, vectors of a step], in its order.
@@ -135,13 +168,13 @@ impl Kernel for Prepare<'_> {
         match form {
             Form::Natural => to.natural(x, cols),
             Form::Interleaved(scaling) => to.interleave(x, cols, scaling),
+            Form::Eights => to.eights(x, cols),
             Form::Rounded { group, zero } => to.round(simd, x, cols, group, zero),
-            Form::Wide { order: order @ (Order::Nibbles | Order::Halves), zero } => {
-                to.round_wide::<S, 2>(simd, x, cols, order, zero);
-            }
-            Form::Wide { order: order @ Order::Ternary, zero } => {
-                to.round_wide::<S, TERNARY_PER_BYTE>(simd, x, cols, order, zero);
-            }
+            Form::Wide { order, block, zero } => match order {
+                Order::Single => to.round_wide::<S, 1>(simd, x, cols, order, block, zero),
+                Order::Nibbles | Order::Halves => to.round_wide::<S, 2>(simd, x, cols, order, block, zero),
+                Order::Ternary => to.round_wide::<S, TERNARY_PER_BYTE>(simd, x, cols, order, block, zero),
+            },
         }
     }
 }
@@ -175,6 +208,20 @@ impl Prepared {
         for (token, x) in x.chunks_exact(cols).enumerate() {
             for (step, x) in x.chunks(STEP).enumerate() {
                 self.floats[token * self.steps + step].as_flattened_mut()[..x.len()].copy_from_slice(x);
+            }
+        }
+    }
+
+    fn eights(&mut self, x: &[f32], cols: usize) {
+        self.steps = cols.div_ceil(WIDE);
+        self.eights.clear();
+        self.eights.resize(self.slots(), Aligned([[0.0; LANES]; 8]));
+        for (x, to) in x.chunks_exact(cols).flat_map(|x| x.chunks(WIDE)).zip(&mut self.eights) {
+            let (lanes, rest) = x.as_chunks::<8>();
+            for (lane, x) in lanes.iter().map(|x| &x[..]).chain([rest]).enumerate() {
+                for (to, &x) in to.iter_mut().zip(x) {
+                    to[lane] = x;
+                }
             }
         }
     }
@@ -258,7 +305,7 @@ impl Prepared {
         self.add_lanes::<S, 1>(simd, zero);
     }
 
-    /// The rounding of [`round`](Self::round) where blocks are of 64 columns.
+    /// The rounding of [`round`](Self::round) where blocks have lanes of their own.
     #[inline(always)]
     fn round_wide<S: Simd, const VECTORS: usize>(
         &mut self,
@@ -266,6 +313,7 @@ impl Prepared {
         x: &[f32],
         cols: usize,
         order: Order,
+        block: usize,
         zero: Option<i32>,
     ) {
         let columns = order.columns();
@@ -276,28 +324,31 @@ impl Prepared {
         self.scales.clear();
         self.scales.resize(slots, Aligned([0.0; LANES]));
         let vectors = self.codes.as_chunks_mut::<VECTORS>().0;
-        let lanes = LANES * STEP / columns;
+        let lanes = LANES * block / columns;
         for (token, x) in x.chunks_exact(cols).enumerate() {
-            for (block, x) in x.chunks(STEP).enumerate() {
-                let (step, block) = (block * STEP / columns, block % (columns / STEP));
+            for (step, x) in x.chunks(columns).enumerate() {
                 let slot = token * self.steps + step;
-                let mut codes = [0; STEP];
-                self.scales[slot][block * lanes..][..lanes].fill(round_block(simd, x, &mut codes));
+                // In the order of the columns; each block is rounded with zeros up to 64.
+                let mut codes = [0; TERNARY_WIDE + STEP];
+                for (i, x) in x.chunks(block).enumerate() {
+                    let Some(rounded) = codes[i * block..].first_chunk_mut() else { unreachable!("there is room") };
+                    self.scales[slot][i * lanes..][..lanes].fill(round_block(simd, x, rounded));
+                }
                 let vectors = &mut vectors[slot];
                 match order {
+                    Order::Single => vectors[0].copy_from_slice(&codes[..STEP]),
                     Order::Nibbles => {
-                        for (i, pair) in codes.as_chunks::<2>().0.iter().enumerate() {
-                            [vectors[0][block * 32 + i], vectors[1][block * 32 + i]] = *pair;
+                        for (i, pair) in codes[..WIDE].as_chunks::<2>().0.iter().enumerate() {
+                            [vectors[0][i], vectors[1][i]] = *pair;
                         }
                     }
                     Order::Halves => {
-                        for (vector, codes) in vectors.iter_mut().zip(codes.as_chunks::<32>().0) {
-                            vector[block * 32..][..32].copy_from_slice(codes);
+                        for (i, codes) in codes[..WIDE].as_chunks::<32>().0.iter().enumerate() {
+                            vectors[i % 2][i / 2 * 32..][..32].copy_from_slice(codes);
                         }
                     }
                     Order::Ternary => {
-                        let columns = &TERNARY_COLUMNS[ternary_phase(step)][block * STEP..][..STEP];
-                        for (&at, code) in columns.iter().zip(codes) {
+                        for (&at, &code) in TERNARY_COLUMNS[ternary_phase(step)].iter().zip(&codes) {
                             vectors[usize::from(at) / STEP][usize::from(at) % STEP] = code;
                         }
                     }

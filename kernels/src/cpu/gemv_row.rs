@@ -18,6 +18,9 @@ pub(super) const GROUPS: usize = 512;
 /// Room for groups: a load starts up to seven groups early and ends at a whole step, and a vector starts at any group.
 const ROOM: usize = GROUPS + 2 * STEP;
 
+/// The most tokens that meet a row at a time.
+const MOST_TOKENS: usize = 4;
+
 /// Steps whose groups are widened at a time where lanes have scales of their own.
 pub(super) const STEPS_A_LOAD: usize = 4;
 
@@ -64,11 +67,14 @@ impl Task<'_> {
         w: &Packed<S>,
         token: usize,
         x: X,
-        groups: &mut Groups,
+        rows_at_hand: &mut RowsAtHand,
     ) -> usize {
         let simd = w.simd;
         let rows_at_once = (GROUPS / w.groups).clamp(1, LANES);
-        let mut lanes = [[Aligned([0.0; LANES]); LANES]; T];
+        let RowsAtHand { groups, lanes } = rows_at_hand;
+        let Some(lanes) = lanes.first_chunk_mut::<T>() else {
+            unreachable!("there is room for the lanes of all tokens")
+        };
         for start in self.rows.clone().step_by(rows_at_once) {
             let rows = start..self.rows.end.min(start + rows_at_once);
             if w.groups <= GROUPS {
@@ -79,9 +85,9 @@ impl Task<'_> {
                 // SAFETY: the caller's promise.
                 i += unsafe {
                     if X::PAIRS && T == 1 && i + 2 <= rows.len() {
-                        add_rows::<S, X, T, 2>(w, start, i, x, groups, &mut lanes)
+                        add_rows::<S, X, T, 2>(w, start, i, x, groups, lanes)
                     } else {
-                        add_rows::<S, X, T, 1>(w, start, i, x, groups, &mut lanes)
+                        add_rows::<S, X, T, 1>(w, start, i, x, groups, lanes)
                     }
                 };
             }
@@ -142,17 +148,25 @@ unsafe fn add_rows<S: Simd, X: Rows<S, T>, const T: usize, const R: usize>(
     R
 }
 
-/// What a thread keeps for the rows at hand.
+/// What a thread keeps from task to task, for its memory.
 pub(super) struct Scratch {
-    pub(super) groups: Groups,
+    pub(super) rows: RowsAtHand,
     /// The codes of the last rows, with room for loads past them.
     pub(super) tail: Vec<u8>,
 }
 
 impl Scratch {
     pub(super) const fn new() -> Self {
-        Self { groups: Groups::new(), tail: Vec::new() }
+        let lanes = [[Aligned([0.0; LANES]); LANES]; MOST_TOKENS];
+        Self { rows: RowsAtHand { groups: Groups::new(), lanes }, tail: Vec::new() }
     }
+}
+
+/// The rows whose groups are widened together.
+pub(super) struct RowsAtHand {
+    pub(super) groups: Groups,
+    /// The lanes of their products, yet to be added. [tokens, rows, lanes]
+    lanes: [[Aligned<[f32; LANES]>; LANES]; MOST_TOKENS],
 }
 
 /// The quantized matrix that rows are taken from.

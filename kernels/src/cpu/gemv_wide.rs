@@ -1,16 +1,17 @@
-//! A few tokens of INT8 activations times packed weights whose groups are whole blocks of 64 columns.
+//! A few tokens of INT8 activations times packed weights whose groups have lanes of their own.
 //!
-//! The order of the sums, on every instruction set: in a step of 128 columns (ternary codes: 256), a lane's dot product over
-//! its columns is an exact integer. It is multiplied by the activations' scale, and the product with the weight's scale is
-//! added to the lane's sum over the row. The 16 lanes are added last, in the order of [`Simd::sum`].
+//! The order of the sums, on every instruction set: in a step of 64 to 256 columns (see
+//! [`Order`](super::gemv_prepare::Order)), a lane's dot product over its columns is an exact integer. It is multiplied by the
+//! activations' scale, and the product with the weight's scale is added to the lane's sum over the row. The 16 lanes are
+//! added last, in the order of [`Simd::sum`].
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::Kernel;
-use super::gemv_codes::Wide;
+use super::gemv_codes::{Hold, Wide};
 use super::gemv_prepare::{Prepared, STEP};
-use super::gemv_row::{Codes, Groups, Packed, Rows, Scratch, Task};
+use super::gemv_row::{Codes, Groups, Packed, Rows, RowsAtHand, Scratch, Task};
 use super::simd::{Aligned, LANES, Simd};
 
 /// A task with activations rounded to INT8. With `UNIFORM`, no step meets two groups.
@@ -31,7 +32,7 @@ impl<W: Wide, const CONSTANT: bool, const UNIFORM: bool> Kernel for WideProduct<
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        let Self { task, scratch: Scratch { groups, tail }, .. } = self;
+        let Self { task, scratch: Scratch { rows, tail }, .. } = self;
         let Some(w) = &Packed::new::<W>(simd, task.w, task.rows.end, tail) else { return };
         let Prepared { steps, tokens, ref codes, ref starts, ref sums, ref scales, .. } = *task.x;
         let slots = steps * tokens;
@@ -40,10 +41,10 @@ impl<W: Wide, const CONSTANT: bool, const UNIFORM: bool> Kernel for WideProduct<
         let mut token = 0;
         while token < tokens {
             token += match tokens - token {
-                1 => task.wide_rows::<S, W, CONSTANT, UNIFORM, 1>(w, token, groups),
-                3 | 5 | 6 if S::REGISTERS >= 32 => task.wide_rows::<S, W, CONSTANT, UNIFORM, 3>(w, token, groups),
-                4.. if S::REGISTERS >= 32 => task.wide_rows::<S, W, CONSTANT, UNIFORM, 4>(w, token, groups),
-                _ => task.wide_rows::<S, W, CONSTANT, UNIFORM, 2>(w, token, groups),
+                1 => task.wide_rows::<S, W, CONSTANT, UNIFORM, 1>(w, token, rows),
+                3 | 5 | 6 if S::REGISTERS >= 32 => task.wide_rows::<S, W, CONSTANT, UNIFORM, 3>(w, token, rows),
+                4.. if S::REGISTERS >= 32 => task.wide_rows::<S, W, CONSTANT, UNIFORM, 4>(w, token, rows),
+                _ => task.wide_rows::<S, W, CONSTANT, UNIFORM, 2>(w, token, rows),
             };
         }
     }
@@ -51,12 +52,13 @@ impl<W: Wide, const CONSTANT: bool, const UNIFORM: bool> Kernel for WideProduct<
 
 /// The activations that a product reads. [tokens, steps], [`Wide::VECTORS`] vectors of codes a slot
 #[derive(Clone, Copy)]
-struct Slots<'a> {
+struct Slots<'a, W, const CONSTANT: bool> {
     steps: usize,
     codes: &'a [Aligned<[i8; STEP]>],
     starts: &'a [Aligned<[i32; LANES]>],
     sums: &'a [Aligned<[f32; LANES]>],
     scales: &'a [Aligned<[f32; LANES]>],
+    hold: PhantomData<W>,
 }
 
 impl Task<'_> {
@@ -66,30 +68,61 @@ impl Task<'_> {
         &self,
         w: &Packed<S>,
         token: usize,
-        groups: &mut Groups,
+        rows_at_hand: &mut RowsAtHand,
     ) -> usize {
         let Prepared { steps, tokens, .. } = *self.x;
         assert!(token + T <= tokens);
         let from = token * steps;
-        let x = Slots {
+        let x = Slots::<W, CONSTANT> {
             steps,
             codes: &self.x.codes[W::VECTORS * from..],
             starts: if CONSTANT { &self.x.starts[from..] } else { &[] },
             sums: if CONSTANT { &[] } else { &self.x.sums[from..] },
             scales: &self.x.scales[from..],
+            hold: PhantomData,
         };
-        let rows = WideRows::<W, CONSTANT, UNIFORM> { x, spread: Spread::new::<W, UNIFORM>(w), hold: PhantomData };
+        let rows = WideRows::<_, UNIFORM>::new(w, x);
         // SAFETY: there are `token + T` tokens or more, and the lengths were checked by the kernel.
-        unsafe { self.each_row::<S, _, T>(w, token, rows, groups) }
+        unsafe { self.each_row::<S, _, T>(w, token, rows, rows_at_hand) }
     }
 }
 
-/// Rows times the tokens of `x`.
+/// Activations that rows meet in wide steps.
+pub(super) trait Steps: Copy {
+    /// How the rows hold their codes.
+    type Hold: Hold;
+    /// Whether every group has the zero point of its grid.
+    const CONSTANT: bool;
+    /// Whether one token meets two rows at a time.
+    const PAIRS: bool;
+
+    /// Adds the products of one step; scales come with minus their zero points.
+    ///
+    /// # Safety
+    /// `step` is below the steps of `w` and of the activations, of which there are `T` tokens or more, and `rows` come from
+    /// `w`.
+    unsafe fn add<S: Simd, const T: usize, const R: usize>(
+        self,
+        w: &Packed<S>,
+        rows: [Codes; R],
+        step: usize,
+        weight_scales: [(S::F32, S::F32); R],
+        out: &mut [[S::F32; T]; R],
+    );
+}
+
+/// Rows times the tokens of `x`. With `UNIFORM`, no step meets two groups.
 #[derive(Clone, Copy)]
-struct WideRows<'a, W, const CONSTANT: bool, const UNIFORM: bool> {
-    x: Slots<'a>,
+pub(super) struct WideRows<X, const UNIFORM: bool> {
+    x: X,
+    steps: usize,
     spread: Spread,
-    hold: PhantomData<W>,
+}
+
+impl<X: Steps, const UNIFORM: bool> WideRows<X, UNIFORM> {
+    pub(super) fn new(w: &Packed<impl Simd>, x: X) -> Self {
+        Self { x, steps: w.steps, spread: Spread::new::<X::Hold, UNIFORM>(w) }
+    }
 }
 
 /// How groups lie over steps.
@@ -102,7 +135,7 @@ struct Spread {
 }
 
 impl Spread {
-    fn new<W: Wide, const UNIFORM: bool>(w: &Packed<impl Simd>) -> Self {
+    fn new<W: Hold, const UNIFORM: bool>(w: &Packed<impl Simd>) -> Self {
         let group = w.layout.group;
         let groups_a_step = if UNIFORM { 1 } else { W::COLUMNS / group };
         // Lanes after the last column take the last group's scale: another row's might not be finite.
@@ -117,10 +150,8 @@ impl Spread {
     }
 }
 
-impl<S: Simd, W: Wide, const CONSTANT: bool, const UNIFORM: bool, const T: usize> Rows<S, T>
-    for WideRows<'_, W, CONSTANT, UNIFORM>
-{
-    const PAIRS: bool = W::PAIRS;
+impl<S: Simd, X: Steps, const UNIFORM: bool, const T: usize> Rows<S, T> for WideRows<X, UNIFORM> {
+    const PAIRS: bool = X::PAIRS;
 
     #[inline(always)]
     unsafe fn add_groups<const R: usize>(
@@ -132,24 +163,25 @@ impl<S: Simd, W: Wide, const CONSTANT: bool, const UNIFORM: bool, const T: usize
         at: [usize; R],
         out: &mut [[S::F32; T]; R],
     ) {
-        let Self { x, spread, .. } = self;
+        let Self { x, steps, spread } = self;
         let simd = w.simd;
-        let mut scales = [(simd.splat(0.0), simd.splat(0.0)); R];
+        let no_scales = [(simd.splat(0.0), simd.splat(0.0)); R];
         if UNIFORM {
             let mut step = range.start * spread.steps_a_group;
             let loaded = groups.each_loaded(at, range.len());
             for group in 0..range.len() {
+                let mut scales = no_scales;
                 for (to, (scales, zeros)) in scales.iter_mut().zip(loaded) {
                     *to = (simd.splat(scales[group]), simd.splat(-zeros[group]));
                 }
                 // SAFETY: the step is below `steps`; the rest is the caller's promise.
-                unsafe { x.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, out) };
+                unsafe { x.add::<S, T, R>(w, rows, step, scales, out) };
                 step += 1;
                 if spread.steps_a_group > 1 {
-                    let end = x.steps.min(step + spread.steps_a_group - 1);
+                    let end = steps.min(step + spread.steps_a_group - 1);
                     while step < end {
                         // SAFETY: as above.
-                        unsafe { x.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, out) };
+                        unsafe { x.add::<S, T, R>(w, rows, step, scales, out) };
                         step += 1;
                     }
                 }
@@ -157,28 +189,28 @@ impl<S: Simd, W: Wide, const CONSTANT: bool, const UNIFORM: bool, const T: usize
         } else {
             let first = range.start / spread.groups_a_step;
             for (step, group) in (first..).zip((0..range.len()).step_by(spread.groups_a_step)) {
-                let of_lanes = &spread.of_lanes[usize::from(step + 1 == x.steps)];
+                let mut scales = no_scales;
+                let of_lanes = &spread.of_lanes[usize::from(step + 1 == steps)];
                 for (to, at) in scales.iter_mut().zip(at) {
                     to.0 = groups.lane_scales(simd, at + group, of_lanes, true);
-                    if !CONSTANT {
+                    if !X::CONSTANT {
                         to.1 = simd.neg(groups.lane_zeros(simd, at + group, of_lanes, true));
                     }
                 }
                 // SAFETY: as above.
-                unsafe { x.add::<S, W, CONSTANT, T, R>(w, rows, step, scales, out) };
+                unsafe { x.add::<S, T, R>(w, rows, step, scales, out) };
             }
         }
     }
 }
 
-impl Slots<'_> {
-    /// Adds the products of one step; scales come with minus their zero points.
-    ///
-    /// # Safety
-    /// `step` is below the steps of `w` and of the activations, of which there are `T` tokens or more, and `rows` come from
-    /// `w`.
+impl<W: Wide, const CONSTANT: bool> Steps for Slots<'_, W, CONSTANT> {
+    type Hold = W;
+    const CONSTANT: bool = CONSTANT;
+    const PAIRS: bool = W::PAIRS;
+
     #[inline(always)]
-    unsafe fn add<S: Simd, W: Wide, const CONSTANT: bool, const T: usize, const R: usize>(
+    unsafe fn add<S: Simd, const T: usize, const R: usize>(
         self,
         w: &Packed<S>,
         rows: [Codes; R],

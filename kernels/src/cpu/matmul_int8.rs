@@ -79,10 +79,11 @@ impl Kernel for Quantize<'_> {
 /// A subnormal scale is itself rounded, so that a quotient may be beyond 127; it saturates.
 #[inline(always)]
 pub(super) fn round_block<S: Simd>(simd: S, x: &[f32], codes: &mut [i8; 64]) -> f32 {
-    let mut padded = [0.0; 64];
+    let mut padded;
     let x: &[f32; 64] = if let Ok(whole) = x.try_into() {
         whole
     } else {
+        padded = [0.0; 64];
         padded[..x.len()].copy_from_slice(x);
         &padded
     };

@@ -23,6 +23,7 @@ mod feedback;
 mod gemm_int8;
 mod gemv;
 mod gemv_codes;
+mod gemv_eights;
 mod gemv_exact;
 mod gemv_int8;
 mod gemv_prepare;

@@ -379,6 +379,17 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn nibble_levels<const SAME: bool>(self, bytes: &[u8; 64], zero: [f32; 16]) -> [[f32; 16]; 8] {
+        let mut levels = [[0.0; 16]; 8];
+        for (i, byte) in bytes.iter().enumerate() {
+            let (k, lane) = (2 * i % 8, 2 * i / 8);
+            levels[k][lane] = f32::from(byte & 15) - zero[lane];
+            levels[k + 1][lane] = f32::from(byte >> 4) - zero[lane];
+        }
+        levels
+    }
+
+    #[inline(always)]
     fn permute(self, from: &[f32; 16], index: &[i32; 16]) -> [f32; 16] {
         index.map(|index| from[index as usize])
     }

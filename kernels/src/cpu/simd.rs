@@ -227,6 +227,10 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// `u` is below 16.
     fn levels<const NARROW: bool>(self, u: Self::U8, zero: Self::F32) -> [Self::F32; 4];
 
+    /// Codes of four bits less `zero`, a whole number below 16: lane `l` of vector `k` has code `8l + k`. With `SAME`, all
+    /// lanes of `zero` are.
+    fn nibble_levels<const SAME: bool>(self, bytes: &[u8; 64], zero: Self::F32) -> [Self::F32; 8];
+
     /// Lane `i` is `from[index[i]]`; an index is from 0 to 15.
     fn permute(self, from: &[f32; 16], index: &[i32; 16]) -> Self::F32;
 
