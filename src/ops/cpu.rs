@@ -69,7 +69,7 @@ pub struct CpuOps {
 /// A matrix as it is stored, under its name where it is a whole tensor.
 #[derive(Debug)]
 pub struct CpuWeight<'a> {
-    /// That of `tensor` where it borrows: all that decoding has to find in memory for every token.
+    /// That of `tensor` where it borrows, made once: lengths are checked whenever it is made.
     matrix: Option<Matrix<'a>>,
     tensor: Tensor<'a>,
     name: Option<String>,

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::Kernel;
-use super::avx2_codes::{both, codes, digits, halves, transpose, unpack};
+use super::avx2_codes::{both, codes, digits, halves, nibble_levels, transpose, unpack};
 use super::simd::{Simd, TERNARY_BYTES, TERNARY_PLACES};
 
 /// Token for AVX2 with fused multiply-add and half-precision conversion.
@@ -490,19 +490,8 @@ impl Simd for Avx2 {
 
     #[inline(always)]
     fn nibble_levels<const SAME: bool>(self, bytes: &[u8; 64], zero: [__m256; 2]) -> [[__m256; 2]; 8] {
-        let mut levels = [zero; 8];
-        for half in 0..2 {
-            // SAFETY: the token exists only on CPUs with AVX2; the array is twice 32 bytes, and loads may be unaligned.
-            unsafe {
-                let mut words = _mm256_loadu_si256(bytes.as_ptr().cast::<__m256i>().add(half));
-                for level in &mut levels {
-                    let codes = _mm256_and_si256(words, _mm256_set1_epi32(15));
-                    level[half] = _mm256_sub_ps(_mm256_cvtepi32_ps(codes), zero[half]);
-                    words = _mm256_srli_epi32::<4>(words);
-                }
-            }
-        }
-        levels
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { nibble_levels(bytes, zero) }
     }
 
     #[inline(always)]

@@ -213,3 +213,24 @@ pub(super) unsafe fn transpose(rows: [&[u8; 16]; 16], order: Option<__m256i>) ->
         out
     }
 }
+
+/// 128 codes of four bits less `zero`; vector `k` has code `8l + k` in lane `l`.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+pub(super) unsafe fn nibble_levels(bytes: &[u8; 64], zero: [__m256; 2]) -> [[__m256; 2]; 8] {
+    let mut levels = [zero; 8];
+    for half in 0..2 {
+        // SAFETY: the caller's promise; the array is twice 32 bytes, and loads may be unaligned.
+        unsafe {
+            let mut words = _mm256_loadu_si256(bytes.as_ptr().cast::<__m256i>().add(half));
+            for level in &mut levels {
+                let codes = _mm256_and_si256(words, _mm256_set1_epi32(15));
+                level[half] = _mm256_sub_ps(_mm256_cvtepi32_ps(codes), zero[half]);
+                words = _mm256_srli_epi32::<4>(words);
+            }
+        }
+    }
+    levels
+}

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::Kernel;
-use super::avx512_codes::{SHIFT, SPREAD, Unpack, digits, dot_digits, quarters};
+use super::avx512_codes::{SHIFT, SPREAD, Unpack, digits, dot_digits, nibble_level, quarters};
 use super::avx512_transpose::{sums, transpose};
 use super::simd::{Aligned, Simd, TERNARY_PLACES};
 
@@ -483,20 +483,5 @@ impl Simd for Avx512 {
     fn permute(self, from: &[f32; 16], index: &[i32; 16]) -> __m512 {
         // SAFETY: the token exists only on CPUs with AVX-512; the arrays are 64 bytes, and loads may be unaligned.
         unsafe { _mm512_permutexvar_ps(_mm512_loadu_si512(index.as_ptr().cast()), _mm512_loadu_ps(from.as_ptr())) }
-    }
-}
-
-/// The codes of four bits from bit `AT` of each lane on, less `zero`.
-///
-/// # Safety
-/// The CPU has AVX-512.
-#[inline(always)]
-unsafe fn nibble_level<const AT: u32>(words: __m512i, zero: __m512) -> __m512 {
-    // SAFETY: the caller's promise.
-    unsafe {
-        // In a number from 2^(23 - AT) on, bit `AT` of the mantissa counts 1.
-        let start = _mm512_set1_epi32(((150 - AT) << 23) as i32);
-        let codes = _mm512_ternarylogic_epi32::<0b1110_1010>(words, _mm512_set1_epi32(15 << AT), start);
-        _mm512_sub_ps(_mm512_castsi512_ps(codes), _mm512_add_ps(_mm512_castsi512_ps(start), zero))
     }
 }

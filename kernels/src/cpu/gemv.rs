@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Cpu;
 use super::ahead::announce;
-use super::gemv_codes::{Bytes, Decode, Halves, Hold, Nibbles, Stream, Ternary, TernaryBlocks, Wide};
+use super::gemv_codes::{Bytes, Decode, Halves, Hold, Nibbles, Single, Stream, Ternary, TernaryBlocks, Wide};
 use super::gemv_eights::EightsProduct;
 use super::gemv_exact::{BF16, ExactProduct, F16, F32, FloatProduct};
 use super::gemv_int8::RoundedProduct;
@@ -32,7 +32,7 @@ const BYTES_A_TASK: std::ops::RangeInclusive<usize> = 1 << 14..=1 << 17;
 const TASKS_A_THREAD: usize = 8;
 
 /// Weights of one parallel region.
-const WEIGHTS_AT_A_TIME: usize = 8;
+pub(super) const WEIGHTS_AT_A_TIME: usize = 8;
 
 /// How a matrix product takes its activations.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -171,8 +171,7 @@ impl Cpu {
         // Each thread reads on where it read last, as far as there are tasks, and then helps the others.
         taken.clear();
         taken.resize_with(threads, || Aligned(AtomicUsize::new(0)));
-        announce(weights, threads);
-        for_each_thread(threads, |own| {
+        let take = |own| {
             for share in (own..threads).chain(0..own) {
                 let [start, end] = [share, share + 1].map(|share| share * tasks / threads);
                 loop {
@@ -183,7 +182,8 @@ impl Cpu {
                     run(task);
                 }
             }
-        });
+        };
+        for_each_thread(threads, || announce(weights, threads), take);
         WORKSPACE.set(workspace);
     }
 
@@ -210,7 +210,12 @@ impl Cpu {
             Data::Quantized { layout, .. } => layout,
         };
         SCRATCH.with_borrow_mut(|scratch| match (x.form, layout.grid) {
-            (Some(Form::Wide { order: Order::Single, .. }), _) => self.wide_grid::<Stream>(task, scratch, layout),
+            (Some(Form::Wide { order: Order::Single, .. }), grid) if grid.max_code() == 255 => {
+                self.wide_grid::<Single<true>>(task, scratch, layout);
+            }
+            (Some(Form::Wide { order: Order::Single, .. }), _) => {
+                self.wide_grid::<Single<false>>(task, scratch, layout)
+            }
             (Some(Form::Wide { order: Order::Nibbles, .. }), _) => self.wide_grid::<Nibbles>(task, scratch, layout),
             (Some(Form::Wide { order: Order::Ternary, .. }), _) => {
                 self.wide::<TernaryBlocks, true>(task, scratch, layout);

@@ -7,7 +7,7 @@ use super::gemv_prepare::STEP;
 use super::simd::{Aligned, Simd, TERNARY_BYTES};
 use crate::bits::TERNARY_PER_BYTE;
 
-/// Columns of a wide step of a dense stream.
+/// Columns of a wide step of a dense stream whose groups are not shorter than 64 columns, or that has four bits.
 pub(super) const WIDE: usize = 2 * STEP;
 
 /// Columns of a wide step of ternary codes.
@@ -30,7 +30,7 @@ pub(super) trait Decode: Hold {
     fn codes<S: Simd>(simd: S, unpack: &S::Unpack, bytes: &[u8], step: usize) -> S::U8;
 }
 
-/// Codes of more columns in several vectors.
+/// Codes in one or more vectors, each lane of which has columns of one block.
 pub(super) trait Wide: Hold {
     /// Vectors of activation codes to a step.
     const VECTORS: usize;
@@ -76,22 +76,6 @@ impl Decode for Stream {
     }
 }
 
-impl Wide for Stream {
-    const VECTORS: usize = 1;
-    type Codes<S: Simd> = S::U8;
-
-    #[inline(always)]
-    fn codes<S: Simd>(simd: S, unpack: &S::Unpack, bytes: &[u8], _: usize) -> S::U8 {
-        simd.codes(unpack, first(bytes))
-    }
-
-    #[inline(always)]
-    fn dot<S: Simd>(simd: S, codes: S::U8, a: &[Aligned<[i8; STEP]>], start: S::I32) -> S::I32 {
-        let [a] = a else { unreachable!("a step has one vector") };
-        simd.dot_codes(codes, a, start, true)
-    }
-}
-
 /// Five ternary codes to a byte.
 #[derive(Clone, Copy)]
 pub(super) struct Ternary;
@@ -124,6 +108,36 @@ fn dot_both<S: Simd>(
 ) -> S::I32 {
     let [a, b] = a else { unreachable!("a step has two vectors") };
     simd.dot_codes(v, b, simd.dot_codes(u, a, start, eight_bits), eight_bits)
+}
+
+/// A dense stream whose groups are shorter than 64 columns, which are taken as they come.
+#[derive(Clone, Copy)]
+pub(super) struct Single<const EIGHT_BITS: bool>;
+
+impl<const EIGHT_BITS: bool> Hold for Single<EIGHT_BITS> {
+    const COLUMNS: usize = STEP;
+    const BYTES: usize = 64;
+
+    #[inline(always)]
+    fn offset(bits: usize, step: usize) -> usize {
+        Stream::offset(bits, step)
+    }
+}
+
+impl<const EIGHT_BITS: bool> Wide for Single<EIGHT_BITS> {
+    const VECTORS: usize = 1;
+    type Codes<S: Simd> = S::U8;
+
+    #[inline(always)]
+    fn codes<S: Simd>(simd: S, unpack: &S::Unpack, bytes: &[u8], _: usize) -> S::U8 {
+        simd.codes(unpack, first(bytes))
+    }
+
+    #[inline(always)]
+    fn dot<S: Simd>(simd: S, codes: S::U8, a: &[Aligned<[i8; STEP]>], start: S::I32) -> S::I32 {
+        let [a] = a else { unreachable!("a step has one vector") };
+        simd.dot_codes(codes, a, start, EIGHT_BITS)
+    }
 }
 
 /// A stream of codes of four bits: the even columns, then the odd ones.

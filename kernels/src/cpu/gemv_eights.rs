@@ -6,18 +6,13 @@
 
 use super::Kernel;
 use super::gemv_codes::{Hold, Nibbles};
-use super::gemv_prepare::Prepared;
-use super::gemv_row::{Codes, Packed, Scratch, Task};
+use super::gemv_prepare::{EIGHT, Eights, Prepared};
+use super::gemv_row::{Codes, Packed, RowsAtHand, Scratch, Task};
 use super::gemv_wide::{Steps, WideRows};
-use super::simd::{Aligned, LANES, Simd};
+use super::simd::{Aligned, Simd};
 
-/// Columns of a lane.
-const EIGHT: usize = 8;
-
-/// The activations of a step: those of columns `k` of all lanes.
-type Eights = [[f32; LANES]; EIGHT];
-
-/// A task with activations as they are. With `UNIFORM`, no step meets two groups.
+/// A task with activations as they are. With `CONSTANT`, every group has the zero point of its grid; with `UNIFORM`, no step
+/// meets two groups.
 pub(super) struct EightsProduct<'a, const CONSTANT: bool, const UNIFORM: bool> {
     task: Task<'a>,
     scratch: &'a mut Scratch,
@@ -41,22 +36,31 @@ impl<const CONSTANT: bool, const UNIFORM: bool> Kernel for EightsProduct<'_, CON
         let rows = &mut scratch.rows;
         let mut token = 0;
         while token < tokens {
-            let x = FloatSteps::<CONSTANT, UNIFORM> {
-                steps,
-                x: &eights[token * steps..],
-                zero: w.constant_zero().unwrap_or(0.0),
-            };
-            let x = WideRows::<_, UNIFORM>::new(w, x);
-            // SAFETY: as many tokens as are named remain, and the lengths were checked above.
-            token += unsafe {
-                match tokens - token {
-                    1 => task.each_row::<S, _, 1>(w, token, x, rows),
-                    3 | 5 | 6 if S::REGISTERS >= 32 => task.each_row::<S, _, 3>(w, token, x, rows),
-                    4.. if S::REGISTERS >= 32 => task.each_row::<S, _, 4>(w, token, x, rows),
-                    _ => task.each_row::<S, _, 2>(w, token, x, rows),
-                }
+            token += match tokens - token {
+                1 => task.eights_rows::<S, CONSTANT, UNIFORM, 1>(w, token, rows),
+                3 | 5 | 6 if S::REGISTERS >= 32 => task.eights_rows::<S, CONSTANT, UNIFORM, 3>(w, token, rows),
+                4.. if S::REGISTERS >= 32 => task.eights_rows::<S, CONSTANT, UNIFORM, 4>(w, token, rows),
+                _ => task.eights_rows::<S, CONSTANT, UNIFORM, 2>(w, token, rows),
             };
         }
+    }
+}
+
+impl Task<'_> {
+    /// `T` tokens from `token` on. Gives `T`.
+    #[inline(always)]
+    fn eights_rows<S: Simd, const CONSTANT: bool, const UNIFORM: bool, const T: usize>(
+        &self,
+        w: &Packed<S>,
+        token: usize,
+        rows_at_hand: &mut RowsAtHand,
+    ) -> usize {
+        let Prepared { steps, tokens, ref eights, .. } = *self.x;
+        assert!(token + T <= tokens);
+        let zero = w.constant_zero().unwrap_or(0.0);
+        let x = FloatSteps::<CONSTANT, UNIFORM> { steps, x: &eights[token * steps..], zero };
+        // SAFETY: the tokens were checked above, the lengths by the kernel, which made `w` for this.
+        unsafe { self.each_row::<S, _, T>(w, token, WideRows::<_, UNIFORM>::new(w, x), rows_at_hand) }
     }
 }
 

@@ -1,10 +1,11 @@
 //! Activations as the products of a few tokens read them: prepared once a call, for all rows.
 //!
-//! Everything follows steps of 64 columns in which lane `l` of the vector holds columns `4l` to `4l + 3`. Where groups are
-//! whole steps ([`Scaling::Steps`]) the scales of a step are one number each. Otherwise ([`Scaling::Lanes`]) each lane has
-//! scales of its own; a lane that several blocks of columns meet has a plane for each, with zeros in the others' columns.
-//! What meets codes of four bits follows wider steps ([`Form::Eights`]), as do rounded activations whose blocks have lanes of
-//! their own ([`Form::Wide`]).
+//! In general, steps are of 64 columns, of which lane `l` of the vector holds columns `4l` to `4l + 3`. Where groups are whole
+//! steps ([`Scaling::Steps`]) the scales of a step are one number each. Otherwise ([`Scaling::Lanes`]) each lane has scales of
+//! its own; a lane that several blocks of columns meet has a plane for each, with zeros in the others' columns.
+//!
+//! Where no lane meets two blocks, steps and lanes are those that the codes are unpacked to fastest: for activations as they
+//! are times four bits ([`Form::Eights`]), and for rounded ones ([`Form::Wide`]).
 
 use super::Kernel;
 use super::gemv_codes::{TERNARY_COLUMNS, TERNARY_WIDE, WIDE, ternary_phase};
@@ -18,6 +19,12 @@ pub(super) const STEP: usize = 64;
 
 /// Columns of a lane.
 const LANE: usize = STEP / LANES;
+
+/// Columns of a lane in a step of 128.
+pub(super) const EIGHT: usize = WIDE / LANES;
+
+/// The activations of such a step: those of column `k` of all lanes.
+pub(super) type Eights = [[f32; LANES]; EIGHT];
 
 /// How scales lie over the lanes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +80,7 @@ impl Order {
         }
     }
 
-    /// Whether steps are whole groups, or groups whole steps, and no lane has columns of two.
+    /// Whether steps are whole groups, or groups whole steps (a row of one group is both), and no lane has columns of two.
     fn takes(self, group: usize, cols: usize) -> bool {
         // Columns of the fewest lanes that a group has for itself.
         let least = match self {
@@ -131,7 +138,7 @@ pub(super) struct Prepared {
     /// LANES], where vector `k` has column `k` of each lane.
     pub(super) floats: Vec<Aligned<[[f32; LANES]; LANE]>>,
     /// [`Form::Eights`]: vector `k` has column `k` of each lane, padded with zeros. [tokens, steps]
-    pub(super) eights: Vec<Aligned<[[f32; LANES]; 8]>>,
+    pub(super) eights: Vec<Aligned<Eights>>,
     /// [`Form::Rounded`], and the rest too: in the order of the columns. [tokens, steps, planes]
     ///
     /// [`Form::Wide`]: [tokens, steps, vectors of a step], in its order.
@@ -215,9 +222,9 @@ impl Prepared {
     fn eights(&mut self, x: &[f32], cols: usize) {
         self.steps = cols.div_ceil(WIDE);
         self.eights.clear();
-        self.eights.resize(self.slots(), Aligned([[0.0; LANES]; 8]));
+        self.eights.resize(self.slots(), Aligned([[0.0; LANES]; EIGHT]));
         for (x, to) in x.chunks_exact(cols).flat_map(|x| x.chunks(WIDE)).zip(&mut self.eights) {
-            let (lanes, rest) = x.as_chunks::<8>();
+            let (lanes, rest) = x.as_chunks::<EIGHT>();
             for (lane, x) in lanes.iter().map(|x| &x[..]).chain([rest]).enumerate() {
                 for (to, &x) in to.iter_mut().zip(x) {
                     to[lane] = x;

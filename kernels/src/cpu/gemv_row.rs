@@ -44,7 +44,8 @@ pub(super) trait Rows<S: Simd, const T: usize>: Copy {
     /// Adds the lanes of a range of the groups of each of `R` rows, which starts with a step. They were widened to `at`.
     ///
     /// # Safety
-    /// The activations have `T` tokens or more and the steps of `w`, and `rows` come from `w`, which has those groups.
+    /// The activations have `T` tokens or more and the steps of `w`, and `rows` come from `w`, which has those groups and was
+    /// made for the codes that this reads.
     unsafe fn add_groups<const R: usize>(
         self,
         w: &Packed<S>,
@@ -60,7 +61,7 @@ impl Task<'_> {
     /// The products of `T` tokens from `token` on. Gives `T`.
     ///
     /// # Safety
-    /// The activations of `x` have `T` tokens or more and the steps of `w`.
+    /// The activations of `x` have `T` tokens or more and the steps of `w`, which was made for the codes that `x` reads.
     #[inline(always)]
     pub(super) unsafe fn each_row<S: Simd, X: Rows<S, T>, const T: usize>(
         &self,
@@ -238,7 +239,7 @@ impl<'a, S: Simd> Packed<'a, S> {
     /// The bytes from the codes of step `step` of `row` on.
     ///
     /// # Safety
-    /// `step` is below [`steps`](Self::steps), and `row` comes from [`row`](Self::row).
+    /// `step` is below [`steps`](Self::steps), `row` comes from [`row`](Self::row), and `H` is that of [`new`](Self::new).
     #[inline(always)]
     pub(super) unsafe fn bytes<'r, H: Hold>(&self, row: Codes<'r>, step: usize) -> &'r [u8] {
         let offset = H::offset(self.bits, step);

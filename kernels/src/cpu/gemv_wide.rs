@@ -1,4 +1,5 @@
-//! A few tokens of INT8 activations times packed weights whose groups have lanes of their own.
+//! A few tokens of INT8 activations times packed weights whose groups have lanes of their own, and the walk over the steps of
+//! such rows, which [`gemv_eights`](super::gemv_eights) shares.
 //!
 //! The order of the sums, on every instruction set: in a step of 64 to 256 columns (see
 //! [`Order`](super::gemv_prepare::Order)), a lane's dot product over its columns is an exact integer. It is multiplied by the
@@ -100,7 +101,7 @@ pub(super) trait Steps: Copy {
     ///
     /// # Safety
     /// `step` is below the steps of `w` and of the activations, of which there are `T` tokens or more, and `rows` come from
-    /// `w`.
+    /// `w`, which was made for [`Hold`](Self::Hold).
     unsafe fn add<S: Simd, const T: usize, const R: usize>(
         self,
         w: &Packed<S>,
@@ -137,6 +138,12 @@ struct Spread {
 impl Spread {
     fn new<W: Hold, const UNIFORM: bool>(w: &Packed<impl Simd>) -> Self {
         let group = w.layout.group;
+        // Otherwise the steps of groups would not be those of the row.
+        assert!(if UNIFORM {
+            w.groups == 1 || group.is_multiple_of(W::COLUMNS)
+        } else {
+            W::COLUMNS.is_multiple_of(group) && W::COLUMNS / group <= LANES
+        });
         let groups_a_step = if UNIFORM { 1 } else { W::COLUMNS / group };
         // Lanes after the last column take the last group's scale: another row's might not be finite.
         let of_lanes = |groups: usize| -> [i32; LANES] {
@@ -174,7 +181,8 @@ impl<S: Simd, X: Steps, const UNIFORM: bool, const T: usize> Rows<S, T> for Wide
                 for (to, (scales, zeros)) in scales.iter_mut().zip(loaded) {
                     *to = (simd.splat(scales[group]), simd.splat(-zeros[group]));
                 }
-                // SAFETY: the step is below `steps`; the rest is the caller's promise.
+                // SAFETY: groups are whole steps, as `Spread` has checked, so the step is below `steps`; the rest is the
+                // caller's promise.
                 unsafe { x.add::<S, T, R>(w, rows, step, scales, out) };
                 step += 1;
                 if spread.steps_a_group > 1 {

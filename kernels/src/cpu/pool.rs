@@ -27,7 +27,8 @@ const AWAKE: Duration = Duration::from_micros(50);
 /// Looks at the pool between two looks at the clock.
 const LOOKS: usize = 64;
 
-/// Looks at the pool before the processor is offered to others.
+/// Looks at the pool before the processor is offered to others: some 20 microseconds, in which a worker that runs ends its last
+/// task. The offer costs half a microsecond, too much for every loop.
 const LOOKS_BEFORE_YIELD: usize = 1024;
 
 static POOL: Pool = Pool {
@@ -74,13 +75,15 @@ pub(super) fn for_each_init<T>(tasks: usize, init: impl Fn() -> T + Sync, run: i
     }
 }
 
-/// Calls `run` with 0 on the calling thread and, as far as others have time, with each of `1..threads` on one of these,
-/// always the same.
+/// Calls `run` with 0 on the calling thread and, as far as they have time, with each of `1..threads` on others, the same
+/// number always on the same thread. `before` is called first where others may take part: they may not within a task, or
+/// while another thread uses the pool. So `run(0)` alone must leave nothing to do.
 ///
 /// # Panics
 /// With the panic of a call.
-pub(super) fn for_each_thread(threads: usize, run: impl Fn(usize) + Sync) {
+pub(super) fn for_each_thread(threads: usize, before: impl FnOnce(), run: impl Fn(usize) + Sync) {
     let Some(mut workers) = POOL.enter().filter(|_| threads > 1) else { return run(0) };
+    before();
     let panic = POOL.run(&mut workers, threads - 1, 0, &run);
     drop(workers);
     if let Some(panic) = panic {
@@ -213,7 +216,7 @@ impl Pool {
         wanted.min(workers.len())
     }
 
-    /// Runs a share; a panic leaves no more tasks, and is kept.
+    /// Runs a share; a panic is kept, and leaves no more tasks to those who take them from the pool.
     fn share(&self, share: &Share, thread: usize) {
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| share(thread))) {
             self.next.store(usize::MAX / 2, Ordering::Relaxed);
@@ -277,7 +280,11 @@ impl Pool {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::HashSet, panic, sync::Barrier};
+    use std::{
+        collections::{HashMap, HashSet},
+        panic,
+        sync::Barrier,
+    };
 
     use super::*;
 
@@ -382,6 +389,42 @@ mod tests {
                 assert_eq!(message.downcast_ref::<&str>(), Some(&"task 40"));
                 assert_eq!(counts(100), vec![1; 100]);
             }
+        });
+    }
+
+    #[test]
+    fn each_thread_has_its_number() {
+        with_threads(4, || {
+            let (caller, seen) = (thread::current().id(), Mutex::new(HashMap::new()));
+            for _ in 0..200 {
+                let (before, calls) = (AtomicBool::new(false), [const { AtomicUsize::new(0) }; 4]);
+                let run = |number: usize| {
+                    calls[number].fetch_add(1, Ordering::Relaxed);
+                    let id = thread::current().id();
+                    assert_eq!(*seen.lock().unwrap().entry(number).or_insert(id), id);
+                    // Leaves the others time to come.
+                    while number == 0 && before.load(Ordering::Relaxed) && calls[1].load(Ordering::Relaxed) == 0 {
+                        thread::yield_now();
+                    }
+                };
+                for_each_thread(4, || before.store(true, Ordering::Relaxed), run);
+                let calls = calls.map(AtomicUsize::into_inner);
+                assert!(calls[0] == 1 && calls.iter().all(|&calls| calls <= 1), "{calls:?}");
+            }
+            assert_eq!(seen.into_inner().unwrap()[&0], caller);
+        });
+    }
+
+    #[test]
+    fn a_thread_that_finds_the_pool_in_use_is_alone() {
+        with_threads(3, || {
+            let (held, calls) = (lock_pool(), Mutex::new(Vec::new()));
+            for_each_thread(3, || panic!("nobody else takes part"), |number| calls.lock().unwrap().push(number));
+            drop(held);
+            assert_eq!(calls.into_inner().unwrap(), [0]);
+            let result = panic::catch_unwind(|| for_each_thread(3, || (), |number| assert!(number > 0, "the first")));
+            assert_eq!(result.unwrap_err().downcast_ref::<&str>(), Some(&"the first"));
+            assert_eq!(counts(100), vec![1; 100]);
         });
     }
 
