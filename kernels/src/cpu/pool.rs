@@ -27,7 +27,7 @@ const AWAKE: Duration = Duration::from_micros(50);
 /// Looks at the pool between two looks at the clock.
 const LOOKS: usize = 64;
 
-/// Looks at the pool before the processor is offered to others: some 20 microseconds, in which a worker that runs ends its last
+/// Looks at the pool before the processor is offered to others: some 25 microseconds, in which a worker that runs ends its last
 /// task. The offer costs half a microsecond, too much for every loop.
 const LOOKS_BEFORE_YIELD: usize = 1024;
 
