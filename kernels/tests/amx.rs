@@ -146,6 +146,17 @@ proptest! {
 }
 
 #[test]
+fn long_rows_are_unpacked_in_parts() {
+    for (width, symmetric, group) in [(4, true, 128), (8, false, 64), (4, false, 100), (3, true, 1 << 40)] {
+        let layout = Layout { grid: Grid::Int { bits: width, symmetric }, group };
+        let product = Product::new(layout, 35, 3333, 19, 11);
+        let found = product.multiply(with_tiles(Cpu::detect()));
+        product.check(&found);
+        assert_eq!(bits(&found), bits(&product.multiply(Cpu::detect())));
+    }
+}
+
+#[test]
 fn what_is_not_finite_poisons_its_token_alone() {
     let layout = Layout { grid: Grid::Int { bits: 4, symmetric: false }, group: 64 };
     let mut product = Product::new(layout, 40, 130, 37, 5);

@@ -305,14 +305,25 @@ fn rows_have_more_groups_than_are_widened_at_a_time() {
 }
 
 #[test]
-fn one_thread_takes_strips_of_several_panels() {
+fn long_rows_are_unpacked_in_parts() {
     let mut random = Random::new();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
-    pool.install(|| {
-        for symmetric in [true, false] {
-            check_matmul_int8(&mut random, integers(4, symmetric, 64, FloatType::F16), 400, 130, 9);
+    let other = |grid, group| Encoding::Quantized(Layout { grid, group }, FloatType::F16);
+    for encoding in [
+        integers(4, true, 128, FloatType::F16),
+        integers(4, false, 32, FloatType::F32),
+        integers(8, false, 64, FloatType::F16),
+        integers(3, true, 1 << 40, FloatType::F16),
+        integers(6, false, 100, FloatType::F16),
+        integers(5, false, 7, FloatType::F32),
+        integers(2, true, 1, FloatType::F16),
+        other(Grid::Ternary, 128),
+        other(Grid::Binary, 2000),
+    ] {
+        for cols in [1024, 2048 + 64, 3333] {
+            check_matmul(&mut random, encoding, 53, cols, 9);
+            check_matmul_int8(&mut random, encoding, 53, cols, 15);
         }
-    });
+    }
 }
 
 /// Where a scale is a subnormal number, quotients may be beyond what INT8 holds, or the scale is zero.

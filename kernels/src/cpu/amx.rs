@@ -5,12 +5,13 @@
 //! them, four columns of 16 rows in 64 bytes; the activations are the row operand, as they are.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
-use super::gemm_int8::Activations;
-use super::matmul::Output;
-use super::matmul_int8::Block;
+use super::gemm_int8::Multiply;
+use super::gemm_prepare::{Rounded, Tile};
 use super::panel::Panel;
-use super::simd::{LANES, Simd};
+use super::rounding::Block;
+use super::simd::{Aligned, LANES, Simd};
 
 /// Tokens of a step: two tiles of 16.
 pub(super) const TOKENS: usize = 32;
@@ -208,14 +209,21 @@ macro_rules! step {
 }
 
 impl Tiles {
-    /// Multiplies one block of the weights of `panel`, from `unit` on, with `activations`: `high` tiles of 16 rows of
-    /// `units` each.
+    /// Multiplies one block of the weights of `panel`, from `panel_unit` on, with `activations` from `unit` on: `high` tiles
+    /// of 16 rows of `units` each.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn step(&self, (activations, units, high): (&[i32], usize, usize), panel: &Panel, unit: usize, sums: &mut Sums) {
-        let last = unit + self.units;
+    fn step(
+        &self,
+        (activations, units, high): (&[i32], usize, usize),
+        unit: usize,
+        panel: &Panel,
+        panel_unit: usize,
+        sums: &mut Sums,
+    ) {
         assert!(high == 1 || high == 2);
-        assert!(last <= units && high * LANES * units <= activations.len() && last * VECTORS <= panel.codes.len());
+        assert!(unit + self.units <= units && high * LANES * units <= activations.len());
+        assert!((panel_unit + self.units) * VECTORS <= panel.codes.len());
         let stride = 4 * units;
         let to = sums.0.as_mut_ptr();
         // SAFETY: `self` is the proof that the tiles have their shapes and the instructions work. Rows of activations are
@@ -223,7 +231,7 @@ impl Tiles {
         // `self.units` rows of 64 bytes of the panel are read, and 16 rows of 64 bytes written for each of the
         // `high * VECTORS` tiles of sums: all within the slices, as asserted above.
         unsafe {
-            let (a, b) = (activations.as_ptr().add(unit), panel.codes.as_ptr().add(unit * VECTORS));
+            let (a, b) = (activations.as_ptr().add(unit), panel.codes.as_ptr().add(panel_unit * VECTORS));
             match (high, self.signed) {
                 (1, true) => step!(one, "tdpbssd", a, stride, b, to),
                 (1, false) => step!(one, "tdpbsud", a, stride, b, to),
@@ -234,38 +242,44 @@ impl Tiles {
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    fn step(&self, _: (&[i32], usize, usize), _: &Panel, _: usize, _: &mut Sums) {
+    fn step(&self, _: (&[i32], usize, usize), _: usize, _: &Panel, _: usize, _: &mut Sums) {
         unreachable!("there are tiles on x86-64 only")
     }
+}
 
-    /// The tokens from `first` on, at most [`TOKENS`], times one panel.
+impl Multiply for Tiles {
+    const VECTORS: usize = VECTORS;
+
+    fn signed(&self) -> bool {
+        self.signed
+    }
+
     #[inline(always)]
-    pub(super) fn multiply<S: Simd>(
+    fn add<S: Simd>(
         &self,
         simd: S,
-        activations: &Activations,
-        first: usize,
+        (x, tile): (&Rounded, &Tile),
         panel: &Panel,
-        blocks: &[Block],
-        out: &Output,
+        range: Range<usize>,
+        results: &mut [Aligned<[f32; LANES]>],
     ) {
-        let units = activations.units;
-        let tokens = TOKENS.min(activations.tokens - first);
-        let high = tokens.div_ceil(LANES);
-        let codes = &activations.codes[first * units..][..TOKENS * units];
-        let numbers = first * blocks.len()..(first + TOKENS) * blocks.len();
-        let scales = activations.scales[numbers.clone()].as_chunks::<TOKENS>().0;
-        let code_sums = activations.sums[numbers].as_chunks::<TOKENS>().0;
-        let mut results = [[[0.0; LANES]; VECTORS]; TOKENS];
+        let high = tile.tokens.div_ceil(LANES);
+        let codes = &tile.codes[..TOKENS * x.units];
+        let scales = &tile.scales.as_chunks::<TOKENS>().0[range.clone()];
+        let code_sums = &tile.sums.as_chunks::<TOKENS>().0[range.clone()];
+        let blocks = &x.blocks[range];
+        let Some(first) = blocks.first() else { return };
+        let results = results.as_chunks_mut::<VECTORS>().0;
         // While the tiles of one block run, the sums of the one before are scaled.
         let mut sums = [const { Sums([[[[0; LANES]; LANES]; VECTORS]; TOKENS / LANES]) }; 2];
         for step in 0..=blocks.len() {
             if let Some(block) = blocks.get(step) {
-                self.step((codes, units, high), panel, block.unit, &mut sums[step % 2]);
+                self.step((codes, x.units, high), block.unit, panel, block.unit - first.unit, &mut sums[step % 2]);
             }
             let Some(index) = step.checked_sub(1) else { continue };
-            let weight_scales = &panel.scales[blocks[index].group * VECTORS..][..VECTORS];
-            let minus_zeros = &panel.minus_zeros[blocks[index].group * VECTORS..][..VECTORS];
+            let group = blocks[index].group - first.group;
+            let weight_scales = &panel.scales[group * VECTORS..][..VECTORS];
+            let minus_zeros = &panel.minus_zeros[group * VECTORS..][..VECTORS];
             for (high, sums) in sums[index % 2].0[..high].iter().enumerate() {
                 for (row, &scale) in scales[index][high * LANES..][..LANES].iter().enumerate() {
                     let token = high * LANES + row;
@@ -283,12 +297,6 @@ impl Tiles {
                     }
                 }
             }
-        }
-        for (token, results) in results[..tokens].iter().enumerate() {
-            // SAFETY: every task has rows or tokens of its own, and this one makes one reference at a time.
-            let to = unsafe { out.segment(first + token, panel.rows.clone()) };
-            let rows = to.len();
-            to.copy_from_slice(&results.as_flattened()[..rows]);
         }
     }
 }

@@ -398,6 +398,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn load_bytes(self, from: &[u8; 64]) -> [__m256i; 2] {
+        // SAFETY: the token exists only on CPUs with AVX2; the halves are 32 bytes each, and loads may be unaligned.
+        unsafe { [0, 32].map(|start| _mm256_loadu_si256(from[start..].as_ptr().cast())) }
+    }
+
+    #[inline(always)]
     fn nibbles(self, bytes: &[u8; 64]) -> [[__m256i; 2]; 2] {
         // SAFETY: the token exists only on CPUs with AVX2; the array is 64 bytes, and loads may be unaligned.
         unsafe {

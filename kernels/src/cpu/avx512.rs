@@ -396,6 +396,12 @@ impl Simd for Avx512 {
     }
 
     #[inline(always)]
+    fn load_bytes(self, from: &[u8; 64]) -> __m512i {
+        // SAFETY: the token exists only on CPUs with AVX-512; the array is 64 bytes, and the load may be unaligned.
+        unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
     fn nibbles(self, bytes: &[u8; 64]) -> [__m512i; 2] {
         // SAFETY: the token exists only on CPUs with AVX-512 BW; the array is 64 bytes, and the load may be unaligned.
         unsafe {

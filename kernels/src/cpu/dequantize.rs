@@ -2,8 +2,7 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-
+use super::pool::for_each_piece;
 use super::simd::{LANES, Simd};
 use super::{Cpu, Kernel};
 use crate::bits::{TERNARY_PER_BYTE, stream_code};
@@ -12,8 +11,8 @@ use crate::matrix::{Data, FloatType, Grid, Layout, Matrix};
 /// Columns that are decoded at a time: they and their scales stay in the first-level cache.
 pub(super) const BLOCK: usize = 256;
 
-/// Values below which a parallel loop costs more than it gains.
-const PARALLEL_VALUES: usize = 1 << 16;
+/// Values below which a task costs more than it gains.
+const VALUES_A_TASK: usize = 1 << 14;
 
 /// Buffers of [`decode`], one a task.
 pub(super) struct Scratch {
@@ -246,11 +245,12 @@ impl Cpu {
 
     fn decode_rows(self, w: &Matrix, out: &mut [f32], row: impl Fn(usize) -> usize + Sync) {
         let cols = w.cols().max(1);
-        let rows_a_task = PARALLEL_VALUES.div_ceil(cols);
-        out.par_chunks_exact_mut(cols)
-            .enumerate()
-            .with_min_len(rows_a_task)
-            .for_each(|(i, out)| self.dispatch(DecodeRow { w, row: row(i), out }));
+        let rows_a_task = VALUES_A_TASK.div_ceil(cols);
+        for_each_piece(out, rows_a_task * cols, |piece, out| {
+            for (i, out) in out.chunks_exact_mut(cols).enumerate() {
+                self.dispatch(DecodeRow { w, row: row(piece * rows_a_task + i), out });
+            }
+        });
     }
 }
 

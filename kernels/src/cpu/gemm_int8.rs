@@ -1,186 +1,83 @@
 //! Many tokens rounded to INT8 times packed weights.
 //!
-//! A task unpacks a strip of weight rows once into panels, in the order in which integer dot products take them, and runs
-//! the strip, which then lies in the second-level cache, past its tokens. On tiles see [`amx`](super::amx).
+//! A task unpacks some columns of a panel of weight rows, in the order in which integer dot products take them, and runs
+//! them, which then lie in cache, past its tokens. On tiles see [`amx`](super::amx).
 
 use std::cell::Cell;
 use std::ops::Range;
 
-use rayon::prelude::*;
-
-use super::amx::{self, Amx};
-use super::dequantize::zero_point;
+use super::gemm_prepare::{Rounded, Tile};
 use super::matmul::{Output, tokens_a_task};
-use super::matmul_int8::{Block, Quantize, blocks};
 use super::panel::{self, Panel, PanelShape};
-use super::simd::{LANES, Simd};
+use super::rounding::Block;
+use super::simd::{Aligned, LANES, Simd};
 use super::{Cpu, Kernel};
 use crate::matrix::{Grid, Layout, Matrix};
 
-/// Bytes of codes that a strip may hold: a part of the second-level cache of one core.
-const STRIP_BYTES: usize = 1 << 18;
+/// Columns that are unpacked at a time, or some more: so many that their scales are widened together, so few that they lie
+/// in the nearest caches while tokens run past them.
+const COLUMNS: usize = 1024;
 
-/// How many tokens and how many vectors of weight rows a tile of accumulators spans.
+/// How many tokens and how many vectors of weight rows a tile spans.
 #[derive(Clone, Copy)]
-struct Shape {
-    tokens: usize,
-    vectors: usize,
-    amx: bool,
+pub(super) struct Shape {
+    pub(super) tokens: usize,
+    pub(super) vectors: usize,
 }
 
 /// The tile of the vector instructions.
-const fn registers<S: Simd>() -> Shape {
-    if S::REGISTERS >= 32 {
-        Shape { tokens: 8, vectors: 3, amx: false }
-    } else {
-        Shape { tokens: 4, vectors: 1, amx: false }
-    }
-}
-
-struct RegisterShape;
+pub(super) struct RegisterShape;
 
 impl Kernel for RegisterShape {
     type Output = Shape;
 
     #[inline(always)]
     fn run<S: Simd>(self, _: S) -> Shape {
-        registers::<S>()
+        if S::REGISTERS >= 32 { Shape { tokens: 8, vectors: 3 } } else { Shape { tokens: 4, vectors: 1 } }
     }
 }
 
-/// Rounded activations. Those of tokens that are multiplied together lie together, token `t` of `height` from `first` on
-/// at `first * units + unit * height + t`, or for AMX at `(first + t) * units + unit`; and scales and sums likewise at
-/// `first * blocks + block * height + t`.
-#[derive(Default)]
-pub(super) struct Activations {
-    pub(super) tokens: usize,
-    pub(super) units: usize,
-    /// The bytes of four codes each.
-    pub(super) codes: Vec<i32>,
-    pub(super) scales: Vec<f32>,
-    /// Of the codes.
-    pub(super) sums: Vec<f32>,
-    /// The same, times the zero point that all weights share, negated; or just the same where there is none.
-    starts: Vec<i32>,
+/// A product, split into tasks.
+pub(super) struct Job<'a> {
+    x: &'a Rounded,
+    w: &'a Matrix<'a>,
+    layout: Layout,
+    out: Output<'a>,
+    panel_rows: usize,
+    tiles_a_task: usize,
 }
 
-/// How many of the tokens that remain a tile takes: a power of two up to `most`, which is one.
-fn height(most: usize, remaining: usize) -> usize {
-    if remaining >= most { most } else { 1 << remaining.ilog2() }
-}
-
-/// What one task needs to round activations.
-#[derive(Default)]
-struct Rounding {
-    codes: Vec<i32>,
-    scales: Vec<f32>,
-    sums: Vec<f32>,
-}
-
-impl Activations {
-    fn round(
-        &mut self,
-        cpu: Cpu,
-        x: &[f32],
-        cols: usize,
-        grid: Grid,
-        (blocks, units): (&[Block], usize),
-        shape: Shape,
-    ) {
-        self.tokens = x.len() / cols;
-        self.units = units;
-        let padded = self.tokens.next_multiple_of(shape.tokens);
-        let factor = if grid.has_zero_points() { 1.0 } else { -zero_point(grid, &[], 0) };
-        zeros(&mut self.codes, padded * units);
-        zeros(&mut self.scales, padded * blocks.len());
-        zeros(&mut self.sums, padded * blocks.len());
-        zeros(&mut self.starts, padded * blocks.len());
-        let Self { codes, scales, sums, starts, .. } = self;
-        let per_block = shape.tokens * blocks.len();
-        let numbers = scales.par_chunks_exact_mut(per_block).zip(sums.par_chunks_exact_mut(per_block));
-        let numbers = numbers.zip(starts.par_chunks_exact_mut(per_block));
-        let parts = x.par_chunks(shape.tokens * cols).zip(codes.par_chunks_exact_mut(shape.tokens * units));
-        parts.zip(numbers).for_each_init(Rounding::default, |buffers, ((x, codes), ((scales, sums), starts))| {
-            buffers.codes.resize(units, 0);
-            buffers.scales.resize(blocks.len(), 0.0);
-            buffers.sums.resize(blocks.len(), 0.0);
-            let count = x.len() / cols;
-            let (mut first, mut high) = (0, 0);
-            for (token, x) in x.chunks_exact(cols).enumerate() {
-                if token == first + high {
-                    first = token;
-                    high = if shape.amx { shape.tokens } else { height(shape.tokens, count - token) };
-                }
-                let rounded = bytemuck::cast_slice_mut(&mut buffers.codes);
-                let (own_scales, own_sums) = (&mut buffers.scales, &mut buffers.sums);
-                cpu.dispatch(Quantize { x, blocks, codes: rounded, scales: own_scales, sums: own_sums });
-                if shape.amx {
-                    codes[token * units..][..units].copy_from_slice(&buffers.codes);
-                } else {
-                    scatter(&buffers.codes, &mut codes[first * units + token - first..], high);
-                }
-                let at = first * blocks.len() + token - first;
-                scatter(&buffers.scales, &mut scales[at..], high);
-                scatter(&buffers.sums, &mut sums[at..], high);
-                for (&sum, start) in buffers.sums.iter().zip(starts[at..].iter_mut().step_by(high)) {
-                    *start = (factor * sum) as i32;
-                }
-            }
-        });
-    }
-}
-
-fn zeros<T: Copy + Default>(values: &mut Vec<T>, count: usize) {
-    values.clear();
-    values.resize(count, T::default());
-}
-
-fn scatter<T: Copy>(from: &[T], to: &mut [T], stride: usize) {
-    let to = &mut to[..(from.len() - 1) * stride + 1];
-    for (i, &from) in from.iter().enumerate() {
-        to[i * stride] = from;
-    }
-}
-
-impl Cpu {
-    /// See [`matmul_int8`](Self::matmul_int8).
-    pub(super) fn gemm_int8(self, x: &[f32], w: &Matrix, layout: Layout, out: &Output) {
-        let (rows, cols) = (w.rows(), w.cols());
-        let mut blocks = blocks(layout, cols);
-        let amx = self.amx.filter(|_| amx::pays(&blocks));
-        let (shape, units) = match amx {
-            Some(_) => (Shape { tokens: amx::TOKENS, vectors: amx::VECTORS, amx: true }, amx::pad(&mut blocks)),
-            None => (self.dispatch(RegisterShape), blocks.last().map_or(0, |block| block.units().end)),
-        };
-        let blocks = &blocks[..];
-        let mut rounded = ACTIVATIONS.take();
-        rounded.round(self, x, cols, layout.grid, (blocks, units), shape);
-        let activations = &rounded;
-
+impl<'a> Job<'a> {
+    pub(super) fn new(cpu: Cpu, x: &'a Rounded, w: &'a Matrix<'a>, layout: Layout, out: Output<'a>) -> Self {
+        let shape = x.shape(cpu);
         let panel_rows = shape.vectors * LANES;
-        let panels = rows.div_ceil(panel_rows);
-        let fit = STRIP_BYTES / (panel_rows * activations.units * 4);
-        let strip_rows = fit.min(panels / (4 * rayon::current_num_threads())).max(1) * panel_rows;
-        let strips = rows.div_ceil(strip_rows);
-        let tokens_a_task = tokens_a_task(activations.tokens, strips).next_multiple_of(shape.tokens);
-        let parts = activations.tokens.div_ceil(tokens_a_task);
-        (0..strips * parts).into_par_iter().for_each(|task| {
-            let (strip, part) = (task / parts, task % parts);
-            let mut buffers = BUFFERS.take();
-            self.dispatch(Strip {
-                activations,
-                tokens: part * tokens_a_task..activations.tokens.min((part + 1) * tokens_a_task),
-                w,
-                layout,
-                rows: strip * strip_rows..rows.min((strip + 1) * strip_rows),
-                blocks,
-                out,
-                buffers: &mut buffers,
-                amx,
-            });
-            BUFFERS.set(buffers);
+        let tiles_a_task = tokens_a_task(out.tokens(), w.rows().div_ceil(panel_rows)).div_ceil(shape.tokens);
+        Self { x, w, layout, out, panel_rows, tiles_a_task }
+    }
+
+    /// Tasks of one panel.
+    fn parts(&self) -> usize {
+        self.x.tiles().len().div_ceil(self.tiles_a_task)
+    }
+
+    pub(super) fn tasks(&self) -> usize {
+        self.w.rows().div_ceil(self.panel_rows) * self.parts()
+    }
+
+    pub(super) fn run(&self, cpu: Cpu, task: usize) {
+        let &Self { x, w, layout, ref out, panel_rows, tiles_a_task } = self;
+        let (panel, part) = (task / self.parts(), task % self.parts());
+        let mut buffers = BUFFERS.take();
+        cpu.dispatch(Product {
+            x,
+            tiles: part * tiles_a_task..x.tiles().len().min((part + 1) * tiles_a_task),
+            w,
+            layout,
+            rows: panel * panel_rows..w.rows().min((panel + 1) * panel_rows),
+            out,
+            buffers: &mut buffers,
         });
-        ACTIVATIONS.set(rounded);
+        BUFFERS.set(buffers);
     }
 }
 
@@ -188,193 +85,202 @@ thread_local! {
     // Taken while they are used, so that a product that the thread starts meanwhile has its own. Fresh memory for each
     // task would cost more than the unpacking.
     static BUFFERS: Cell<Buffers> = Cell::default();
-    static ACTIVATIONS: Cell<Activations> = Cell::default();
 }
 
 #[derive(Default)]
 struct Buffers {
     scratch: panel::Scratch,
-    panels: Vec<Panel>,
-    sums: Vec<[f32; LANES]>, // of one tile
+    panel: Panel,
+    results: Vec<Aligned<[f32; LANES]>>, // [tokens, vectors]
 }
 
-/// Some tokens times a strip of weight rows.
-struct Strip<'a> {
-    activations: &'a Activations,
-    tokens: Range<usize>,
+/// Some tokens times a panel of weight rows.
+struct Product<'a> {
+    x: &'a Rounded,
+    tiles: Range<usize>,
     w: &'a Matrix<'a>,
     layout: Layout,
     rows: Range<usize>,
-    blocks: &'a [Block],
     out: &'a Output<'a>,
     buffers: &'a mut Buffers,
-    amx: Option<Amx>,
 }
 
-impl Kernel for Strip<'_> {
+impl Kernel for Product<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<S: Simd>(mut self, simd: S) {
+    fn run<S: Simd>(self, simd: S) {
         let grid = self.layout.grid;
-        let most = if self.amx.is_some() { amx::VECTORS } else { registers::<S>().vectors };
-        // The difference of an eight-bit code and a zero point needs nine bits.
-        let signed = self.amx.is_some() && grid != Grid::Int { bits: 8, symmetric: false };
-        let count = self.build(simd, most, signed);
-        if let Some(amx) = self.amx {
-            let tiles = amx.configure(self.blocks[0].units().len(), signed);
-            for first in self.tokens.clone().step_by(amx::TOKENS) {
-                for panel in &self.buffers.panels[..count] {
-                    tiles.multiply(simd, self.activations, first, panel, self.blocks, self.out);
-                }
-            }
+        if let Some(amx) = self.x.amx {
+            // The difference of an eight-bit code and a zero point needs nine bits.
+            let signed = grid != Grid::Int { bits: 8, symmetric: false };
+            let tiles = amx.configure(self.x.blocks[0].units().len(), signed);
+            self.multiply(simd, tiles);
         } else if S::REGISTERS >= 32 {
-            self.register_tiles::<S, false, 8, 3>(simd, count);
+            self.registers::<S, false, 8>(simd);
         } else if grid.max_code() < 128 {
-            self.register_tiles::<S, true, 4, 1>(simd, count);
+            self.registers::<S, true, 4>(simd);
         } else {
-            self.register_tiles::<S, false, 4, 1>(simd, count);
+            self.registers::<S, false, 4>(simd);
         }
     }
 }
 
-impl Strip<'_> {
-    /// Unpacks the rows in panels of `most` vectors, and returns how many panels they make. Without AMX, what does not
-    /// fill one makes panels of one vector.
-    #[inline(always)]
-    fn build<S: Simd>(&mut self, simd: S, most: usize, signed: bool) -> usize {
-        let Buffers { scratch, panels, .. } = &mut *self.buffers;
-        let (mut first, mut count) = (self.rows.start, 0);
-        while first < self.rows.end {
-            let remaining = self.rows.end - first;
-            let vectors = if self.amx.is_some() || remaining > (most - 1) * LANES { most } else { 1 };
-            let rows = first..first + remaining.min(vectors * LANES);
-            if panels.len() == count {
-                panels.push(Panel::default());
-            }
-            let shape = PanelShape { blocks: self.blocks, units: self.activations.units, vectors, signed };
-            first = rows.end;
-            panels[count].build(simd, self.w, self.layout, rows, shape, scratch);
-            count += 1;
-        }
-        count
-    }
-
-    #[inline(always)]
-    fn register_tiles<S: Simd, const SEVEN_BITS: bool, const M: usize, const N: usize>(
-        &mut self,
-        simd: S,
-        count: usize,
-    ) {
-        // On the heap: what the compiler keeps in registers and spills is stored twice.
-        let mut sums = std::mem::take(&mut self.buffers.sums);
-        sums.resize(M * N, [0.0; LANES]);
-        if self.layout.grid.has_zero_points() {
-            self.tiles::<S, SEVEN_BITS, true, M, N>(simd, count, &mut sums);
-        } else {
-            self.tiles::<S, SEVEN_BITS, false, M, N>(simd, count, &mut sums);
-        }
-        self.buffers.sums = sums;
-    }
-
-    #[inline(always)]
-    fn tiles<S: Simd, const SEVEN_BITS: bool, const ZEROS: bool, const M: usize, const N: usize>(
+/// How a tile of tokens is multiplied with a panel.
+pub(super) trait Multiply {
+    /// Vectors of weight rows of a panel.
+    const VECTORS: usize;
+    /// Whether the zero points are subtracted from the codes of weights.
+    fn signed(&self) -> bool;
+    /// Adds the products of `blocks`, which are those of the panel, to `results`: [places, [`VECTORS`](Self::VECTORS)].
+    fn add<S: Simd>(
         &self,
         simd: S,
-        count: usize,
-        sums: &mut [[f32; LANES]],
-    ) {
-        let mut first = self.tokens.start;
-        while first < self.tokens.end {
-            let high = height(M, self.tokens.end - first);
-            for panel in &self.buffers.panels[..count] {
-                let whole = panel.rows.len() > (N - 1) * LANES;
-                match high {
-                    1 if whole => self.tile::<S, SEVEN_BITS, ZEROS, 1, N>(simd, first, panel, sums),
-                    2 if whole => self.tile::<S, SEVEN_BITS, ZEROS, 2, N>(simd, first, panel, sums),
-                    4 if whole => self.tile::<S, SEVEN_BITS, ZEROS, 4, N>(simd, first, panel, sums),
-                    _ if whole => self.tile::<S, SEVEN_BITS, ZEROS, M, N>(simd, first, panel, sums),
-                    1 => self.tile::<S, SEVEN_BITS, ZEROS, 1, 1>(simd, first, panel, sums),
-                    2 => self.tile::<S, SEVEN_BITS, ZEROS, 2, 1>(simd, first, panel, sums),
-                    4 => self.tile::<S, SEVEN_BITS, ZEROS, 4, 1>(simd, first, panel, sums),
-                    _ => self.tile::<S, SEVEN_BITS, ZEROS, M, 1>(simd, first, panel, sums),
-                }
-            }
-            first += high;
-        }
-    }
-
-    /// `M` tokens times `N` vectors of weight rows. With `SEVEN_BITS`, all codes are below 128; with `ZEROS`, groups have
-    /// zero points of their own.
-    #[inline(always)]
-    fn tile<S: Simd, const SEVEN_BITS: bool, const ZEROS: bool, const M: usize, const N: usize>(
-        &self,
-        simd: S,
-        first: usize,
+        x: (&Rounded, &Tile),
         panel: &Panel,
-        results: &mut [[f32; LANES]],
+        blocks: Range<usize>,
+        results: &mut [Aligned<[f32; LANES]>],
+    );
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    fn registers<S: Simd, const SEVEN_BITS: bool, const M: usize>(self, simd: S) {
+        let zeros = self.layout.grid.has_zero_points();
+        match (self.rows.len().div_ceil(LANES), zeros) {
+            (1, false) => self.multiply(simd, Registers::<SEVEN_BITS, false, M, 1>),
+            (1, true) => self.multiply(simd, Registers::<SEVEN_BITS, true, M, 1>),
+            // On other instruction sets a panel has one vector.
+            _ if S::REGISTERS < 32 => unreachable!("a panel of one vector"),
+            (2, false) => self.multiply(simd, Registers::<SEVEN_BITS, false, M, 2>),
+            (2, true) => self.multiply(simd, Registers::<SEVEN_BITS, true, M, 2>),
+            (_, false) => self.multiply(simd, Registers::<SEVEN_BITS, false, M, 3>),
+            (_, true) => self.multiply(simd, Registers::<SEVEN_BITS, true, M, 3>),
+        }
+    }
+
+    #[inline(always)]
+    fn multiply<S: Simd, X: Multiply>(self, simd: S, by: X) {
+        let Buffers { scratch, panel, results } = self.buffers;
+        let tiles = &self.x.tiles()[self.tiles];
+        let places: usize = tiles.iter().map(|tile| tile.places).sum();
+        results.clear();
+        results.resize(places * X::VECTORS, Aligned([0.0; LANES]));
+        let shape = PanelShape { longest: self.x.blocks[0].units().len(), vectors: X::VECTORS, signed: by.signed() };
+        for blocks in panel::parts(&self.x.blocks, COLUMNS) {
+            panel.build(simd, self.w, self.layout, self.rows.clone(), &self.x.blocks[blocks.clone()], shape, scratch);
+            let mut results = &mut results[..];
+            for tile in tiles {
+                let (own, others) = results.split_at_mut(tile.places * X::VECTORS);
+                by.add(simd, (self.x, tile), panel, blocks.clone(), own);
+                results = others;
+            }
+        }
+        let mut results = &results[..];
+        for tile in tiles {
+            let (own, others) = results.split_at(tile.places * X::VECTORS);
+            for (token, results) in own.chunks_exact(X::VECTORS).take(tile.tokens).enumerate() {
+                // SAFETY: every task has rows or tokens of its own, and this one makes one reference at a time.
+                let to = unsafe { self.out.segment(tile.first_token + token, self.rows.clone()) };
+                for (to, result) in to.chunks_mut(LANES).zip(results) {
+                    to.copy_from_slice(&result[..to.len()]);
+                }
+            }
+            results = others;
+        }
+    }
+}
+
+/// `M` tokens, or a lower power of two, times `N` vectors of weight rows in registers. With `SEVEN_BITS`, all codes are
+/// below 128; with `ZEROS`, groups have zero points of their own.
+struct Registers<const SEVEN_BITS: bool, const ZEROS: bool, const M: usize, const N: usize>;
+
+impl<const SEVEN_BITS: bool, const ZEROS: bool, const M: usize, const N: usize> Multiply
+    for Registers<SEVEN_BITS, ZEROS, M, N>
+{
+    const VECTORS: usize = N;
+
+    fn signed(&self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn add<S: Simd>(
+        &self,
+        simd: S,
+        (x, tile): (&Rounded, &Tile),
+        panel: &Panel,
+        blocks: Range<usize>,
+        results: &mut [Aligned<[f32; LANES]>],
     ) {
-        let Activations { units, codes, scales, starts, .. } = self.activations;
-        let codes = codes[first * units..][..M * units].as_chunks::<M>().0;
-        let numbers = first * self.blocks.len()..(first + M) * self.blocks.len();
-        let scales = scales[numbers.clone()].as_chunks::<M>().0;
-        let starts = starts[numbers].as_chunks::<M>().0;
-        let weights = panel.codes.as_chunks::<N>().0;
-        let weight_scales = panel.scales.as_chunks::<N>().0;
-        let minus_zeros = panel.minus_zeros.as_chunks::<N>().0;
-        let results = &mut results.as_chunks_mut::<N>().0[..M];
-        for result in results.as_flattened_mut() {
-            simd.store(simd.splat(0.0), result);
+        let blocks = (&x.blocks[blocks.clone()], blocks.start);
+        match tile.tokens {
+            1 => add::<S, SEVEN_BITS, ZEROS, 1, N>(simd, tile, panel, blocks, results),
+            2 => add::<S, SEVEN_BITS, ZEROS, 2, N>(simd, tile, panel, blocks, results),
+            4 if M > 4 => add::<S, SEVEN_BITS, ZEROS, 4, N>(simd, tile, panel, blocks, results),
+            _ => add::<S, SEVEN_BITS, ZEROS, M, N>(simd, tile, panel, blocks, results),
         }
-        for (index, block) in self.blocks.iter().enumerate() {
-            let mut dots = [[simd.splat_i32(0); N]; M];
-            for m in 0..M {
-                let start = simd.splat_i32(starts[index][m]);
-                for n in 0..N {
-                    dots[m][n] = start;
-                    if ZEROS {
-                        dots[m][n] = simd.mul_i32(start, simd.load_i32(&minus_zeros[block.group][n]));
-                    }
-                }
-            }
-            for (unit, codes) in weights[block.units()].iter().zip(&codes[block.units()]) {
-                let mut weights = [simd.splat_i32(0); N];
-                for n in 0..N {
-                    weights[n] = simd.load_i32(&unit[n].0);
-                }
-                for m in 0..M {
-                    let code = simd.splat_i32(codes[m]);
-                    for n in 0..N {
-                        dots[m][n] = if SEVEN_BITS {
-                            simd.dot_u7i8(weights[n], code, dots[m][n])
-                        } else {
-                            simd.dot_u8i8(weights[n], code, dots[m][n])
-                        };
-                    }
-                }
-            }
-            let mut weight_scale = [simd.splat(0.0); N];
+    }
+}
+
+/// Adds the products of `M` tokens and `N` vectors of weight rows over `blocks`, the first of which is the
+/// `first_block`-th, to `results`.
+#[inline(always)]
+fn add<S: Simd, const SEVEN_BITS: bool, const ZEROS: bool, const M: usize, const N: usize>(
+    simd: S,
+    tile: &Tile,
+    panel: &Panel,
+    (blocks, first_block): (&[Block], usize),
+    results: &mut [Aligned<[f32; LANES]>],
+) {
+    let Some(first) = blocks.first() else { return };
+    let codes = &tile.codes.as_chunks::<M>().0[first.unit..];
+    let scales = &tile.scales.as_chunks::<M>().0[first_block..];
+    let starts = &tile.starts.as_chunks::<M>().0[first_block..];
+    let weights = panel.codes.as_chunks::<N>().0;
+    let weight_scales = panel.scales.as_chunks::<N>().0;
+    let minus_zeros = panel.minus_zeros.as_chunks::<N>().0;
+    let results = &mut results.as_chunks_mut::<N>().0[..M];
+    for (index, block) in blocks.iter().enumerate() {
+        let group = block.group - first.group;
+        let mut dots = [[simd.splat_i32(0); N]; M];
+        for m in 0..M {
+            let start = simd.splat_i32(starts[index][m]);
             for n in 0..N {
-                weight_scale[n] = simd.load(&weight_scales[block.group][n]);
-            }
-            for m in 0..M {
-                let scale = simd.splat(scales[index][m]);
-                for n in 0..N {
-                    let dot = simd.i32_to_f32(dots[m][n]);
-                    let scale = simd.mul(weight_scale[n], scale);
-                    let result = &mut results[m][n];
-                    simd.store(simd.mul_add(dot, scale, simd.load(result)), result);
+                dots[m][n] = start;
+                if ZEROS {
+                    dots[m][n] = simd.mul_i32(start, simd.load_i32(&minus_zeros[group][n]));
                 }
             }
         }
-        for (m, results) in results.iter().enumerate() {
-            // SAFETY: every task has rows or tokens of its own, and this one makes one reference at a time.
-            let to = unsafe { self.out.segment(first + m, panel.rows.clone()) };
-            for (to, result) in to.chunks_mut(LANES).zip(results) {
-                match to.first_chunk_mut() {
-                    Some(to) => simd.store(simd.load(result), to),
-                    None => simd.store_partial(simd.load(result), to),
+        let units = block.unit - first.unit..block.units().end - first.unit;
+        for (unit, codes) in weights[units.clone()].iter().zip(&codes[units]) {
+            let mut weights = [simd.splat_i32(0); N];
+            for n in 0..N {
+                weights[n] = simd.load_i32(&unit[n].0);
+            }
+            for m in 0..M {
+                let code = simd.splat_i32(codes[m]);
+                for n in 0..N {
+                    dots[m][n] = if SEVEN_BITS {
+                        simd.dot_u7i8(weights[n], code, dots[m][n])
+                    } else {
+                        simd.dot_u8i8(weights[n], code, dots[m][n])
+                    };
                 }
+            }
+        }
+        let mut weight_scale = [simd.splat(0.0); N];
+        for n in 0..N {
+            weight_scale[n] = simd.load(&weight_scales[group][n]);
+        }
+        for m in 0..M {
+            let scale = simd.splat(scales[index][m]);
+            for n in 0..N {
+                let dot = simd.i32_to_f32(dots[m][n]);
+                let scale = simd.mul(weight_scale[n], scale);
+                let result = &mut results[m][n];
+                simd.store(simd.mul_add(dot, scale, simd.load(result)), result);
             }
         }
     }

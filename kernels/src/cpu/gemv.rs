@@ -6,7 +6,6 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::Cpu;
 use super::ahead::announce;
@@ -18,8 +17,8 @@ use super::gemv_prepare::{Form, Order, Prepare, Prepared, Scaling};
 use super::gemv_row::{Scratch, Task, constant_zero};
 use super::gemv_wide::WideProduct;
 use super::matmul::Output;
-use super::pool::for_each_thread;
-use super::simd::{Aligned, LANES};
+use super::pool::for_each_in_shares;
+use super::simd::LANES;
 use crate::matrix::{Data, FloatType, Grid, Layout, Matrix};
 
 /// The most tokens that are a few.
@@ -45,17 +44,9 @@ pub enum Arithmetic {
 
 thread_local! {
     /// Of the last call, kept for its memory.
-    static WORKSPACE: RefCell<Workspace> = const { RefCell::new(Workspace { prepared: Vec::new(), taken: Vec::new() }) };
+    static PREPARED: RefCell<Vec<Prepared>> = const { RefCell::new(Vec::new()) };
     /// What a thread keeps for the rows at hand.
     static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
-}
-
-/// What a call needs beside its arguments.
-#[derive(Default)]
-struct Workspace {
-    prepared: Vec<Prepared>,
-    /// How many tasks of each thread's share were taken.
-    taken: Vec<Aligned<AtomicUsize>>, // [threads]
 }
 
 /// The form in which `w` takes its activations.
@@ -95,37 +86,10 @@ impl Cpu {
             out.fill(0.0);
             return;
         }
-        let mut workspace = WORKSPACE.take();
-        let mut used = 0;
-        let index = self.prepare(&mut workspace.prepared, &mut used, x, w.cols(), form(w, Arithmetic::Exact));
-        self.rows(w, &workspace.prepared[index], 0..w.rows(), &Output::new(out, 1, w.rows()));
-        WORKSPACE.set(workspace);
-    }
-
-    /// `out = x * w^T` for several weights over the same activations, bit for bit what separate products give. `x` is
-    /// [tokens, cols] for all of `weights`, each of `outs` is [tokens, rows] of its own weight.
-    ///
-    /// Up to 7 tokens, activations are prepared once and all weights share one parallel region.
-    ///
-    /// # Panics
-    /// If there are not as many outputs as weights, the weights differ in columns, or lengths do not belong to the same
-    /// number of tokens.
-    pub fn matmul_group(self, x: &[f32], weights: &[Matrix], outs: &mut [&mut [f32]], arithmetic: Arithmetic) {
-        assert_eq!(weights.len(), outs.len(), "one output for each weight");
-        let cols = weights.first().map_or(0, Matrix::cols);
-        assert!(weights.iter().all(|w| w.cols() == cols), "the weights differ in columns");
-        if cols > 0 && x.len() <= MAX_TOKENS * cols {
-            for (weights, outs) in weights.chunks(WEIGHTS_AT_A_TIME).zip(outs.chunks_mut(WEIGHTS_AT_A_TIME)) {
-                self.few_tokens(x, cols, weights, outs, arithmetic);
-            }
-            return;
-        }
-        for (w, out) in weights.iter().zip(outs) {
-            match arithmetic {
-                Arithmetic::Exact => self.matmul(x, w, out),
-                Arithmetic::Int8 => self.matmul_int8(x, w, out),
-            }
-        }
+        let mut prepared = PREPARED.take();
+        let index = self.prepare(&mut prepared, &mut 0, x, w.cols(), form(w, Arithmetic::Exact));
+        self.rows(w, &prepared[index], 0..w.rows(), &Output::new(out, 1, w.rows()));
+        PREPARED.set(prepared);
     }
 
     /// At most [`MAX_TOKENS`] tokens times at most [`WEIGHTS_AT_A_TIME`] weights of `cols` columns, at least one.
@@ -137,10 +101,8 @@ impl Cpu {
         outs: &mut [&mut [f32]],
         arithmetic: Arithmetic,
     ) {
-        assert!(x.len().is_multiple_of(cols), "the activations are not whole rows");
         let tokens = x.len() / cols;
-        let mut workspace = WORKSPACE.take();
-        let Workspace { prepared, taken } = &mut workspace;
+        let mut prepared = PREPARED.take();
         let (mut used, mut tasks) = (0, 0);
         let threads = rayon::current_num_threads();
         let bytes: usize = weights.iter().map(Matrix::bytes).sum();
@@ -154,7 +116,7 @@ impl Cpu {
             }
             let rows_a_task = (bytes_a_task * rows).div_ceil(w.bytes()).next_multiple_of(LANES);
             tasks += rows.div_ceil(rows_a_task);
-            let x = self.prepare(prepared, &mut used, x, cols, form(w, arithmetic));
+            let x = self.prepare(&mut prepared, &mut used, x, cols, form(w, arithmetic));
             *job = Some(Job { w, x, out, rows_a_task, end: tasks });
         }
         let run = |task| {
@@ -168,23 +130,8 @@ impl Cpu {
                 first = job.end;
             }
         };
-        // Each thread reads on where it read last, as far as there are tasks, and then helps the others.
-        taken.clear();
-        taken.resize_with(threads, || Aligned(AtomicUsize::new(0)));
-        let take = |own| {
-            for share in (own..threads).chain(0..own) {
-                let [start, end] = [share, share + 1].map(|share| share * tasks / threads);
-                loop {
-                    let task = start + taken[share].fetch_add(1, Ordering::Relaxed);
-                    if task >= end {
-                        break;
-                    }
-                    run(task);
-                }
-            }
-        };
-        for_each_thread(threads, || announce(weights, threads), take);
-        WORKSPACE.set(workspace);
+        for_each_in_shares(threads, tasks, || announce(weights, threads), run);
+        PREPARED.set(prepared);
     }
 
     /// Prepares `x` where none of the first `used` are of that form, and gives the index of the one that is.

@@ -9,7 +9,7 @@
 
 use super::Kernel;
 use super::gemv_codes::{TERNARY_COLUMNS, TERNARY_WIDE, WIDE, ternary_phase};
-use super::matmul_int8::{activation_blocks, round_block};
+use super::rounding::{activation_blocks, round_block};
 use super::simd::{Aligned, LANES, Simd};
 use crate::bits::TERNARY_PER_BYTE;
 use crate::matrix::{Grid, Layout};

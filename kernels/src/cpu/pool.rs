@@ -8,7 +8,7 @@
 
 use std::{
     any::Any,
-    cell::UnsafeCell,
+    cell::{Cell, UnsafeCell},
     hint::spin_loop,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
@@ -19,7 +19,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::ahead::ask;
+use super::{ahead::ask, simd::Aligned};
 
 /// How long a thread waits awake.
 const AWAKE: Duration = Duration::from_micros(50);
@@ -89,6 +89,36 @@ pub(super) fn for_each_thread(threads: usize, before: impl FnOnce(), run: impl F
     if let Some(panic) = panic {
         resume_unwind(panic);
     }
+}
+
+/// Calls `run` with each of `0..tasks` on the threads that [`for_each_thread`] has: each takes tasks on from where it took the
+/// last, as far as there are of its share, and then helps the others. `before` is called as there.
+///
+/// # Panics
+/// With the panic of a task.
+pub(super) fn for_each_in_shares(threads: usize, tasks: usize, before: impl FnOnce(), run: impl Fn(usize) + Sync) {
+    let mut taken = TAKEN.take();
+    taken.clear();
+    taken.resize_with(threads, || Aligned(AtomicUsize::new(0)));
+    let take = |own| {
+        for share in (own..threads).chain(0..own) {
+            let [start, end] = [share, share + 1].map(|share| share * tasks / threads);
+            loop {
+                let task = start + taken[share].fetch_add(1, Ordering::Relaxed);
+                if task >= end {
+                    break;
+                }
+                run(task);
+            }
+        }
+    };
+    for_each_thread(threads, before, take);
+    TAKEN.set(taken);
+}
+
+thread_local! {
+    /// How many tasks of each thread's share were taken; kept for its memory.
+    static TAKEN: Cell<Vec<Aligned<AtomicUsize>>> = const { Cell::new(Vec::new()) }; // [threads]
 }
 
 /// Calls `run` with the pieces of `size` values that `values` is cut into (the last may be shorter) and their indices.
@@ -413,6 +443,33 @@ mod tests {
             }
             assert_eq!(seen.into_inner().unwrap()[&0], caller);
         });
+    }
+
+    #[test]
+    fn shares_cover_the_tasks() {
+        for threads in [1, 3] {
+            with_threads(threads, || {
+                for tasks in (0..20).chain([1000]) {
+                    let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                    for_each_in_shares(
+                        threads,
+                        tasks,
+                        || (),
+                        |task| {
+                            counts[task].fetch_add(1, Ordering::Relaxed);
+                            // Within a task, the loop runs on this thread.
+                            for_each_in_shares(
+                                threads,
+                                1,
+                                || panic!("nobody else takes part"),
+                                |task| assert_eq!(task, 0),
+                            );
+                        },
+                    );
+                    assert!(counts.into_iter().all(|count| count.into_inner() == 1), "{threads} threads");
+                }
+            });
+        }
     }
 
     #[test]

@@ -303,6 +303,11 @@ impl Simd for Scalar {
     }
 
     #[inline(always)]
+    fn load_bytes(self, from: &[u8; 64]) -> [u8; 64] {
+        *from
+    }
+
+    #[inline(always)]
     fn nibbles(self, bytes: &[u8; 64]) -> [[u8; 64]; 2] {
         [bytes.map(|byte| byte & 15), bytes.map(|byte| byte >> 4)]
     }

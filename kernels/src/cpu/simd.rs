@@ -194,6 +194,9 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// are ignored.
     fn codes(self, unpack: &Self::Unpack, stream: &[u8; 64]) -> Self::U8;
 
+    /// Loads 64 bytes.
+    fn load_bytes(self, from: &[u8; 64]) -> Self::U8;
+
     /// The low and the high four bits of every byte: 128 codes of four bits, the even and the odd ones.
     fn nibbles(self, bytes: &[u8; 64]) -> [Self::U8; 2];
 
@@ -223,8 +226,8 @@ pub trait Simd: Copy + Send + Sync + 'static {
     /// above 127.
     fn dot_codes(self, u: Self::U8, a: &[i8; 64], acc: Self::I32, eight_bits: bool) -> Self::I32;
 
-    /// Lane `i` of vector `k` is `u[4i + k]`, converted, minus `zero`, whose lanes are all the same. With `NARROW`, every
-    /// `u` is below 16.
+    /// Lane `i` of vector `k` is `u[4i + k]`, converted, minus lane `i` of `zero`, a whole number below 256. With `NARROW`,
+    /// every `u` is below 16 and all lanes of `zero` are the same.
     fn levels<const NARROW: bool>(self, u: Self::U8, zero: Self::F32) -> [Self::F32; 4];
 
     /// Codes of four bits less `zero`, a whole number below 16: lane `l` of vector `k` has code `8l + k`. With `SAME`, all

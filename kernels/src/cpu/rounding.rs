@@ -1,12 +1,10 @@
-//! Activations rounded to INT8 times packed weights: exact integer dot products, f32 scales.
+//! Activations rounded to INT8, block by block.
 
 use std::ops::Range;
 
-use super::gemv::{Arithmetic, MAX_TOKENS};
-use super::matmul::Output;
+use super::Kernel;
 use super::simd::{LANES, Simd};
-use super::{Cpu, Kernel};
-use crate::matrix::{Data, Layout, Matrix};
+use crate::matrix::Layout;
 
 /// The columns that share one activation scale when activations are rounded to INT8.
 ///
@@ -108,32 +106,6 @@ pub(super) fn round_block<S: Simd>(simd: S, x: &[f32], codes: &mut [i8; 64]) -> 
         }
     }
     scale
-}
-
-impl Cpu {
-    /// `out = x * w^T` with activations rounded to INT8 while it runs. `x` is [tokens, cols], `out` is [tokens, rows].
-    ///
-    /// Activations are rounded symmetrically, half to even, with one f32 scale `absmax / 127` for each block of
-    /// [`activation_blocks`]; a block with an activation that is not finite makes the token's result NaN. Integer dot
-    /// products are exact; scales and sums over blocks are f32. A float matrix has no codes, and is multiplied as
-    /// [`matmul`](Self::matmul) does.
-    ///
-    /// # Panics
-    /// If the lengths of `x` and `out` do not belong to the same number of tokens.
-    pub fn matmul_int8(self, x: &[f32], w: &Matrix, out: &mut [f32]) {
-        let (rows, cols) = (w.rows(), w.cols());
-        let Data::Quantized { layout, .. } = w.data() else { return self.matmul(x, w, out) };
-        if rows == 0 || cols == 0 {
-            out.fill(0.0);
-            return;
-        }
-        assert!(x.len().is_multiple_of(cols), "the activations are not whole rows");
-        let tokens = x.len() / cols;
-        if tokens <= MAX_TOKENS {
-            return self.few_tokens(x, cols, std::slice::from_ref(w), &mut [out], Arithmetic::Int8);
-        }
-        self.gemm_int8(x, w, layout, &Output::new(out, tokens, rows));
-    }
 }
 
 #[cfg(test)]
