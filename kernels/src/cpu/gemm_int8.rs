@@ -183,7 +183,10 @@ impl Product<'_> {
                 // SAFETY: every task has rows or tokens of its own, and this one makes one reference at a time.
                 let to = unsafe { self.out.segment(tile.first_token + token, self.rows.clone()) };
                 for (to, result) in to.chunks_mut(LANES).zip(results) {
-                    to.copy_from_slice(&result[..to.len()]);
+                    match to.first_chunk_mut() {
+                        Some(to) => simd.store(simd.load(result), to),
+                        None => simd.store_partial(simd.load(result), to),
+                    }
                 }
             }
             results = others;

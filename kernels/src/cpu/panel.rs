@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use super::dequantize::{PackedRow, Row, row, unpack_codes, zero_point};
+use super::dequantize::{unpack_codes, zero_point};
 use super::rounding::Block;
 use super::simd::{Aligned, LANES, Simd};
-use crate::matrix::{FloatType, Grid, Layout, Matrix};
+use crate::matrix::{Data, FloatType, Grid, Layout, Matrix};
 
 /// Four codes of each of 16 weight rows: a byte a code, 32 bits a row.
 #[repr(align(64))]
@@ -69,19 +69,14 @@ impl Panel {
     ) {
         let ([first, ..], [.., last]) = (blocks, blocks) else { return };
         let groups = first.group..last.group + 1;
-        self.codes.resize((last.unit - first.unit + shape.longest) * shape.vectors, Unit([0; LANES]));
-        self.scales.resize(groups.len() * shape.vectors, Aligned([0.0; LANES]));
-        self.minus_zeros.resize(groups.len() * shape.vectors, Aligned([0; LANES]));
+        grow(&mut self.codes, (last.unit - first.unit + shape.longest) * shape.vectors, Unit([0; LANES]));
+        grow(&mut self.scales, groups.len() * shape.vectors, Aligned([0.0; LANES]));
+        grow(&mut self.minus_zeros, groups.len() * shape.vectors, Aligned([0; LANES]));
         let ahead = |block: &Block| 4 * (block.unit - first.unit) == block.columns.start - first.columns.start;
         let bits = layout.grid.stream_bits().filter(|_| blocks.iter().all(ahead));
         for vector in 0..shape.vectors {
-            let mut sixteen = [None; LANES];
-            for (lane, row_of_lane) in sixteen.iter_mut().enumerate() {
-                if let Row::Packed(row) = row(w, (rows.start + vector * LANES + lane).min(rows.end - 1)) {
-                    *row_of_lane = Some(row);
-                }
-            }
-            let sixteen = sixteen.map(|row| row.expect("the matrix is quantized"));
+            let sixteen =
+                Sixteen::new(w, std::array::from_fn(|lane| (rows.start + vector * LANES + lane).min(rows.end - 1)));
             self.numbers(simd, &sixteen, groups.clone(), vector, shape, scratch);
             let to = (blocks, vector, shape);
             match bits {
@@ -103,42 +98,47 @@ impl Panel {
     fn numbers<S: Simd>(
         &mut self,
         simd: S,
-        rows: &[PackedRow; LANES],
+        rows: &Sixteen,
         groups: Range<usize>,
         vector: usize,
         shape: PanelShape,
         scratch: &mut Scratch,
     ) {
-        let grid = rows[0].layout.grid;
+        let grid = rows.layout.grid;
         // Where unpacking may start.
         let first_zero = groups.start / 64 * 64;
         let width = (groups.end - first_zero).next_multiple_of(64) + 64;
         if grid.has_zero_points() {
-            scratch.zeros.resize(LANES * width, 0);
-            for (row, zeros) in rows.iter().zip(scratch.zeros.chunks_exact_mut(width)) {
-                unpack_codes(simd, grid, row.zeros, first_zero..groups.end, zeros);
+            grow(&mut scratch.zeros, LANES * width, 0);
+            for (row, zeros) in rows.indices.into_iter().zip(scratch.zeros.chunks_exact_mut(width)) {
+                let from = &rows.zeros[row * rows.zero_bytes..][..rows.zero_bytes];
+                unpack_codes(simd, grid, from, first_zero..groups.end, zeros);
             }
         }
-        scratch.subtract.resize(if shape.signed { groups.len() } else { 0 }, [0; 64]);
-        for row in rows {
-            let ahead = shape.vectors * LANES * row.scales.len() + groups.start * row.scale_type.bytes();
-            simd.prefetch(row.scales.as_ptr().wrapping_add(ahead));
+        if shape.signed {
+            grow(&mut scratch.subtract, groups.len(), [0; 64]);
+        }
+        let bytes = rows.scale_type.bytes();
+        let scale_bytes = rows.groups * bytes;
+        let starts = rows.indices.map(|row| row * scale_bytes + groups.start * bytes);
+        for start in starts {
+            simd.prefetch(rows.scales.as_ptr().wrapping_add(shape.vectors * LANES * scale_bytes + start));
         }
         let same = zero_point(grid_without_zeros(grid), &[], 0);
         for (index, group) in groups.enumerate() {
             let at = index * shape.vectors + vector;
-            let scales = match rows[0].scale_type {
+            let scales = match rows.scale_type {
                 FloatType::F32 => {
                     let mut bytes = [0; 64];
-                    for (row, to) in rows.iter().zip(bytes.as_chunks_mut::<4>().0) {
-                        *to = row.scales.as_chunks().0[group];
+                    for (start, to) in starts.iter().zip(bytes.as_chunks_mut::<4>().0) {
+                        to.copy_from_slice(&rows.scales[start + 4 * index..][..4]);
                     }
                     simd.load_f32(&bytes)
                 }
                 half => {
                     let mut bytes = [0; 32];
-                    for (row, to) in rows.iter().zip(bytes.as_chunks_mut::<2>().0) {
-                        *to = row.scales.as_chunks().0[group];
+                    for (start, to) in starts.iter().zip(bytes.as_chunks_mut::<2>().0) {
+                        to.copy_from_slice(&rows.scales[start + 2 * index..][..2]);
                     }
                     if half == FloatType::F16 { simd.load_f16(&bytes) } else { simd.load_bf16(&bytes) }
                 }
@@ -164,7 +164,7 @@ impl Panel {
     fn streams<S: Simd, const BITS: usize>(
         &mut self,
         simd: S,
-        rows: &[PackedRow; LANES],
+        rows: &Sixteen,
         (blocks, vector, shape): (&[Block], usize, PanelShape),
         scratch: &Scratch,
     ) {
@@ -174,26 +174,33 @@ impl Panel {
         let units = end.units().end - start.unit;
         let first_byte = start.columns.start / 8 * BITS;
         let (first_column, first_group) = (start.columns.start, start.group);
+        let &Sixteen { codes, code_bytes, indices, .. } = rows;
+        let starts = indices.map(|row| row * code_bytes);
+        assert!(starts.iter().all(|start| start + code_bytes <= codes.len()));
         // The panel after this one.
-        let ahead = shape.vectors * LANES * rows[0].codes.len();
+        let ahead = shape.vectors * LANES * code_bytes;
         let mut padded = [[0; 16]; LANES];
         for (quad, first) in (0..units).step_by(4 * window.units).enumerate() {
-            let start = first_byte + quad * bytes_a_quad;
+            let at = first_byte + quad * bytes_a_quad;
             let mut words = [&[0; 16]; LANES];
-            let asks = start % 64 < bytes_a_quad;
-            if start + 16 <= rows[0].codes.len() {
-                for (row, words) in rows.iter().zip(&mut words) {
-                    *words = row.codes[start..].first_chunk().expect("rows are equally long");
-                    if asks {
-                        simd.prefetch(words.as_ptr().wrapping_add(ahead));
-                    }
+            if at + 16 <= code_bytes {
+                for (words, start) in words.iter_mut().zip(starts) {
+                    // SAFETY: these 16 bytes are within `code_bytes` from `start` on, which are within the codes, as
+                    // asserted.
+                    *words = unsafe { &*codes.as_ptr().add(start + at).cast::<[u8; 16]>() };
                 }
             } else {
-                for ((row, words), padded) in rows.iter().zip(&mut words).zip(&mut padded) {
-                    let bytes = &row.codes[start..];
+                for ((words, start), padded) in words.iter_mut().zip(starts).zip(&mut padded) {
+                    let bytes = &codes[start + at..start + code_bytes];
                     padded.fill(0);
                     padded[..bytes.len()].copy_from_slice(bytes);
                     *words = padded;
+                }
+            }
+            // Once for each cache line.
+            if at % 64 < bytes_a_quad {
+                for start in starts {
+                    simd.prefetch(codes.as_ptr().wrapping_add(start + at + ahead));
                 }
             }
             let transposed = match &window.order {
@@ -215,7 +222,7 @@ impl Panel {
                         to.iter_mut().for_each(|codes| *codes <<= 1);
                     }
                     if shape.signed {
-                        let group = (first_column + 4 * unit) / rows[0].layout.group;
+                        let group = (first_column + 4 * unit) / rows.layout.group;
                         subtract(to, &scratch.subtract[group - first_group]);
                     }
                 }
@@ -228,19 +235,21 @@ impl Panel {
     fn rows<S: Simd>(
         &mut self,
         simd: S,
-        rows: &[PackedRow; LANES],
+        rows: &Sixteen,
         (blocks, vector, shape): (&[Block], usize, PanelShape),
         scratch: &mut Scratch,
     ) {
         let ([start, ..], [.., end]) = (blocks, blocks) else { return };
         let columns = start.columns.start..end.columns.end;
         let width = columns.len().next_multiple_of(64) + 64;
-        scratch.unpacked.resize(LANES * width, 0);
-        for (row, codes) in rows.iter().zip(scratch.unpacked.chunks_exact_mut(width)) {
-            unpack_codes(simd, row.layout.grid, row.codes, columns.clone(), codes);
-            let [from, to] = [columns.start, columns.end].map(|column| row.layout.code_bytes(column));
-            for line in (from..to).step_by(64) {
-                simd.prefetch(row.codes.as_ptr().wrapping_add(shape.vectors * LANES * row.codes.len() + line));
+        grow(&mut scratch.unpacked, LANES * width, 0);
+        let &Sixteen { layout, code_bytes, indices, .. } = rows;
+        let bytes = [columns.start, columns.end].map(|column| layout.code_bytes(column));
+        for (row, to) in indices.into_iter().zip(scratch.unpacked.chunks_exact_mut(width)) {
+            let codes = &rows.codes[row * code_bytes..][..code_bytes];
+            unpack_codes(simd, layout.grid, codes, columns.clone(), to);
+            for line in (bytes[0]..bytes[1]).step_by(64) {
+                simd.prefetch(codes.as_ptr().wrapping_add(shape.vectors * LANES * code_bytes + line));
             }
         }
         for block in blocks {
@@ -262,6 +271,39 @@ impl Panel {
                 }
             }
         }
+    }
+}
+
+/// Makes room for `count` values where there is less.
+fn grow<T: Copy>(values: &mut Vec<T>, count: usize, value: T) {
+    if values.len() < count {
+        values.resize(count, value);
+    }
+}
+
+/// 16 rows of a quantized matrix, by their indices.
+struct Sixteen<'a> {
+    indices: [usize; LANES],
+    layout: Layout,
+    codes: &'a [u8],
+    code_bytes: usize,
+    scale_type: FloatType,
+    scales: &'a [u8],
+    /// Of a row.
+    groups: usize,
+    zeros: &'a [u8],
+    zero_bytes: usize,
+}
+
+impl<'a> Sixteen<'a> {
+    #[inline(always)]
+    fn new(w: &Matrix<'a>, indices: [usize; LANES]) -> Self {
+        let Data::Quantized { layout, codes, scale_type, scales, zeros } = w.data() else {
+            unreachable!("the matrix is quantized")
+        };
+        let (code_bytes, groups) = (layout.code_bytes(w.cols()), layout.groups(w.cols()));
+        let zero_bytes = layout.zero_bytes(w.cols());
+        Self { indices, layout, codes, code_bytes, scale_type, scales, groups, zeros, zero_bytes }
     }
 }
 
@@ -341,7 +383,7 @@ mod tests {
         assert_eq!(parts(128, 1000, 256), [0..256, 256..512, 512..768, 768..1000]);
         assert_eq!(parts(48, 1000, 256), [0..384, 384..768, 768..1000]);
         assert_eq!(parts(100, 1700, 256), [0..1600, 1600..1700]);
-        assert_eq!(parts(usize::MAX, 100, 256), [0..100]);
+        assert_eq!(parts(usize::MAX, 300, 256), [0..256, 256..300]);
         assert_eq!(parts(1, 0, 256), []);
     }
 }
