@@ -187,6 +187,27 @@ fn tiles_are_blocked_two_by_two() {
 }
 
 #[test]
+fn the_rate_of_tiles_counts_their_operations() {
+    let cpu = with_tiles(Cpu::detect());
+    if Cpu::with_isa(Isa::Amx).is_some() {
+        // Hardware counts no instructions.
+        let rate = cpu.int8_rate();
+        assert!((1e6..1e17).contains(&rate), "{rate}");
+        return;
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    pool.install(amx_emulator::take_counts);
+    let start = std::time::Instant::now();
+    let rate = pool.install(|| cpu.int8_rate());
+    let seconds = start.elapsed().as_secs_f64();
+    let counts = pool.install(amx_emulator::take_counts);
+    let operations = f64::from(u32::try_from(counts.dots).unwrap()) * 2.0 * 16.0 * 16.0 * 64.0;
+    assert_eq!((counts.loads, counts.stores), (0, 0));
+    // The rate is that of the fastest of all runs but the first, and these take nearly all of the time.
+    assert!(operations > 0.0 && rate >= operations / seconds / 2.0, "{rate} for {operations} in {seconds} s");
+}
+
+#[test]
 fn the_emulator_decodes_what_the_manual_encodes() {
     let mut registers = [0; 16];
     (registers[0], registers[9], registers[12], registers[13]) = (0x1000, 0x40, 0x2000, 0x3000);

@@ -147,6 +147,45 @@ impl Amx {
     }
 }
 
+/// Operations of one dot product of tiles: a multiplication and an addition for each of 16 tokens, 16 weight rows and 64
+/// columns.
+const OPERATIONS: usize = 2 * LANES * LANES * 4 * TILE_UNITS;
+
+impl Amx {
+    /// Multiplies tiles that stay in registers, `rounds` times, which is not zero; gives how many operations that takes.
+    pub(super) fn spin(self, rounds: usize) -> usize {
+        assert!(rounds > 0);
+        let tiles = self.configure(TILE_UNITS, true);
+        // SAFETY: `tiles` is the proof that the tiles have their shapes and the instructions work; no memory is touched.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            std::arch::asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "tilezero tmm4",
+                "tilezero tmm5",
+                "tilezero tmm6",
+                "tilezero tmm7",
+                "2:",
+                "tdpbssd tmm0, tmm4, tmm6",
+                "tdpbssd tmm1, tmm4, tmm7",
+                "tdpbssd tmm2, tmm5, tmm6",
+                "tdpbssd tmm3, tmm5, tmm7",
+                "dec {rounds}",
+                "jnz 2b",
+                rounds = inout(reg) rounds => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, nomem),
+            );
+        }
+        drop(tiles);
+        4 * OPERATIONS * rounds
+    }
+}
+
 impl Drop for Tiles {
     fn drop(&mut self) {
         // SAFETY: the instruction works, as it did when the tiles were configured.

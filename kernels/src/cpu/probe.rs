@@ -28,6 +28,9 @@ pub fn fastest(repeat: Duration, mut run: impl FnMut()) -> f64 {
 /// Rounds of a loop whose operands stay in registers.
 const ROUNDS: usize = 1 << 16;
 
+/// Rounds of a loop of dot products of tiles, each of which takes as long as many of those.
+const TILE_ROUNDS: usize = 1 << 12;
+
 impl Cpu {
     /// Bytes a second that all threads together read from `bytes` with loads as wide as the instruction set has.
     ///
@@ -59,8 +62,16 @@ impl Cpu {
     }
 
     /// Operations a second of 8-bit integer dot products, a multiplication and an addition for each of their products,
-    /// on registers alone. Of vector instructions: AMX tiles do more.
+    /// on registers alone: of tiles where products of many tokens run on them.
     pub fn int8_rate(self) -> f64 {
+        if let Some(amx) = self.amx {
+            let run = || rayon::broadcast(|_| amx.spin(TILE_ROUNDS)).into_iter().sum::<usize>();
+            let operations = run();
+            return operations as f64
+                / fastest(REPEAT / 2, || {
+                    black_box(run());
+                });
+        }
         // A dot product has four products to a lane where a fused multiply-add has one.
         let few = self.rate::<_, 6>(Dot::<6>);
         4.0 * few.max(self.rate::<_, 12>(Dot::<12>))
