@@ -1,8 +1,8 @@
 //! Compute kernels of bkpack: packed matrices, quantization and the operations of a forward pass.
 //!
 //! Every kernel is written once over a small vector trait and runs on every instruction set; [`mod@reference`] holds the
-//! scalar oracle that each is tested against. No files, no JSON, no threads of its own: parallel loops run on the
-//! caller's rayon pool.
+//! scalar oracle that each is tested against. No files, no JSON. Parallel loops run on as many threads as the caller's
+//! rayon pool has: those of a forward pass on threads that the crate keeps for them, the others in that pool.
 
 pub mod bits;
 pub mod cpu;

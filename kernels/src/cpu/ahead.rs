@@ -1,8 +1,8 @@
 //! Weights that the next product reads: threads that wait for work ask memory for them meanwhile.
 //!
-//! Between two products of a decoded token one thread normalizes, rotates and adds, and memory would have nothing to do.
-//! Which product follows is learned from the tokens before: most models run their products in the same order every time. A
-//! wrong guess costs some bandwidth; no result depends on it.
+//! Between two products one thread normalizes, rotates and adds, and memory would have nothing to do. Which product follows
+//! is learned from the calls before: most models run their products in the same order every time. A wrong guess costs some
+//! bandwidth; no result depends on it.
 
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicUsize, Ordering};

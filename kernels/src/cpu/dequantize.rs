@@ -9,21 +9,21 @@ use crate::bits::{TERNARY_PER_BYTE, stream_code};
 use crate::matrix::{Data, FloatType, Grid, Layout, Matrix};
 
 /// Columns that are decoded at a time: they and their scales stay in the first-level cache.
-pub(super) const BLOCK: usize = 256;
+const BLOCK: usize = 256;
 
-/// Values below which a task costs more than it gains.
-const VALUES_A_TASK: usize = 1 << 14;
+/// Values of a task: callers that run in tasks of their own ask for no more.
+const VALUES_A_TASK: usize = 1 << 16;
 
 /// Buffers of [`decode`], one a task.
-pub(super) struct Scratch {
+struct Scratch {
     // Codes are loaded a vector at a time, also where a group ends earlier.
-    pub(super) codes: [u8; BLOCK + 64],
+    codes: [u8; BLOCK + 64],
     // A block touches at most as many groups as it has columns.
     scales: [f32; BLOCK],
 }
 
 impl Scratch {
-    pub(super) fn new() -> Self {
+    fn new() -> Self {
         Self { codes: [0; BLOCK + 64], scales: [0.0; BLOCK] }
     }
 }
@@ -157,7 +157,7 @@ pub(super) fn row<'a>(w: &Matrix<'a>, row: usize) -> Row<'a> {
 /// Decodes at most [`BLOCK`] columns of a row into `out`, which is as long as `columns`; `columns` starts at a multiple
 /// of 64.
 #[inline(always)]
-pub(super) fn decode<S: Simd>(simd: S, row: Row, columns: Range<usize>, scratch: &mut Scratch, out: &mut [f32]) {
+fn decode<S: Simd>(simd: S, row: Row, columns: Range<usize>, scratch: &mut Scratch, out: &mut [f32]) {
     let row = match row {
         Row::Float { dtype, values } => {
             let bytes = columns.start * dtype.bytes()..columns.end * dtype.bytes();

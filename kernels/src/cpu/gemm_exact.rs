@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::dequantize::{Row, load_floats, row};
-use super::matmul::{Output, tokens_a_task};
+use super::matmul::{Output, Shape, Split};
 use super::panel::{self, Panel, PanelShape};
 use super::rounding::Block;
 use super::simd::{Aligned, LANES, Simd};
@@ -17,16 +17,10 @@ use crate::matrix::{Data, Layout, Matrix};
 /// Columns that are unpacked at a time, or some more. Their products are added before they join those of the columns before.
 const COLUMNS: usize = 256;
 
-/// How many tokens and how many vectors of weight rows a tile of accumulators in registers spans.
-#[derive(Clone, Copy)]
-pub(super) struct TileShape;
+/// The tile of accumulators in registers.
+pub(super) struct RegisterShape;
 
-pub(super) struct Shape {
-    pub(super) tokens: usize,
-    vectors: usize,
-}
-
-impl Kernel for TileShape {
+impl Kernel for RegisterShape {
     type Output = Shape;
 
     #[inline(always)]
@@ -54,46 +48,36 @@ pub(super) struct Job<'a> {
     w: &'a Matrix<'a>,
     blocks: Vec<Block>,
     out: Output<'a>,
-    panel_rows: usize,
-    tokens_a_task: usize,
+    /// Tokens of a tile.
+    height: usize,
+    split: Split,
 }
 
 impl<'a> Job<'a> {
-    /// `x` is as [`Prepared::interleaved`](super::gemm_prepare::Prepared::interleaved) gives it.
-    pub(super) fn new(cpu: Cpu, x: &'a [f32], w: &'a Matrix<'a>, out: Output<'a>) -> Self {
-        let shape = cpu.dispatch(TileShape);
-        let panel_rows = shape.vectors * LANES;
-        let tokens_a_task = tokens_a_task(out.tokens(), w.rows().div_ceil(panel_rows)).next_multiple_of(shape.tokens);
+    /// `x` is as [`Prepared::interleaved`](super::gemm_prepare::Prepared::interleaved) gives it; `w` is one of the weights
+    /// that have `all_rows` rows together.
+    pub(super) fn new(cpu: Cpu, x: &'a [f32], w: &'a Matrix<'a>, out: Output<'a>, all_rows: usize) -> Self {
+        let shape = cpu.dispatch(RegisterShape);
+        let tiles = out.tokens().div_ceil(shape.tokens);
+        let split = Split::new(shape, w.rows(), all_rows, out.tokens(), tiles);
         let blocks = match w.data() {
             Data::Quantized { layout, .. } => blocks(layout, w.cols()),
             Data::Float { .. } => Vec::new(),
         };
-        Self { x, w, blocks, out, panel_rows, tokens_a_task }
-    }
-
-    /// Tasks of one panel.
-    fn parts(&self) -> usize {
-        self.out.tokens().div_ceil(self.tokens_a_task)
+        Self { x, w, blocks, out, height: shape.tokens, split }
     }
 
     pub(super) fn tasks(&self) -> usize {
-        self.w.rows().div_ceil(self.panel_rows) * self.parts()
+        self.split.tasks()
     }
 
     pub(super) fn run(&self, cpu: Cpu, task: usize) {
-        let &Self { x, w, ref blocks, ref out, panel_rows, tokens_a_task } = self;
-        let (panel, part) = (task / self.parts(), task % self.parts());
-        let tokens = part * tokens_a_task..out.tokens().min((part + 1) * tokens_a_task);
+        let &Self { x, w, ref blocks, ref out, height, split } = self;
+        let (rows, tiles) = split.task(task);
+        let tokens = tiles.start * height..out.tokens().min(tiles.end * height);
+        let x = &x[tokens.start * w.cols()..tokens.end * w.cols()];
         let mut buffers = BUFFERS.take();
-        cpu.dispatch(Product {
-            x: &x[tokens.start * w.cols()..tokens.end * w.cols()],
-            first_token: tokens.start,
-            w,
-            blocks,
-            rows: panel * panel_rows..w.rows().min((panel + 1) * panel_rows),
-            out,
-            buffers: &mut buffers,
-        });
+        cpu.dispatch(Product { x, first_token: tokens.start, w, blocks, rows, out, buffers: &mut buffers });
         BUFFERS.set(buffers);
     }
 }
@@ -127,7 +111,12 @@ impl Kernel for Product<'_> {
 
     #[inline(always)]
     fn run<S: Simd>(self, simd: S) {
-        if S::REGISTERS >= 32 { self.multiply::<S, 8, 3>(simd) } else { self.multiply::<S, 6, 1>(simd) }
+        match self.rows.len().div_ceil(LANES) {
+            _ if S::REGISTERS < 32 => self.multiply::<S, 6, 1>(simd),
+            1 => self.multiply::<S, 8, 1>(simd),
+            2 => self.multiply::<S, 8, 2>(simd),
+            _ => self.multiply::<S, 8, 3>(simd),
+        }
     }
 }
 
@@ -183,8 +172,7 @@ impl Buffers {
         let longest = blocks.iter().map(|block| block.units().len()).max().unwrap_or(0);
         let shape = PanelShape { longest, vectors: N, signed: false };
         self.codes.build(simd, w, layout, rows, blocks, shape, &mut self.scratch);
-        let columns = last.columns.end - first.columns.start;
-        self.weights.resize(columns.max(COLUMNS) * N, Aligned([0.0; LANES]));
+        self.weights.resize(COLUMNS * N, Aligned([0.0; LANES]));
         let weights = self.weights.as_chunks_mut::<N>().0;
         let codes = self.codes.codes.as_chunks::<N>().0;
         for block in blocks {

@@ -7,7 +7,7 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::gemm_prepare::{Rounded, Tile};
-use super::matmul::{Output, tokens_a_task};
+use super::matmul::{Output, Shape, Split};
 use super::panel::{self, Panel, PanelShape};
 use super::rounding::Block;
 use super::simd::{Aligned, LANES, Simd};
@@ -17,13 +17,6 @@ use crate::matrix::{Grid, Layout, Matrix};
 /// Columns that are unpacked at a time, or some more: so many that their scales are widened together, so few that they lie
 /// in the nearest caches while tokens run past them.
 const COLUMNS: usize = 1024;
-
-/// How many tokens and how many vectors of weight rows a tile spans.
-#[derive(Clone, Copy)]
-pub(super) struct Shape {
-    pub(super) tokens: usize,
-    pub(super) vectors: usize,
-}
 
 /// The tile of the vector instructions.
 pub(super) struct RegisterShape;
@@ -43,40 +36,32 @@ pub(super) struct Job<'a> {
     w: &'a Matrix<'a>,
     layout: Layout,
     out: Output<'a>,
-    panel_rows: usize,
-    tiles_a_task: usize,
+    split: Split,
 }
 
 impl<'a> Job<'a> {
-    pub(super) fn new(cpu: Cpu, x: &'a Rounded, w: &'a Matrix<'a>, layout: Layout, out: Output<'a>) -> Self {
-        let shape = x.shape(cpu);
-        let panel_rows = shape.vectors * LANES;
-        let tiles_a_task = tokens_a_task(out.tokens(), w.rows().div_ceil(panel_rows)).div_ceil(shape.tokens);
-        Self { x, w, layout, out, panel_rows, tiles_a_task }
-    }
-
-    /// Tasks of one panel.
-    fn parts(&self) -> usize {
-        self.x.tiles().len().div_ceil(self.tiles_a_task)
+    /// `w` is one of the weights that have `all_rows` rows together.
+    pub(super) fn new(
+        cpu: Cpu,
+        x: &'a Rounded,
+        w: &'a Matrix<'a>,
+        layout: Layout,
+        out: Output<'a>,
+        all_rows: usize,
+    ) -> Self {
+        let split = Split::new(x.shape(cpu), w.rows(), all_rows, out.tokens(), x.tiles().len());
+        Self { x, w, layout, out, split }
     }
 
     pub(super) fn tasks(&self) -> usize {
-        self.w.rows().div_ceil(self.panel_rows) * self.parts()
+        self.split.tasks()
     }
 
     pub(super) fn run(&self, cpu: Cpu, task: usize) {
-        let &Self { x, w, layout, ref out, panel_rows, tiles_a_task } = self;
-        let (panel, part) = (task / self.parts(), task % self.parts());
+        let &Self { x, w, layout, ref out, split } = self;
+        let (rows, tiles) = split.task(task);
         let mut buffers = BUFFERS.take();
-        cpu.dispatch(Product {
-            x,
-            tiles: part * tiles_a_task..x.tiles().len().min((part + 1) * tiles_a_task),
-            w,
-            layout,
-            rows: panel * panel_rows..w.rows().min((panel + 1) * panel_rows),
-            out,
-            buffers: &mut buffers,
-        });
+        cpu.dispatch(Product { x, tiles: &x.tiles()[tiles], w, layout, rows, out, buffers: &mut buffers });
         BUFFERS.set(buffers);
     }
 }
@@ -97,7 +82,7 @@ struct Buffers {
 /// Some tokens times a panel of weight rows.
 struct Product<'a> {
     x: &'a Rounded,
-    tiles: Range<usize>,
+    tiles: &'a [Tile],
     w: &'a Matrix<'a>,
     layout: Layout,
     rows: Range<usize>,
@@ -162,7 +147,7 @@ impl Product<'_> {
     #[inline(always)]
     fn multiply<S: Simd, X: Multiply>(self, simd: S, by: X) {
         let Buffers { scratch, panel, results } = self.buffers;
-        let tiles = &self.x.tiles()[self.tiles];
+        let tiles = self.tiles;
         let places: usize = tiles.iter().map(|tile| tile.places).sum();
         results.clear();
         results.resize(places * X::VECTORS, Aligned([0.0; LANES]));

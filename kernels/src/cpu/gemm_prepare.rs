@@ -1,19 +1,22 @@
-//! Activations of many tokens, made ready once for all weights that meet them.
+//! Activations of many tokens, made ready once for all weights that take them in one form.
 
 use super::Cpu;
 use super::amx::{self, Amx};
 use super::dequantize::zero_point;
 use super::gemm_exact;
-use super::gemm_int8::{self, Shape};
+use super::gemm_int8;
+use super::matmul::Shape;
+use super::panel::grow;
 use super::pool::for_each_piece;
 use super::rounding::{Block, Quantize, blocks};
 use crate::matrix::Layout;
 
-/// The activations of a call, in the forms that its weights take. The memory is kept for the next call.
+/// The activations of a call, in the forms that its weights take. Memory for the most of them is kept for the next call.
 #[derive(Default)]
 pub(super) struct Prepared {
     interleaved: Vec<f32>,
-    is_interleaved: bool,
+    /// How many of these values are of this call.
+    interleaved_len: usize,
     rounded: Vec<Rounded>,
     used: usize,
 }
@@ -21,18 +24,18 @@ pub(super) struct Prepared {
 impl Prepared {
     /// Forgets what was made of earlier activations.
     pub(super) fn clear(&mut self) {
-        self.is_interleaved = false;
+        self.interleaved_len = 0;
         self.used = 0;
     }
 
     /// Makes what [`interleaved`](Self::interleaved) gives.
     pub(super) fn interleave(&mut self, cpu: Cpu, x: &[f32], cols: usize) {
-        if std::mem::replace(&mut self.is_interleaved, true) {
+        if std::mem::replace(&mut self.interleaved_len, x.len()) == x.len() {
             return;
         }
-        let height = cpu.dispatch(gemm_exact::TileShape).tokens;
-        self.interleaved.resize(x.len(), 0.0);
-        for_each_piece(&mut self.interleaved, height * cols, |index, to| {
+        let height = cpu.dispatch(gemm_exact::RegisterShape).tokens;
+        grow(&mut self.interleaved, x.len(), 0.0);
+        for_each_piece(&mut self.interleaved[..x.len()], height * cols, |index, to| {
             let from = &x[index * height * cols..][..to.len()];
             let height = to.len() / cols;
             for (token, from) in from.chunks_exact(cols).enumerate() {
@@ -44,7 +47,7 @@ impl Prepared {
     /// The tokens of each tile of `height` interleaved, so that a tile reads them in order: [tokens / height, cols, height].
     /// The last tile has as many tokens as remain.
     pub(super) fn interleaved(&self) -> &[f32] {
-        &self.interleaved
+        &self.interleaved[..self.interleaved_len]
     }
 
     /// Rounds the activations to INT8 for weights of `layout`; gives what [`rounded`](Self::rounded) finds them by.

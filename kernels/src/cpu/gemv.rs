@@ -130,7 +130,7 @@ impl Cpu {
                 first = job.end;
             }
         };
-        for_each_in_shares(threads, tasks, || announce(weights, threads), run);
+        for_each_in_shares(tasks, || announce(weights, threads), run);
         PREPARED.set(prepared);
     }
 

@@ -4,17 +4,19 @@
 
 use std::cell::Cell;
 use std::marker::PhantomData;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 use super::ahead::announce;
 use super::gemm_prepare::Prepared;
 use super::gemv::{Arithmetic, MAX_TOKENS, WEIGHTS_AT_A_TIME};
 use super::pool::for_each_in_shares;
+use super::simd::LANES;
 use super::{Cpu, gemm_exact, gemm_int8};
 use crate::matrix::{Data, Matrix};
 
-/// Tokens below which a task spends too much of its time decoding.
-const MIN_TOKENS_A_TASK: usize = 128;
+/// Tokens of a task of a product of many: with fewer it spends too much of its time unpacking, and with more they no longer
+/// lie in cache while panels run past them.
+const TOKENS_A_TASK: RangeInclusive<usize> = 64..=512;
 
 /// The output of a matrix product, written by tasks that each have a part of its own. [tokens, rows]
 pub(super) struct Output<'a> {
@@ -53,11 +55,46 @@ impl<'a> Output<'a> {
     }
 }
 
-/// Splits the tokens so that all threads have work, in parts of at least [`MIN_TOKENS_A_TASK`]. `row_tasks` is the number
-/// of parts that the weight rows make.
-pub(super) fn tokens_a_task(tokens: usize, row_tasks: usize) -> usize {
-    let parts = (4 * rayon::current_num_threads()).div_ceil(row_tasks.max(1));
-    tokens.div_ceil(parts).max(MIN_TOKENS_A_TASK)
+/// How many tokens and how many vectors of weight rows a product takes at a time.
+#[derive(Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) tokens: usize,
+    pub(super) vectors: usize,
+}
+
+/// How a product of many tokens is split into tasks: each has a panel of weight rows and some tiles of tokens.
+#[derive(Clone, Copy)]
+pub(super) struct Split {
+    rows: usize,
+    panel_rows: usize,
+    tiles: usize,
+    tiles_a_task: usize,
+}
+
+impl Split {
+    /// Splits `rows` weight rows, of `all_rows` that are multiplied at a time, and `tokens` tokens in `tiles` so that all
+    /// threads have work.
+    pub(super) fn new(shape: Shape, rows: usize, all_rows: usize, tokens: usize, tiles: usize) -> Self {
+        let panel_rows = shape.vectors * LANES;
+        let parts = (4 * rayon::current_num_threads()).div_ceil(all_rows.div_ceil(panel_rows).max(1));
+        let tokens_a_task = tokens.div_ceil(parts).clamp(*TOKENS_A_TASK.start(), *TOKENS_A_TASK.end());
+        Self { rows, panel_rows, tiles, tiles_a_task: tokens_a_task.div_ceil(shape.tokens) }
+    }
+
+    fn panels(self) -> usize {
+        self.rows.div_ceil(self.panel_rows)
+    }
+
+    pub(super) fn tasks(self) -> usize {
+        self.panels() * self.tiles.div_ceil(self.tiles_a_task)
+    }
+
+    /// The rows and the tiles of a task; those of the next are most often the rows that follow, and the same tiles.
+    pub(super) fn task(self, task: usize) -> (Range<usize>, Range<usize>) {
+        let part = |index: usize, size: usize, all: usize| index * size..all.min((index + 1) * size);
+        let (panel, tiles) = (task % self.panels(), task / self.panels());
+        (part(panel, self.panel_rows, self.rows), part(tiles, self.tiles_a_task, self.tiles))
+    }
 }
 
 thread_local! {
@@ -93,7 +130,8 @@ impl Cpu {
     /// `out = x * w^T` for several weights over the same activations, bit for bit what separate products give. `x` is
     /// [tokens, cols] for all of `weights`, each of `outs` is [tokens, rows] of its own weight.
     ///
-    /// Activations are prepared once, and eight weights at a time share one parallel region.
+    /// Eight weights at a time share one parallel region, and activations are prepared once for all of them that take them in
+    /// the same form.
     ///
     /// # Panics
     /// If there are not as many outputs as weights, the weights differ in columns, or lengths do not belong to the same
@@ -128,12 +166,15 @@ impl Cpu {
                 _ => prepared.interleave(self, x, cols),
             }
         }
+        let all_rows = weights.iter().map(Matrix::rows).sum();
         let mut jobs = [const { None }; WEIGHTS_AT_A_TIME];
         for (((w, out), form), job) in weights.iter().zip(outs).zip(forms).zip(&mut jobs) {
             let out = Output::new(out, x.len() / cols, w.rows());
             *job = Some(match form {
-                Some((layout, index)) => Job::Int8(gemm_int8::Job::new(self, prepared.rounded(index), w, layout, out)),
-                None => Job::Exact(gemm_exact::Job::new(self, prepared.interleaved(), w, out)),
+                Some((layout, index)) => {
+                    Job::Int8(gemm_int8::Job::new(self, prepared.rounded(index), w, layout, out, all_rows))
+                }
+                None => Job::Exact(gemm_exact::Job::new(self, prepared.interleaved(), w, out, all_rows)),
             });
         }
         let tasks = jobs.iter().flatten().map(Job::tasks).sum();
@@ -149,8 +190,7 @@ impl Cpu {
                 task -= tasks;
             }
         };
-        let threads = rayon::current_num_threads();
-        for_each_in_shares(threads, tasks, || announce(weights, threads), run);
+        for_each_in_shares(tasks, || announce(weights, rayon::current_num_threads()), run);
         PREPARED.set(prepared);
     }
 }

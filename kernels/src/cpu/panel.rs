@@ -1,4 +1,4 @@
-//! Weight rows unpacked for integer dot products.
+//! Weight rows unpacked and transposed, for products of many tokens.
 
 use std::ops::Range;
 
@@ -30,11 +30,11 @@ pub(super) struct PanelShape {
     pub(super) signed: bool,
 }
 
-/// Buffers of [`Panel::build`], one a task.
+/// Buffers of [`Panel::build`], one a thread.
 #[derive(Default)]
 pub(super) struct Scratch {
-    unpacked: Vec<u8>,       // [LANES, cols and room for one load past them]
-    zeros: Vec<u8>,          // [LANES, groups and room for one load past them]
+    unpacked: Vec<u8>,       // [LANES, columns of a part and room for one load past them]
+    zeros: Vec<u8>,          // [LANES, groups of a part and room for one load past them]
     subtract: Vec<[u8; 64]>, // [groups]
 }
 
@@ -275,7 +275,7 @@ impl Panel {
 }
 
 /// Makes room for `count` values where there is less.
-fn grow<T: Copy>(values: &mut Vec<T>, count: usize, value: T) {
+pub(super) fn grow<T: Copy>(values: &mut Vec<T>, count: usize, value: T) {
     if values.len() < count {
         values.resize(count, value);
     }

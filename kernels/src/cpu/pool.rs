@@ -47,23 +47,17 @@ static POOL: Pool = Pool {
 /// # Panics
 /// With the panic of a task.
 pub(super) fn for_each(tasks: usize, run: impl Fn(usize) + Sync) {
-    for_each_init(tasks, || (), |(), task| run(task));
-}
-
-/// [`for_each`] where the tasks of one thread share what `init` makes.
-pub(super) fn for_each_init<T>(tasks: usize, init: impl Fn() -> T + Sync, run: impl Fn(&mut T, usize) + Sync) {
-    let (mut first, mut alone) = (0, None);
+    let mut first = 0;
     while first < tasks {
         let helpers = rayon::current_num_threads().min(tasks - first) - 1;
-        let Some(mut workers) = POOL.enter().filter(|_| helpers > 0) else {
-            run(alone.get_or_insert_with(&init), first);
+        let Some(mut workers) = POOL.enter(helpers) else {
+            run(first);
             first += 1;
             continue;
         };
         let share = |_| {
-            let mut own = None;
             while let Some(task) = POOL.next_task(tasks) {
-                run(own.get_or_insert_with(&init), task);
+                run(task);
             }
         };
         let panic = POOL.run(&mut workers, helpers, first, &share);
@@ -75,45 +69,47 @@ pub(super) fn for_each_init<T>(tasks: usize, init: impl Fn() -> T + Sync, run: i
     }
 }
 
-/// Calls `run` with 0 on the calling thread and, as far as they have time, with each of `1..threads` on others, the same
-/// number always on the same thread. `before` is called first where others may take part: they may not within a task, or
-/// while another thread uses the pool. So `run(0)` alone must leave nothing to do.
-///
-/// # Panics
-/// With the panic of a call.
-pub(super) fn for_each_thread(threads: usize, before: impl FnOnce(), run: impl Fn(usize) + Sync) {
-    let Some(mut workers) = POOL.enter().filter(|_| threads > 1) else { return run(0) };
-    before();
-    let panic = POOL.run(&mut workers, threads - 1, 0, &run);
-    drop(workers);
-    if let Some(panic) = panic {
-        resume_unwind(panic);
-    }
-}
-
-/// Calls `run` with each of `0..tasks` on the threads that [`for_each_thread`] has: each takes tasks on from where it took the
-/// last, as far as there are of its share, and then helps the others. `before` is called as there.
+/// [`for_each`] where each thread takes tasks on from where it took the last, as far as there are of its share, and then
+/// helps the others. Threads are numbered, the calling one with 0, and have the same number in every loop. `before` is
+/// called before others take part, if they may.
 ///
 /// # Panics
 /// With the panic of a task.
-pub(super) fn for_each_in_shares(threads: usize, tasks: usize, before: impl FnOnce(), run: impl Fn(usize) + Sync) {
+pub(super) fn for_each_in_shares(tasks: usize, before: impl FnOnce(), run: impl Fn(usize) + Sync) {
+    let threads = rayon::current_num_threads();
     let mut taken = TAKEN.take();
     taken.clear();
     taken.resize_with(threads, || Aligned(AtomicUsize::new(0)));
-    let take = |own| {
+    let next_of = |share: usize| {
+        let [start, end] = [share, share + 1].map(|share| share * tasks / threads);
+        // A look costs less than taking.
+        let left = start + taken[share].load(Ordering::Relaxed) < end;
+        let task = left.then(|| start + taken[share].fetch_add(1, Ordering::Relaxed));
+        task.filter(|&task| task < end)
+    };
+    let take = |own: usize| {
         for share in (own..threads).chain(0..own) {
-            let [start, end] = [share, share + 1].map(|share| share * tasks / threads);
-            loop {
-                let task = start + taken[share].fetch_add(1, Ordering::Relaxed);
-                if task >= end {
-                    break;
-                }
+            while let Some(task) = next_of(share) {
                 run(task);
             }
         }
     };
-    for_each_thread(threads, before, take);
+    let mut panic = None;
+    loop {
+        if let Some(mut workers) = POOL.enter(threads - 1) {
+            before();
+            panic = POOL.run(&mut workers, threads - 1, 0, &take);
+            break;
+        }
+        match (0..threads).find_map(next_of) {
+            Some(task) => run(task),
+            None => break,
+        }
+    }
     TAKEN.set(taken);
+    if let Some(panic) = panic {
+        resume_unwind(panic);
+    }
 }
 
 thread_local! {
@@ -188,8 +184,11 @@ const fn number(state: u64) -> u64 {
 }
 
 impl Pool {
-    /// The right to run a loop; `None` where a loop is running.
-    fn enter(&self) -> Option<MutexGuard<'_, Vec<Worker>>> {
+    /// The right to run a loop with helpers; `None` where a loop is running, or none are wanted.
+    fn enter(&self, helpers: usize) -> Option<MutexGuard<'_, Vec<Worker>>> {
+        if helpers == 0 {
+            return None;
+        }
         match self.workers.try_lock() {
             Ok(workers) => Some(workers),
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
@@ -380,7 +379,7 @@ mod tests {
                     // The first task runs while the pool is held; the others need a thread each.
                     if task == 0 {
                         started.wait();
-                        while POOL.enter().is_none() {}
+                        while POOL.enter(1).is_none() {}
                     } else {
                         left.wait();
                     }
@@ -424,25 +423,23 @@ mod tests {
 
     #[test]
     fn each_thread_has_its_number() {
-        with_threads(4, || {
-            let (caller, seen) = (thread::current().id(), Mutex::new(HashMap::new()));
-            for _ in 0..200 {
-                let (before, calls) = (AtomicBool::new(false), [const { AtomicUsize::new(0) }; 4]);
-                let run = |number: usize| {
-                    calls[number].fetch_add(1, Ordering::Relaxed);
-                    let id = thread::current().id();
-                    assert_eq!(*seen.lock().unwrap().entry(number).or_insert(id), id);
-                    // Leaves the others time to come.
-                    while number == 0 && before.load(Ordering::Relaxed) && calls[1].load(Ordering::Relaxed) == 0 {
-                        thread::yield_now();
-                    }
-                };
-                for_each_thread(4, || before.store(true, Ordering::Relaxed), run);
-                let calls = calls.map(AtomicUsize::into_inner);
-                assert!(calls[0] == 1 && calls.iter().all(|&calls| calls <= 1), "{calls:?}");
-            }
-            assert_eq!(seen.into_inner().unwrap()[&0], caller);
-        });
+        let (mut workers, caller, seen) = (lock_pool(), thread::current().id(), Mutex::new(HashMap::new()));
+        for _ in 0..200 {
+            let calls = [const { AtomicUsize::new(0) }; 4];
+            let run = |number: usize| {
+                calls[number].fetch_add(1, Ordering::Relaxed);
+                let id = thread::current().id();
+                assert_eq!(*seen.lock().unwrap().entry(number).or_insert(id), id);
+                // Leaves the others time to come.
+                while number == 0 && calls[1].load(Ordering::Relaxed) == 0 {
+                    thread::yield_now();
+                }
+            };
+            assert!(POOL.run(&mut workers, 3, 0, &run).is_none());
+            let calls = calls.map(AtomicUsize::into_inner);
+            assert!(calls[0] == 1 && calls.iter().all(|&calls| calls <= 1), "{calls:?}");
+        }
+        assert_eq!(seen.into_inner().unwrap()[&0], caller);
     }
 
     #[test]
@@ -451,36 +448,51 @@ mod tests {
             with_threads(threads, || {
                 for tasks in (0..20).chain([1000]) {
                     let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-                    for_each_in_shares(
-                        threads,
-                        tasks,
-                        || (),
-                        |task| {
-                            counts[task].fetch_add(1, Ordering::Relaxed);
-                            // Within a task, the loop runs on this thread.
-                            for_each_in_shares(
-                                threads,
-                                1,
-                                || panic!("nobody else takes part"),
-                                |task| assert_eq!(task, 0),
-                            );
-                        },
-                    );
-                    assert!(counts.into_iter().all(|count| count.into_inner() == 1), "{threads} threads");
+                    let run = |task: usize| {
+                        for_each_in_shares(
+                            2,
+                            || (),
+                            |_| {
+                                counts[task].fetch_add(1, Ordering::Relaxed);
+                            },
+                        );
+                    };
+                    for_each_in_shares(tasks, || (), run);
+                    assert!(counts.into_iter().all(|count| count.into_inner() == 2), "{threads} threads");
                 }
             });
         }
     }
 
     #[test]
-    fn a_thread_that_finds_the_pool_in_use_is_alone() {
+    fn shares_are_run_alone_while_the_pool_is_in_use() {
         with_threads(3, || {
-            let (held, calls) = (lock_pool(), Mutex::new(Vec::new()));
-            for_each_thread(3, || panic!("nobody else takes part"), |number| calls.lock().unwrap().push(number));
-            drop(held);
-            assert_eq!(calls.into_inner().unwrap(), [0]);
-            let result = panic::catch_unwind(|| for_each_thread(3, || (), |number| assert!(number > 0, "the first")));
-            assert_eq!(result.unwrap_err().downcast_ref::<&str>(), Some(&"the first"));
+            let (start, started) = (Barrier::new(2), Barrier::new(2));
+            let (calls, caller) = (Mutex::new(Vec::new()), thread::current().id());
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    let held = lock_pool();
+                    start.wait();
+                    started.wait();
+                    drop(held);
+                });
+                start.wait();
+                let before = || assert!(calls.lock().unwrap().starts_with(&[0, 1, 2, 3, 4]));
+                for_each_in_shares(30, before, |task| {
+                    calls.lock().unwrap().push(task);
+                    if task <= 4 {
+                        assert_eq!(thread::current().id(), caller);
+                    }
+                    if task == 4 {
+                        started.wait();
+                    }
+                });
+            });
+            let mut calls = calls.into_inner().unwrap();
+            calls.sort_unstable();
+            assert_eq!(calls, (0..30).collect::<Vec<_>>());
+            let result = panic::catch_unwind(|| for_each_in_shares(30, || (), |task| assert!(task != 20, "task 20")));
+            assert_eq!(result.unwrap_err().downcast_ref::<&str>(), Some(&"task 20"));
             assert_eq!(counts(100), vec![1; 100]);
         });
     }
@@ -496,20 +508,6 @@ mod tests {
                 });
                 assert_eq!(values, (0..len).collect::<Vec<_>>());
             }
-        });
-    }
-
-    #[test]
-    fn tasks_of_a_thread_share_what_init_made() {
-        with_threads(2, || {
-            let (made, run) = (AtomicUsize::new(0), AtomicUsize::new(0));
-            let init = || made.fetch_add(1, Ordering::Relaxed);
-            for_each_init(100, init, |_, _| {
-                run.fetch_add(1, Ordering::Relaxed);
-            });
-            assert_eq!(run.into_inner(), 100);
-            assert!((1..=2).contains(&made.into_inner()));
-            for_each_init(0, || panic!("nothing to make"), |(), _| {});
         });
     }
 
