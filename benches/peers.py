@@ -21,6 +21,8 @@ PAIRS = [
     ("tinyllama-int4.bkpack", "tinyllama-q4_0.gguf", "1.1B shape, INT4 g128 / Q4_0 (the same codes)"),
 ]
 MODES = ["exact", "int8"]
+# A question of one sentence, run so many times: the median counts.
+SHORT, SHORT_RUNS = 32, 9
 
 
 def run(command):
@@ -57,13 +59,13 @@ class Peers:
     def add(self, kind, program, value):
         self.figures.setdefault(kind, {}).setdefault(program, []).append(value)
 
-    def llama_bench(self, model, *more):
-        command = [self.options.llama / "llama-bench", "-m", model, "-t", self.options.threads, "-r", 1, "-o", "json"]
+    def llama_bench(self, model, *more, runs=1):
+        command = [self.options.llama / "llama-bench", "-m", model, "-t", self.options.threads, "-r", runs, "-o", "json"]
         output, _, seconds = run(command + list(more))
         return json.loads(output), seconds
 
-    def bkpack_bench(self, model, *more):
-        command = [self.options.bkpack, "bench", model, *self.threads, "--repetitions", 1, "--json", "-q"]
+    def bkpack_bench(self, model, *more, runs=1):
+        command = [self.options.bkpack, "bench", model, *self.threads, "--repetitions", runs, "--json", "-q"]
         output, _, seconds = run(command + list(more))
         return json.loads(output), seconds
 
@@ -76,11 +78,16 @@ class Peers:
             for test in tests:
                 kind = "prefill 512" if test["n_prompt"] else "decode 128"
                 self.add((name, kind), "llama.cpp", test["avg_ts"])
+            tests, _ = self.llama_bench(theirs, "-p", SHORT, "-n", 0, runs=SHORT_RUNS)
+            self.add((name, f"prefill {SHORT}"), "llama.cpp", statistics.median(tests[0]["samples_ts"]))
 
         def own():
             for mode in MODES:
                 speed, _ = self.bkpack_bench(ours, "--activations", mode)
                 self.add((name, "prefill 512"), mode, speed["prefill"]["tokens_per_second"])
+                none = ["--prefill", SHORT, "--decode", 0, "--no-memory"]
+                short, _ = self.bkpack_bench(ours, "--activations", mode, *none, runs=SHORT_RUNS)
+                self.add((name, f"prefill {SHORT}"), mode, short["prefill"]["tokens_per_second"])
                 self.add((name, "decode 128"), mode, speed["decode"]["tokens_per_second"])
                 self.add((name, "GB/s of weights in decode"), mode, speed["decode_gb_per_second"])
                 self.add((name, "share of memory bandwidth"), mode, speed["memory"]["decode_share"])
@@ -197,7 +204,7 @@ where bkpack is faster. Prefill, decode and evaluation are tokens a second. The 
 {peers.table()}
 
 Commands, each with `-t {options.threads}` or `--threads {options.threads}`: `llama-bench -m GGUF -p 512 -n 128 -r 1`; `bkpack bench PACKED --prefill 512
---decode 128 --repetitions 1 --activations exact|int8`; `llama-perplexity -m GGUF -f TEXT -c 512 --chunks {options.windows}` (tokens a second of
+--decode 128 --repetitions 1 --activations exact|int8`; the same with {SHORT} tokens, none decoded, {SHORT_RUNS} repetitions; `llama-perplexity -m GGUF -f TEXT -c 512 --chunks {options.windows}` (tokens a second of
 its own timing, which leaves out the scoring); `bkpack eval PACKED --text TEXT --ctx 512 --skip 257 --limit-tokens {512 * options.windows}` (scoring
 included). First token: the whole process of `llama-bench -p 0 -n 1 -r 1 --no-warmup` and of `bkpack bench --prefill 0 --decode 0
 --no-memory`; cold after `posix_fadvise(POSIX_FADV_DONTNEED)` on the file, warm after reading it through.

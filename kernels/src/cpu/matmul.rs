@@ -209,3 +209,26 @@ impl Job<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tasks_cover_every_row_and_tile_once() {
+        for threads in [1, 3, 64] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            for (rows, tokens) in [(0, 9usize), (1, 8), (48, 64), (49, 129), (576, 512), (1000, 1100)] {
+                let tiles = tokens.div_ceil(8);
+                let shape = Shape { tokens: 8, vectors: 3 };
+                let split = pool.install(|| Split::new(shape, rows, rows + 100, tokens, tiles));
+                let mut times = vec![0; rows * tiles];
+                for (rows, own) in (0..split.tasks()).map(|task| split.task(task)) {
+                    assert!(rows.len() <= 48 && own.len() <= 512 / 8);
+                    rows.for_each(|row| own.clone().for_each(|tile| times[row * tiles + tile] += 1));
+                }
+                assert!(times.iter().all(|&times| times == 1), "{rows} rows, {tokens} tokens, {threads} threads");
+            }
+        }
+    }
+}
