@@ -4,7 +4,7 @@
 #     benches/run.sh --work DIR --smollm2 CHECKPOINT --text FILE [options of benches/peers.sh]
 #
 # Writes benches/record/DATE-kernels.md and benches/record/DATE-peers.md. Build llama.cpp and the models beforehand with
-# `benches/peers.sh ... --build-only`; the measurements then take under 15 minutes on two cores. Leave the machine alone
+# `benches/peers.sh ... --build-only`; the measurements then take some 20 minutes on two cores. Leave the machine alone
 # meanwhile.
 set -euo pipefail
 cd "$(dirname "$0")/.."
