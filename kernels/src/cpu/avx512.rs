@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::Kernel;
-use super::avx512_codes::{SHIFT, SPREAD, Unpack, digits, dot_digits, nibble_level, quarters};
+use super::avx512_codes::{SHIFT, SPREAD, Unpack, digits, dot_digits, level, quarters};
 use super::avx512_transpose::{sums, transpose};
 use super::simd::{Aligned, Simd, TERNARY_PLACES};
 
@@ -437,24 +437,15 @@ impl Simd for Avx512 {
     fn levels<const NARROW: bool>(self, u: __m512i, zero: __m512) -> [__m512; 4] {
         // SAFETY: the token exists only on CPUs with AVX-512; the table is 64 bytes, and the load may be unaligned.
         unsafe {
-            let columns = [u, _mm512_srli_epi32::<8>(u), _mm512_srli_epi32::<16>(u), _mm512_srli_epi32::<24>(u)];
-            let mut levels = [zero; 4];
+            // Columns 2 and 3 are where 0 and 1 were.
+            let later = _mm512_srli_epi32::<16>(u);
             if NARROW {
                 // The permutation looks at the low four bits of each lane.
                 let table = _mm512_sub_ps(_mm512_loadu_ps(NIBBLES.as_ptr()), zero);
-                for (level, codes) in levels.iter_mut().zip(columns) {
-                    *level = _mm512_permutexvar_ps(codes, table);
-                }
-                return levels;
+                let [first, third] = [_mm512_permutexvar_ps(u, table), _mm512_permutexvar_ps(later, table)];
+                return [first, level::<4, 8>(u, zero), third, level::<4, 8>(later, zero)];
             }
-            // Below the bits of 2^23, a code is what it adds to it.
-            let [magic, mask] = [_mm512_set1_epi32(0x4b00_0000), _mm512_set1_epi32(0xff)];
-            let zero = _mm512_add_ps(zero, _mm512_castsi512_ps(magic));
-            for (level, codes) in levels.iter_mut().zip(columns) {
-                let codes = _mm512_ternarylogic_epi32::<0b1110_1010>(codes, mask, magic);
-                *level = _mm512_sub_ps(_mm512_castsi512_ps(codes), zero);
-            }
-            levels
+            [level::<8, 0>(u, zero), level::<8, 8>(u, zero), level::<8, 0>(later, zero), level::<8, 8>(later, zero)]
         }
     }
 
@@ -470,17 +461,17 @@ impl Simd for Avx512 {
                 let table = _mm512_sub_ps(_mm512_loadu_ps(NIBBLES.as_ptr()), zero);
                 [_mm512_permutexvar_ps(words, table), _mm512_permutexvar_ps(later, table)]
             } else {
-                [nibble_level::<0>(words, zero), nibble_level::<0>(later, zero)]
+                [level::<4, 0>(words, zero), level::<4, 0>(later, zero)]
             };
             [
                 first[0],
-                nibble_level::<4>(words, zero),
-                nibble_level::<8>(words, zero),
+                level::<4, 4>(words, zero),
+                level::<4, 8>(words, zero),
                 first[1],
-                nibble_level::<16>(words, zero),
-                nibble_level::<8>(later, zero),
-                nibble_level::<12>(later, zero),
-                nibble_level::<16>(later, zero),
+                level::<4, 16>(words, zero),
+                level::<4, 8>(later, zero),
+                level::<4, 12>(later, zero),
+                level::<4, 16>(later, zero),
             ]
         }
     }

@@ -256,17 +256,19 @@ pub(super) unsafe fn dot_digits(digits: &[__m512i; 5], a: [&[i8; 64]; 5], acc: _
     }
 }
 
-/// The codes of four bits from bit `AT` of each lane on, less `zero`.
+/// The codes of `BITS` bits from bit `AT` of each lane on, at most to bit 22, less `zero`.
 ///
 /// # Safety
 /// The CPU has AVX-512.
 #[inline(always)]
-pub(super) unsafe fn nibble_level<const AT: u32>(words: __m512i, zero: __m512) -> __m512 {
+pub(super) unsafe fn level<const BITS: u32, const AT: u32>(words: __m512i, zero: __m512) -> __m512 {
+    const { assert!(AT + BITS <= 23, "the mantissa has 23 bits") };
     // SAFETY: the caller's promise.
     unsafe {
         // In a number from 2^(23 - AT) on, bit `AT` of the mantissa counts 1.
         let start = _mm512_set1_epi32(((150 - AT) << 23) as i32);
-        let codes = _mm512_ternarylogic_epi32::<0b1110_1010>(words, _mm512_set1_epi32(15 << AT), start);
+        let mask = _mm512_set1_epi32(((1 << BITS) - 1) << AT);
+        let codes = _mm512_ternarylogic_epi32::<0b1110_1010>(words, mask, start);
         _mm512_sub_ps(_mm512_castsi512_ps(codes), _mm512_add_ps(_mm512_castsi512_ps(start), zero))
     }
 }
