@@ -15,6 +15,7 @@ use super::gemv_exact::{BF16, ExactProduct, F16, F32, FloatProduct};
 use super::gemv_int8::RoundedProduct;
 use super::gemv_prepare::{Form, Order, Prepare, Prepared, Scaling};
 use super::gemv_row::{Scratch, Task, constant_zero};
+use super::gemv_short::ShortProduct;
 use super::gemv_wide::WideProduct;
 use super::matmul::Output;
 use super::pool::for_each_in_shares;
@@ -185,9 +186,9 @@ impl Cpu {
                 (true, true) => self.dispatch(EightsProduct::<false, true>::new(task, scratch)),
                 (true, false) => self.dispatch(EightsProduct::<false, false>::new(task, scratch)),
             },
-            (_, Grid::Ternary) => self.exact::<Ternary, true>(task, scratch),
-            (_, grid) if grid.max_code() < 16 => self.exact::<Stream, true>(task, scratch),
-            _ => self.exact::<Stream, false>(task, scratch),
+            (_, Grid::Ternary) => self.exact::<Ternary, true>(task, scratch, layout),
+            (_, grid) if grid.max_code() < 16 => self.exact::<Stream, true>(task, scratch, layout),
+            _ => self.exact::<Stream, false>(task, scratch, layout),
         });
     }
 
@@ -207,11 +208,15 @@ impl Cpu {
         }
     }
 
-    fn exact<D: Decode, const NARROW: bool>(self, task: Task, scratch: &mut Scratch) {
-        if task.x.form == Some(Form::Interleaved(Scaling::Steps)) {
-            self.dispatch(ExactProduct::<D, NARROW, true>::new(task, scratch));
-        } else {
+    fn exact<D: Decode, const NARROW: bool>(self, task: Task, scratch: &mut Scratch, layout: Layout) {
+        if task.x.form != Some(Form::Interleaved(Scaling::Steps)) {
             self.dispatch(ExactProduct::<D, NARROW, false>::new(task, scratch));
+        } else if uniform::<D>(layout, task.w) {
+            self.dispatch(ExactProduct::<D, NARROW, true>::new(task, scratch));
+        } else if layout.grid.has_zero_points() {
+            self.dispatch(ShortProduct::<D, NARROW, false>::new(task, scratch));
+        } else {
+            self.dispatch(ShortProduct::<D, NARROW, true>::new(task, scratch));
         }
     }
 }

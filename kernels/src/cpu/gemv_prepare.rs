@@ -1,8 +1,8 @@
 //! Activations as the products of a few tokens read them: prepared once a call, for all rows.
 //!
-//! In general, steps are of 64 columns, of which lane `l` of the vector holds columns `4l` to `4l + 3`. Where groups are whole
-//! steps ([`Scaling::Steps`]) the scales of a step are one number each. Otherwise ([`Scaling::Lanes`]) each lane has scales of
-//! its own; a lane that several blocks of columns meet has a plane for each, with zeros in the others' columns.
+//! In general, steps are of 64 columns, of which lane `l` of the vector holds columns `4l` to `4l + 3`. Usually a lane has one
+//! scale ([`Scaling::Steps`]). Otherwise ([`Scaling::Lanes`]) a lane that several blocks of columns meet has a plane for
+//! each, with zeros in the others' columns.
 //!
 //! Where no lane meets two blocks, steps and lanes are those that the codes are unpacked to fastest: for activations as they
 //! are times four bits ([`Form::Eights`]), and for rounded ones ([`Form::Wide`]).
@@ -29,7 +29,7 @@ pub(super) type Eights = [[f32; LANES]; EIGHT];
 /// How scales lie over the lanes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Scaling {
-    /// No step meets two groups or two blocks of activations.
+    /// Steps are whole groups or groups whole steps, and no lane meets two groups.
     Steps,
     /// Any other group size.
     Lanes { group: usize },
@@ -38,7 +38,7 @@ pub(super) enum Scaling {
 impl Scaling {
     pub(super) fn of(layout: Layout, cols: usize) -> Self {
         let group = layout.group;
-        if group.is_multiple_of(STEP) || group >= cols { Self::Steps } else { Self::Lanes { group } }
+        if Order::Single.takes(group, cols) { Self::Steps } else { Self::Lanes { group } }
     }
 }
 

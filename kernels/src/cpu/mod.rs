@@ -30,6 +30,7 @@ mod gemv_exact;
 mod gemv_int8;
 mod gemv_prepare;
 mod gemv_row;
+mod gemv_short;
 mod gemv_wide;
 mod gram;
 mod loss;
