@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::Kernel;
-use super::avx2_codes::{both, codes, digits, halves, nibble_levels, transpose, unpack};
+use super::avx2_codes::{both, codes, digits, halves, load, nibble_levels, transpose, unpack};
 use super::simd::{Simd, TERNARY_BYTES, TERNARY_PLACES};
 
 /// Token for AVX2 with fused multiply-add and half-precision conversion.
@@ -400,17 +400,20 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn load_bytes(self, from: &[u8; 64]) -> [__m256i; 2] {
         // SAFETY: the token exists only on CPUs with AVX2; the halves are 32 bytes each, and loads may be unaligned.
-        unsafe { [0, 32].map(|start| _mm256_loadu_si256(from[start..].as_ptr().cast())) }
+        unsafe { load(from.as_ptr()) }
     }
 
     #[inline(always)]
     fn nibbles(self, bytes: &[u8; 64]) -> [[__m256i; 2]; 2] {
         // SAFETY: the token exists only on CPUs with AVX2; the array is 64 bytes, and loads may be unaligned.
         unsafe {
-            let from: *const __m256i = bytes.as_ptr().cast();
-            let (bytes, mask) = ([_mm256_loadu_si256(from), _mm256_loadu_si256(from.add(1))], _mm256_set1_epi8(15));
-            let low = bytes.map(|half| _mm256_and_si256(half, mask));
-            [low, bytes.map(|half| _mm256_and_si256(_mm256_srli_epi16::<4>(half), mask))]
+            let (bytes, mask) = (load(bytes.as_ptr()), _mm256_set1_epi8(15));
+            let mut codes = [bytes; 2];
+            for (half, bytes) in bytes.into_iter().enumerate() {
+                codes[0][half] = _mm256_and_si256(bytes, mask);
+                codes[1][half] = _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), mask);
+            }
+            codes
         }
     }
 
@@ -440,8 +443,11 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn dot_digits(self, digits: &[[__m256i; 2]; 5], a: [&[i8; 64]; 5], acc: [__m256i; 2]) -> [__m256i; 2] {
-        digits.iter().zip(a).fold(acc, |acc, (&u, a)| self.dot_codes(u, a, acc, false))
+    fn dot_digits(self, digits: &[[__m256i; 2]; 5], a: [&[i8; 64]; 5], mut acc: [__m256i; 2]) -> [__m256i; 2] {
+        for (&u, a) in digits.iter().zip(a) {
+            acc = self.dot_codes(u, a, acc, false);
+        }
+        acc
     }
 
     #[inline(always)]
@@ -469,7 +475,7 @@ impl Simd for Avx2 {
     #[inline(always)]
     fn dot_codes(self, u: [__m256i; 2], a: &[i8; 64], acc: [__m256i; 2], eight_bits: bool) -> [__m256i; 2] {
         // SAFETY: the token exists only on CPUs with AVX2; the halves are 32 bytes, and loads may be unaligned.
-        let a = unsafe { [0, 32].map(|at| _mm256_loadu_si256(a.as_ptr().add(at).cast())) };
+        let a = unsafe { load(a.as_ptr().cast()) };
         if eight_bits { self.dot_u8i8(u, a, acc) } else { self.dot_u7i8(u, a, acc) }
     }
 

@@ -95,10 +95,20 @@ pub(super) unsafe fn codes(stream: *const u8, bits: u32) -> [__m256i; 2] {
                 [_mm256_add_epi8(low, low), _mm256_add_epi8(high, high)]
             }
             4 => [nibbles(from), nibbles(from.add(1))],
-            8 => [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(2).cast())],
+            8 => load(stream),
             _ => unpack(stream, bits),
         }
     }
+}
+
+/// A vector of 64 bytes.
+///
+/// # Safety
+/// The CPU has AVX2, and 64 bytes are readable at `from`.
+#[inline(always)]
+pub(super) unsafe fn load(from: *const u8) -> [__m256i; 2] {
+    // SAFETY: the caller's promise; loads may be unaligned.
+    unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }
 }
 
 /// Unpacks 128 codes of `bits` bits: columns 0 to 31 and 64 to 95, then the rest; those of one bit are doubled.
@@ -120,14 +130,13 @@ pub(super) unsafe fn halves(stream: *const u8, bits: u32) -> [[__m256i; 2]; 2] {
 pub(super) unsafe fn digits(bytes: &[u8; 64], at: &[usize; 4]) -> [[__m256i; 2]; 5] {
     // SAFETY: loads may be unaligned; AVX2 is the caller's promise.
     unsafe {
-        let [first, second, third, fourth] = at.map(|at| match bytes[at..].first_chunk() {
-            Some(bytes) => bytes,
-            None => unreachable!("a block starts 16 bytes or more before the end"),
-        });
         let mut digits = [[_mm256_setzero_si256(); 2]; 5];
-        for (half, mut fraction) in
-            [both(first, second), both(third, fourth)].map(|byte| fraction(byte)).into_iter().enumerate()
-        {
+        for half in 0..2 {
+            let [low, high] = [at[2 * half], at[2 * half + 1]];
+            let (Some(low), Some(high)) = (bytes[low..].first_chunk(), bytes[high..].first_chunk()) else {
+                unreachable!("a block starts 16 bytes or more before the end")
+            };
+            let mut fraction = fraction(both(low, high));
             for digits in &mut digits {
                 // Three times the fraction is one or two wholes from these on.
                 let one = _mm256_cmpeq_epi8(_mm256_max_epu8(fraction, _mm256_set1_epi8(86)), fraction);
@@ -148,14 +157,22 @@ pub(super) unsafe fn digits(bytes: &[u8; 64], at: &[usize; 4]) -> [[__m256i; 2];
 unsafe fn fraction(bytes: __m256i) -> __m256i {
     // SAFETY: the caller's promise.
     unsafe {
-        // `bytes + ceil(bytes * 13 / 243)`, with a division that is exact for all bytes.
-        let more = |words| {
-            let scaled = _mm256_add_epi16(_mm256_mullo_epi16(words, _mm256_set1_epi16(13)), _mm256_set1_epi16(239));
-            _mm256_mulhi_epu16(scaled, _mm256_set1_epi16(270))
-        };
         let even = more(_mm256_and_si256(bytes, _mm256_set1_epi16(0xff)));
         let odd = more(_mm256_srli_epi16::<8>(bytes));
         _mm256_add_epi8(bytes, _mm256_or_si256(even, _mm256_slli_epi16::<8>(odd)))
+    }
+}
+
+/// `ceil(word * 13 / 243)` for words that are bytes; the division is exact for all of them.
+///
+/// # Safety
+/// The CPU has AVX2.
+#[inline(always)]
+unsafe fn more(words: __m256i) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let scaled = _mm256_add_epi16(_mm256_mullo_epi16(words, _mm256_set1_epi16(13)), _mm256_set1_epi16(239));
+        _mm256_mulhi_epu16(scaled, _mm256_set1_epi16(270))
     }
 }
 
