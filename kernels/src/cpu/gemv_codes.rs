@@ -34,7 +34,7 @@ pub(super) trait Decode: Hold {
 pub(super) trait Wide: Hold {
     /// Vectors of activation codes to a step.
     const VECTORS: usize;
-    /// Whether one token meets two rows at a time.
+    /// Whether one token meets two rows at a time where there are registers for both.
     const PAIRS: bool = true;
     /// The codes of a step.
     type Codes<S: Simd>: Copy;

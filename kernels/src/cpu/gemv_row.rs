@@ -38,7 +38,8 @@ pub(super) struct Task<'a> {
 
 /// `T` tokens times rows whose groups are widened together.
 pub(super) trait Rows<S: Simd, const T: usize>: Copy {
-    /// Whether one token meets two rows at a time: they share the loads of its activations, but are two streams for memory.
+    /// Whether one token meets two rows at a time where there are registers for both: they share the loads of its
+    /// activations, but are two streams for memory.
     const PAIRS: bool;
 
     /// Adds the lanes of a range of the groups of each of `R` rows, which starts with a step. They were widened to `at`.
@@ -85,7 +86,7 @@ impl Task<'_> {
             while i < rows.len() {
                 // SAFETY: the caller's promise.
                 i += unsafe {
-                    if X::PAIRS && T == 1 && i + 2 <= rows.len() {
+                    if X::PAIRS && S::REGISTERS >= 32 && T == 1 && i + 2 <= rows.len() {
                         add_rows::<S, X, T, 2>(w, start, i, x, groups, lanes)
                     } else {
                         add_rows::<S, X, T, 1>(w, start, i, x, groups, lanes)

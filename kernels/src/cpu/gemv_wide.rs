@@ -94,7 +94,7 @@ pub(super) trait Steps: Copy {
     type Hold: Hold;
     /// Whether every group has the zero point of its grid.
     const CONSTANT: bool;
-    /// Whether one token meets two rows at a time.
+    /// Whether one token meets two rows at a time where there are registers for both.
     const PAIRS: bool;
 
     /// Adds the products of one step; scales come with minus their zero points.
