@@ -44,6 +44,7 @@ fn encodings() -> Vec<(String, Encoding)> {
         all.push((format!("int{bits} g128"), quantized(Grid::Int { bits, symmetric: true }, 128)));
     }
     all.push(("int4 g32 asymmetric".into(), quantized(Grid::Int { bits: 4, symmetric: false }, 32)));
+    all.push(("int8 g32".into(), quantized(Grid::Int { bits: 8, symmetric: true }, 32)));
     all.push(("ternary g128".into(), quantized(Grid::Ternary, 128)));
     all.push(("binary g128".into(), quantized(Grid::Binary, 128)));
     all
