@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::Kernel;
-use super::avx2_codes::{both, codes, digits, halves, load, nibble_levels, transpose, unpack};
+use super::avx2_codes::{Unpack, both, digits, load, nibble_levels, transpose, unpack64};
 use super::simd::{Simd, TERNARY_BYTES, TERNARY_PLACES};
 
 /// Token for AVX2 with fused multiply-add and half-precision conversion.
@@ -37,7 +37,7 @@ impl Simd for Avx2 {
     type F32 = [__m256; 2];
     type I32 = [__m256i; 2];
     type U8 = [__m256i; 2];
-    type Unpack = u32;
+    type Unpack = Unpack;
     type Digits = [[__m256i; 2]; 5];
 
     const REGISTERS: usize = 8;
@@ -374,27 +374,21 @@ impl Simd for Avx2 {
     fn unpack64(self, stream: &[u8], bits: u32) -> [u8; 64] {
         assert!((1..=8).contains(&bits));
         let stream = &stream[..8 * bits as usize];
-        let mut codes = [0; 64];
-        // SAFETY: the token exists only on CPUs with AVX2; the stream is as long as its codes; `codes` is 64 bytes, and
-        // stores may be unaligned.
-        unsafe {
-            let [low, high] = unpack(stream.as_ptr(), bits);
-            _mm256_storeu_si256(codes.as_mut_ptr().cast(), low);
-            _mm256_storeu_si256(codes.as_mut_ptr().add(32).cast(), high);
-        }
-        codes
+        // SAFETY: the token exists only on CPUs with AVX2; the stream is as long as its codes.
+        unsafe { unpack64(stream, bits) }
     }
 
     #[inline(always)]
-    fn unpack(self, bits: u32) -> u32 {
+    fn unpack(self, bits: u32) -> Unpack {
         assert!((1..=8).contains(&bits));
-        bits
+        // SAFETY: the token exists only on CPUs with AVX2.
+        unsafe { Unpack::new(bits) }
     }
 
     #[inline(always)]
-    fn codes(self, &bits: &u32, stream: &[u8; 64]) -> [__m256i; 2] {
+    fn codes(self, unpack: &Unpack, stream: &[u8; 64]) -> [__m256i; 2] {
         // SAFETY: the token exists only on CPUs with AVX2; the array is 64 bytes, as long as any 64 codes.
-        unsafe { codes(stream.as_ptr(), bits) }
+        unsafe { unpack.codes(stream.as_ptr()) }
     }
 
     #[inline(always)]
@@ -418,22 +412,23 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
-    fn halves(self, &bits: &u32, bytes: &[u8; 64]) -> [[__m256i; 2]; 2] {
-        assert!(bits <= 4);
+    fn halves(self, unpack: &Unpack, bytes: &[u8; 64]) -> [[__m256i; 2]; 2] {
+        assert!(unpack.bits() <= 4);
         // SAFETY: the token exists only on CPUs with AVX2; 128 codes of up to four bits are at most 64 bytes.
-        unsafe { halves(bytes.as_ptr(), bits) }
+        unsafe { unpack.halves(bytes.as_ptr()) }
     }
 
     #[inline(always)]
-    fn halves_of_two(self, &bits: &u32, bytes: &[u8; 128]) -> [[__m256i; 2]; 2] {
-        assert!(bits <= 8);
+    fn halves_of_two(self, unpack: &Unpack, bytes: &[u8; 128]) -> [[__m256i; 2]; 2] {
         // SAFETY: the token exists only on CPUs with AVX2; 128 codes of up to eight bits are at most 128 bytes.
-        unsafe { halves(bytes.as_ptr(), bits) }
+        unsafe { unpack.halves(bytes.as_ptr()) }
     }
 
     #[inline(always)]
     fn halves_of_bytes(self, bytes: &[u8; 128]) -> [[__m256i; 2]; 2] {
-        self.halves_of_two(&8, bytes)
+        // SAFETY: the token exists only on CPUs with AVX2; the array is twice 64 bytes.
+        let [first, second] = unsafe { [load(bytes.as_ptr()), load(bytes.as_ptr().add(64))] };
+        [[first[0], second[0]], [first[1], second[1]]]
     }
 
     #[inline(always)]

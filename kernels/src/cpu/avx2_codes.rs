@@ -2,23 +2,26 @@
 
 use std::arch::x86_64::*;
 
-/// How 128-bit lanes unpack 16 codes each: a window of 16 bits around every code, shifted left by a multiplication so
-/// that the code starts at bit 8.
+/// How 64 codes of a width are unpacked, 16 to a half of a register: a window of 16 bits around every code, shifted left by a
+/// multiplication so that the code starts at bit 8.
 #[derive(Clone, Copy)]
-struct Unpack {
+struct Windows {
     /// Where each quarter of the codes is loaded from; moved back where 16 bytes would pass the end of the stream.
     offset: [usize; 4],
-    /// For each quarter, the bytes of the windows of its first and of its last eight codes.
-    windows: [[[u8; 16]; 2]; 4],
-    /// For each of eight codes, the power of two that moves it to bit 8 of its window.
+    /// For each half of the codes, the bytes of the windows of the first and of the last eight of each of its quarters.
+    bytes: [[[u8; 32]; 2]; 2],
+    /// For each of eight codes, the power of two that moves it to bit 8 of its window, or to bit 9 where there is one bit.
     factors: [u16; 8],
+    /// The bits of a code.
+    mask: u8,
 }
 
-const UNPACK: [Unpack; 9] = {
-    let mut table = [Unpack { offset: [0; 4], windows: [[[0; 16]; 2]; 4], factors: [0; 8] }; 9];
+const WINDOWS: [Windows; 9] = {
+    let mut table = [Windows { offset: [0; 4], bytes: [[[0; 32]; 2]; 2], factors: [0; 8], mask: 0 }; 9];
     let mut bits = 1;
     while bits <= 8 {
         let last = if bits == 1 { 0 } else { 8 * bits - 16 };
+        let doubled = (bits == 1) as usize;
         let mut i = 0;
         while i < 64 {
             let quarter = i / 16;
@@ -28,77 +31,132 @@ const UNPACK: [Unpack; 9] = {
             let byte = i * bits / 8 - offset;
             // A code that ends within its first byte needs no second one; a set high bit makes the shuffle write zero.
             let second = if i * bits % 8 + bits > 8 { byte + 1 } else { 0x80 };
-            let window = &mut table[bits].windows[quarter][i % 16 / 8];
-            window[i % 8 * 2] = byte as u8;
-            window[i % 8 * 2 + 1] = second as u8;
-            table[bits].factors[i % 8] = 1 << (8 - i * bits % 8);
+            let window = &mut table[bits].bytes[quarter / 2][i % 16 / 8];
+            let at = quarter % 2 * 16 + i % 8 * 2;
+            window[at] = byte as u8;
+            window[at + 1] = second as u8;
+            table[bits].factors[i % 8] = 1 << (8 + doubled - i * bits % 8);
             i += 1;
         }
+        table[bits].mask = (((1 << bits) - 1) << doubled) as u8;
         bits += 1;
     }
     table
 };
 
-/// Loads the bytes that hold 16 codes: 8 at a width of one bit, 16 otherwise.
-///
-/// # Safety
-/// The CPU has AVX2, and that many bytes are readable at `from`.
-#[inline(always)]
-unsafe fn quarter(from: *const u8, bits: u32) -> __m128i {
-    // SAFETY: the caller's promise; loads may be unaligned.
-    unsafe { if bits == 1 { _mm_loadl_epi64(from.cast()) } else { _mm_loadu_si128(from.cast()) } }
+/// [`WINDOWS`] of a width in registers.
+#[derive(Clone, Copy)]
+pub struct Unpack {
+    bits: u32,
+    offset: [usize; 4],
+    windows: [[__m256i; 2]; 2],
+    factors: __m256i,
+    mask: __m256i,
 }
 
-/// Unpacks 64 codes of `bits` bits.
-///
-/// # Safety
-/// The CPU has AVX2, `bits` is from 1 to 8, and `8 * bits` bytes are readable at `stream`.
-#[inline(always)]
-pub(super) unsafe fn unpack(stream: *const u8, bits: u32) -> [__m256i; 2] {
-    let table = &UNPACK[bits as usize];
-    // SAFETY: the caller's promise; `quarter` reads 8 bytes at a width of one bit, where the stream is that long, and
-    // otherwise 16 at an offset that is at most 16 below the length of the stream. The tables are 16 bytes each, and loads
-    // may be unaligned.
-    unsafe {
-        let factors = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.factors.as_ptr().cast()));
-        let mask = _mm256_set1_epi8(((1u32 << bits) - 1) as u8 as i8);
-        let mut codes = [mask; 2];
+impl Unpack {
+    /// For `bits` from 1 to 8.
+    ///
+    /// # Safety
+    /// The CPU has AVX2.
+    #[inline(always)]
+    pub(super) unsafe fn new(bits: u32) -> Self {
+        let table = &WINDOWS[bits as usize];
+        // SAFETY: the arrays of windows are 32 bytes, the factors 16, and loads may be unaligned; AVX2 is the caller's promise.
+        unsafe {
+            let mut windows = [[_mm256_setzero_si256(); 2]; 2];
+            for (windows, bytes) in windows.iter_mut().zip(&table.bytes) {
+                for (window, bytes) in windows.iter_mut().zip(bytes) {
+                    *window = _mm256_loadu_si256(bytes.as_ptr().cast());
+                }
+            }
+            let factors = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.factors.as_ptr().cast()));
+            let mask = _mm256_set1_epi8(table.mask as i8);
+            Self { bits, offset: table.offset, windows, factors, mask }
+        }
+    }
+
+    /// The width.
+    pub(super) fn bits(&self) -> u32 {
+        self.bits
+    }
+
+    /// Unpacks 64 codes; those of one bit are doubled.
+    ///
+    /// # Safety
+    /// The CPU has AVX2, and as many bytes as the codes have are readable at `stream`; 16 where these have one bit.
+    #[inline(always)]
+    pub(super) unsafe fn codes(&self, stream: *const u8) -> [__m256i; 2] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.bits {
+                4 => [nibbles(stream), nibbles(stream.add(16))],
+                8 => load(stream),
+                _ => self.windows(stream),
+            }
+        }
+    }
+
+    /// [`codes`](Self::codes) by their windows.
+    ///
+    /// # Safety
+    /// As for [`codes`](Self::codes).
+    #[inline(always)]
+    unsafe fn windows(&self, stream: *const u8) -> [__m256i; 2] {
+        let mut codes = [self.mask; 2];
         for (half, codes) in codes.iter_mut().enumerate() {
-            let [low, high] = [2 * half, 2 * half + 1];
-            let bytes = _mm256_set_m128i(
-                quarter(stream.add(table.offset[high]), bits),
-                quarter(stream.add(table.offset[low]), bits),
-            );
-            let first = both(&table.windows[low][0], &table.windows[high][0]);
-            let last = both(&table.windows[low][1], &table.windows[high][1]);
-            let first = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, first), factors);
-            let last = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, last), factors);
-            let packed = _mm256_packus_epi16(_mm256_srli_epi16::<8>(first), _mm256_srli_epi16::<8>(last));
-            *codes = _mm256_and_si256(packed, mask);
+            let [first, last] = self.windows[half];
+            // SAFETY: 16 bytes are loaded at an offset that is at most 16 below the length of the stream, or at 0 where codes
+            // have one bit; the rest is the caller's promise. Loads may be unaligned.
+            unsafe {
+                let [low, high] = [self.offset[2 * half], self.offset[2 * half + 1]];
+                let bytes =
+                    _mm256_set_m128i(_mm_loadu_si128(stream.add(high).cast()), _mm_loadu_si128(stream.add(low).cast()));
+                let first = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, first), self.factors);
+                let last = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, last), self.factors);
+                let packed = _mm256_packus_epi16(_mm256_srli_epi16::<8>(first), _mm256_srli_epi16::<8>(last));
+                *codes = _mm256_and_si256(packed, self.mask);
+            }
         }
         codes
     }
+
+    /// Unpacks 128 codes: columns 0 to 31 and 64 to 95, then the rest; those of one bit are doubled.
+    ///
+    /// # Safety
+    /// The CPU has AVX2, and as many bytes as the codes have are readable at `stream`; 24 where these have one bit.
+    #[inline(always)]
+    pub(super) unsafe fn halves(&self, stream: *const u8) -> [[__m256i; 2]; 2] {
+        // SAFETY: the caller's promise.
+        let [first, second] = unsafe { [self.codes(stream), self.codes(stream.add(8 * self.bits as usize))] };
+        [[first[0], second[0]], [first[1], second[1]]]
+    }
 }
 
-/// Unpacks 64 codes of `bits` bits; those of one bit are doubled.
+/// Unpacks 64 codes of `bits` bits, 1 to 8, to bytes.
 ///
 /// # Safety
-/// As for [`unpack`].
+/// The CPU has AVX2, and the stream is as long as its codes.
 #[inline(always)]
-pub(super) unsafe fn codes(stream: *const u8, bits: u32) -> [__m256i; 2] {
-    let from: *const __m128i = stream.cast();
-    // SAFETY: the caller's promise; loads may be unaligned.
+pub(super) unsafe fn unpack64(stream: &[u8], bits: u32) -> [u8; 64] {
+    let (mut codes, mut padded) = ([0; 64], [0; 16]);
+    // SAFETY: the caller's promise; where codes have one bit, the stream is padded to 16 bytes. `codes` is 64 bytes, and stores
+    // may be unaligned.
     unsafe {
-        match bits {
-            1 => {
-                let [low, high] = unpack(stream, bits);
-                [_mm256_add_epi8(low, low), _mm256_add_epi8(high, high)]
+        let mut from = stream.as_ptr();
+        if bits == 1 {
+            padded[..stream.len()].copy_from_slice(stream);
+            from = padded.as_ptr();
+        }
+        for (i, mut vector) in Unpack::new(bits).codes(from).into_iter().enumerate() {
+            if bits == 1 {
+                // They come doubled.
+                vector = _mm256_srli_epi16::<1>(vector);
             }
-            4 => [nibbles(from), nibbles(from.add(1))],
-            8 => load(stream),
-            _ => unpack(stream, bits),
+            _mm256_storeu_si256(codes.as_mut_ptr().add(32 * i).cast(), vector);
         }
     }
+    codes
 }
 
 /// A vector of 64 bytes.
@@ -109,17 +167,6 @@ pub(super) unsafe fn codes(stream: *const u8, bits: u32) -> [__m256i; 2] {
 pub(super) unsafe fn load(from: *const u8) -> [__m256i; 2] {
     // SAFETY: the caller's promise; loads may be unaligned.
     unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }
-}
-
-/// Unpacks 128 codes of `bits` bits: columns 0 to 31 and 64 to 95, then the rest; those of one bit are doubled.
-///
-/// # Safety
-/// The CPU has AVX2, `bits` is from 1 to 8, and `16 * bits` bytes are readable at `stream`.
-#[inline(always)]
-pub(super) unsafe fn halves(stream: *const u8, bits: u32) -> [[__m256i; 2]; 2] {
-    // SAFETY: the caller's promise.
-    let [first, second] = unsafe { [codes(stream, bits), codes(stream.add(8 * bits as usize), bits)] };
-    [[first[0], second[0]], [first[1], second[1]]]
 }
 
 /// The digits, highest first, of four times 16 bytes.
@@ -181,11 +228,11 @@ unsafe fn more(words: __m256i) -> __m256i {
 /// # Safety
 /// The CPU has AVX2, and 16 bytes are readable at `from`.
 #[inline(always)]
-unsafe fn nibbles(from: *const __m128i) -> __m256i {
+unsafe fn nibbles(from: *const u8) -> __m256i {
     // SAFETY: the caller's promise; loads may be unaligned.
     unsafe {
         // Each byte goes to the low half of a word, and shifted to its high half.
-        let words = _mm256_cvtepu8_epi16(_mm_loadu_si128(from));
+        let words = _mm256_cvtepu8_epi16(_mm_loadu_si128(from.cast()));
         let both = _mm256_or_si256(words, _mm256_slli_epi16::<4>(words));
         _mm256_and_si256(both, _mm256_set1_epi8(0x0f))
     }
