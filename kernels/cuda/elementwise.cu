@@ -72,6 +72,15 @@ scatter_add(float* sum, const float* y, const u32* places, const float* weights,
     }
 }
 
+// out[c] = sum over rows of weights[row] * y[row, c], first rows first; n columns.
+KERNEL(256) weighted_sum(const float* weights, const float* y, float* out, u64 n, u32 rows) {
+    EACH(i, n) {
+        float sum = 0;
+        for (u32 row = 0; row < rows; row++) sum = fmaf(weights[row], y[row * n + i], sum);
+        out[i] = sum;
+    }
+}
+
 // x [tokens, cols] as hi + lo in BF16, both [tokens, padded], zero beyond cols; lo may be null. padded % 8 == 0.
 KERNEL(256) split_activations(const float* x, u16* hi, u16* lo, u32 tokens, u32 cols, u32 padded) {
     EACH(i, u64(tokens) * padded / 8) {

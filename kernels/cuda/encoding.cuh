@@ -11,6 +11,7 @@
     GEMV(NAME, TYPE, 1)             \
     GEMV(NAME, TYPE, 4)             \
     GEMV(NAME, TYPE, 8)             \
+    GEMV_CHOSEN(NAME, TYPE)         \
     GEMM_EXACT(NAME, TYPE, W_TERMS)
 
 // Codes, with groups of any size.
@@ -19,6 +20,7 @@
     GEMV(NAME, TYPE, 1)       \
     GEMV(NAME, TYPE, 4)       \
     GEMV(NAME, TYPE, 8)       \
+    GEMV_CHOSEN(NAME, TYPE)   \
     GEMM_EXACT(NAME, TYPE, 1) \
     GEMM_BF16(NAME, TYPE)     \
     PLAIN(NAME, TYPE)

@@ -165,3 +165,40 @@ __device__ inline void gemv(const Matrix& w, const float* x, const float* bias, 
     gemv_##NAME##_t##T(Matrix w, const float* x, const float* bias, float* out, u32 tokens) {                 \
         gemv<ENCODING, T>(w, x, bias, out, tokens);                                                           \
     }
+
+// The same of one token, with a layer for each of the experts that it goes through: blockIdx.y is one of its choices.
+
+// A layer of an expert. Where `w` has no codes, it is of another encoding, and another launch computes it.
+struct ExpertLayer {
+    Matrix w;
+    const float* bias;  // [rows], nullable
+};
+
+// layers [experts]; chosen: the number of the expert of each choice; x has `stride` floats from one choice to the next, none
+// where all share a row; out [choices, rows]. NaN for a choice that is no expert.
+template <class E>
+__device__ inline void gemv_chosen(const ExpertLayer* layers, u32 experts, const float* chosen, const float* x, u32 stride,
+                                   float* out, u32 rows) {
+    const float choice = chosen[blockIdx.y];
+    out += u64(blockIdx.y) * rows;
+    if (!(choice >= 0 && choice < float(experts))) {
+        const u32 each = blockDim.x / WARP * GEMV_ROWS, row = blockIdx.x * each + threadIdx.x;
+        if (threadIdx.x < each && row < rows) out[row] = NAN_F;
+        return;
+    }
+    // In registers it would leave room for fewer warps.
+    __shared__ ExpertLayer layer;
+    constexpr u32 WORDS = sizeof(ExpertLayer) / sizeof(u64);
+    if (threadIdx.x < WORDS) {
+        reinterpret_cast<u64*>(&layer)[threadIdx.x] = reinterpret_cast<const u64*>(layers + u32(choice))[threadIdx.x];
+    }
+    __syncthreads();
+    if (layer.w.codes) gemv<E, 1>(layer.w, x + u64(blockIdx.y) * stride, layer.bias, out, 1);
+}
+
+#define GEMV_CHOSEN(NAME, ENCODING)                                                                           \
+    KERNEL(GEMV_THREADS, 2)                                                                                   \
+    gemv_##NAME##_chosen(const ExpertLayer* layers, u32 experts, const float* chosen, const float* x,         \
+                         u32 stride, float* out, u32 rows) {                                                  \
+        gemv_chosen<ENCODING>(layers, experts, chosen, x, stride, out, rows);                                 \
+    }

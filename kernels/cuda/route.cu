@@ -1,5 +1,6 @@
 // The k experts with the largest logits of each token, largest first, equal ones by their index, NaN last, and the softmax
-// over them: logits [tokens, experts] to chosen and weights [tokens, k]. A warp a token; 1 <= k <= experts.
+// over them: logits [tokens, experts] to chosen and weights [tokens, k]. Chosen are their numbers as f32. A warp a token;
+// 1 <= k <= experts <= 2^24.
 #include "device.cuh"
 
 struct Candidate {
@@ -15,7 +16,7 @@ __device__ inline bool before(Candidate a, Candidate b) {
     return a.index < b.index;
 }
 
-KERNEL(128) route(const float* logits, u32* chosen, float* weights, u32 tokens, u32 experts, u32 k) {
+KERNEL(128) route(const float* logits, float* chosen, float* weights, u32 tokens, u32 experts, u32 k) {
     constexpr u32 NONE = 0xffffffffu;
     const u32 lane = threadIdx.x % WARP;
     const u64 token = u64(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP;
@@ -39,7 +40,7 @@ KERNEL(128) route(const float* logits, u32* chosen, float* weights, u32 tokens, 
         float weight = expf(best.value - max);
         sum += weight;
         if (lane == 0) {
-            chosen[token * k + slot] = best.index;
+            chosen[token * k + slot] = float(best.index);
             weights[token * k + slot] = weight;
         }
         last = best;

@@ -5,6 +5,8 @@
 #[expect(dead_code, reason = "what compares instruction sets is not needed here")]
 mod common;
 mod emulator;
+#[path = "cuda/mixture.rs"]
+mod mixture;
 #[path = "cuda/operations.rs"]
 mod operations;
 #[path = "cuda/steps.rs"]
@@ -28,8 +30,14 @@ emulator::on_the_emulator!(
     operations::convolution,
     operations::scan,
     operations::resolvent,
-    operations::routing,
+    mixture::routing,
+    mixture::layers_of_chosen_experts,
+    mixture::one_expert_and_parts_of_a_stack,
+    mixture::choices_beyond_the_experts,
+    mixture::weighted_sums,
+    mixture::a_recorded_step_chooses_anew,
     steps::steps,
+    steps::a_carried_value_goes_on,
     steps::what_a_recording_uses_is_kept,
     steps::a_step_that_waits_is_not_recorded,
     steps::a_replay_beyond_the_room,

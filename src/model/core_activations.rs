@@ -1,5 +1,6 @@
 //! The quantized activations of the Birman-Schwinger core of a ResNet-BK layer, and what they were before and after.
 
+use super::Pass;
 use crate::{
     error::Result,
     ops::Ops,
@@ -54,14 +55,14 @@ impl<O: Ops> CoreGrid<O> {
         }))
     }
 
-    /// Rounds the potential `[tokens, 1]` of the positions from `first`.
-    pub fn round_potential(&self, ops: &O, v: O::Tensor, first: usize, tokens: usize) -> Result<O::Tensor> {
-        ops.round_to_grid(v, &ops.rows(&self.potential, first, tokens)?, self.largest)
+    /// Rounds the potential `[tokens, 1]` of the positions of a pass.
+    pub fn round_potential(&self, ops: &O, v: O::Tensor, pass: &Pass<O>) -> Result<O::Tensor> {
+        ops.round_to_grid(v, &pass.positions(ops, &self.potential)?, self.largest)
     }
 
-    /// Rounds the resolvent `[tokens, 2]` of the positions from `first`.
-    pub fn round_resolvent(&self, ops: &O, g: O::Tensor, first: usize, tokens: usize) -> Result<O::Tensor> {
-        ops.round_to_grid(g, &ops.rows(&self.resolvent, first, tokens)?, self.largest)
+    /// Rounds the resolvent `[tokens, 2]` of the positions of a pass.
+    pub fn round_resolvent(&self, ops: &O, g: O::Tensor, pass: &Pass<O>) -> Result<O::Tensor> {
+        ops.round_to_grid(g, &pass.positions(ops, &self.resolvent)?, self.largest)
     }
 }
 

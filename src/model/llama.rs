@@ -4,12 +4,12 @@ use super::{
     Architecture, LayerState, Pass, Rotation, Visit, check_shapes,
     config::LlamaConfig,
     linear::Linear,
-    mixture::mixture,
+    mixture::{ExpertLinear, Through, mixture},
     reduce::{Reduction, retain},
 };
 use crate::{
     error::Result,
-    ops::{Ops, Step},
+    ops::{Ops, Step, try_map},
     tensor::TensorSource,
 };
 
@@ -45,22 +45,22 @@ struct Layer<'a, O: Ops> {
 
 enum Mlp<'a, O: Ops> {
     Dense(Gated<'a, O>),
-    Mixture { router: O::Weight<'a> /* [experts, hidden] */, experts: Vec<Gated<'a, O>> },
+    Mixture { router: O::Weight<'a> /* [experts, hidden] */, experts: Gated<'a, O> },
 }
 
-/// A gated MLP.
+/// Gated MLPs: the experts of a mixture, or one.
 struct Gated<'a, O: Ops> {
-    gate: Linear<'a, O>, // [intermediate, hidden]
-    up: Linear<'a, O>,   // [intermediate, hidden]
-    down: Linear<'a, O>, // [hidden, intermediate]
+    gate: ExpertLinear<'a, O>, // [intermediate, hidden]
+    up: ExpertLinear<'a, O>,   // [intermediate, hidden]
+    down: ExpertLinear<'a, O>, // [hidden, intermediate]
 }
 
 impl<'a, O: Ops> Gated<'a, O> {
-    /// `[tokens, hidden]` to `[tokens, hidden]`.
-    fn apply(&self, ops: &O, x: &O::Tensor) -> Result<O::Tensor> {
-        let [gate, up] = Linear::apply_all([&self.gate, &self.up], ops, x)?; // [tokens, intermediate]
+    /// `[rows, hidden]` to `[rows, hidden]`.
+    fn apply(&self, ops: &O, x: &O::Tensor, through: &Through<'_, O>) -> Result<O::Tensor> {
+        let [gate, up] = ExpertLinear::apply_all([&self.gate, &self.up], ops, x, through)?; // [rows, intermediate]
         let gated = ops.silu_multiply(gate, up)?;
-        self.down.apply(ops, &gated)
+        self.down.apply(ops, &gated, through)
     }
 }
 
@@ -217,7 +217,7 @@ impl<'a, O: Ops> Llama<'a, O> {
         let (layer, window) = (&self.layers[layer], self.config.windows[layer]);
         let attended = self.attention(layer, &x, pass, cache, window)?;
         let x = self.ops.add(x, attended)?;
-        let transformed = self.mlp(layer, &x, pass.tokens)?;
+        let transformed = self.mlp(layer, &x, pass)?;
         self.ops.add(x, transformed)
     }
 
@@ -252,16 +252,16 @@ impl<'a, O: Ops> Llama<'a, O> {
     }
 
     /// The MLP of one block: `[tokens, hidden]` to `[tokens, hidden]`.
-    fn mlp(&self, layer: &Layer<'a, O>, x: &O::Tensor, tokens: usize) -> Result<O::Tensor> {
+    fn mlp(&self, layer: &Layer<'a, O>, x: &O::Tensor, pass: &Pass<O>) -> Result<O::Tensor> {
         let (ops, config) = (self.ops, &self.config);
         let x = ops.rms_norm(x, &layer.mlp_norm, config.rms_norm_eps)?;
         match &layer.mlp {
-            Mlp::Dense(gated) => gated.apply(ops, &x),
+            Mlp::Dense(gated) => gated.apply(ops, &x, &Through::One(0)),
             Mlp::Mixture { router, experts } => {
                 let chosen = config.experts.map_or(1, |experts| experts.chosen);
                 let logits = ops.linear(&x, router, None)?; // [tokens, experts]
-                let shape = (tokens, config.hidden_size);
-                mixture(ops, &x, &logits, chosen, shape, |expert, x| experts[expert].apply(ops, x))
+                let apply = |x: &O::Tensor, through: &Through<'_, O>| experts.apply(ops, x, through);
+                mixture(ops, &x, &logits, (chosen, config.hidden_size), pass, apply)
             }
         }
     }
@@ -278,6 +278,7 @@ impl<'a, O: Ops> Layer<'a, O> {
         let name = |part: &str| format!("model.layers.{layer}.{part}");
         let norm = |part: &str| ops.parameter(source, &format!("{}.weight", name(part)));
         let linear = |part: &str, biased: bool| Linear::load(source, ops, &name(part), biased);
+        let only = |part: &str| linear(part, config.mlp_bias).map(ExpertLinear::alone);
         let head_norms = match config.head_norms {
             true => Some([norm("self_attn.q_norm")?, norm("self_attn.k_norm")?]),
             false => None,
@@ -285,9 +286,9 @@ impl<'a, O: Ops> Layer<'a, O> {
         let mlp = match config.experts {
             Some(experts) => Mlp::load_mixture(source, ops, experts.count, &name)?,
             None => Mlp::Dense(Gated {
-                gate: linear("mlp.gate_proj", config.mlp_bias)?,
-                up: linear("mlp.up_proj", config.mlp_bias)?,
-                down: linear("mlp.down_proj", config.mlp_bias)?,
+                gate: only("mlp.gate_proj")?,
+                up: only("mlp.up_proj")?,
+                down: only("mlp.down_proj")?,
             }),
         };
         Ok(Self {
@@ -312,26 +313,23 @@ impl<'a, O: Ops> Mlp<'a, O> {
     ) -> Result<Self> {
         let names = ExpertNames::of(source);
         let router = ops.weight(source, &name(names.router()))?;
-        let experts = match names {
-            ExpertNames::Single => (0..count)
-                .map(|expert| {
-                    let name = |part: &str| name(&format!("block_sparse_moe.experts.{expert}.{part}"));
-                    let linear = |part: &str| Linear::load(source, ops, &name(part), false);
-                    Ok(Gated { gate: linear("w1")?, up: linear("w3")?, down: linear("w2")? })
-                })
-                .collect::<Result<_>>()?,
+        let [gate, up, down] = match names {
+            ExpertNames::Single => try_map(["w1", "w3", "w2"], |part| {
+                let name = |expert: usize| name(&format!("block_sparse_moe.experts.{expert}.{part}"));
+                (0..count).map(|expert| Linear::load(source, ops, &name(expert), false)).collect::<Result<Vec<_>>>()
+            })?,
             ExpertNames::Stacked => {
-                let gate_up = ops.weight(source, &name("mlp.experts.gate_up_proj"))?;
-                let down = ops.weight(source, &name("mlp.experts.down_proj"))?;
-                let mut gate_up = ops.split(gate_up, 2 * count)?.into_iter();
-                let linear = |weight| Linear { weight, bias: None };
-                let experts = ops.split(down, count)?.into_iter().map(|down| {
-                    let (gate, up) = gate_up.next().zip(gate_up.next())?;
-                    Some(Gated { gate: linear(gate), up: linear(up), down: linear(down) })
-                });
-                experts.collect::<Option<_>>().expect("a matrix was split into two for each expert")
+                let split = |part: &str, parts: usize| -> Result<Vec<_>> {
+                    let matrices = ops.split(ops.weight(source, &name(part))?, parts)?.into_iter();
+                    Ok(matrices.map(|weight| Linear { weight, bias: None }).collect())
+                };
+                // Each expert's gate comes before its up.
+                let mut both = split("mlp.experts.gate_up_proj", 2 * count)?.into_iter();
+                let (gates, ups) = std::iter::from_fn(|| both.next().zip(both.next())).unzip();
+                [gates, ups, split("mlp.experts.down_proj", count)?]
             }
         };
-        Ok(Mlp::Mixture { router, experts })
+        let [gate, up, down] = try_map([gate, up, down], |layers| ExpertLinear::of_mixture(ops, layers))?;
+        Ok(Mlp::Mixture { router, experts: Gated { gate, up, down } })
     }
 }

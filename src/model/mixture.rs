@@ -2,24 +2,85 @@
 
 use smallvec::SmallVec;
 
-use crate::{error::Result, ops::Ops};
+use super::{Pass, linear::Linear};
+use crate::{
+    error::Result,
+    ops::{Ops, try_map},
+};
+
+/// The layers that stand at one place in the experts of a mixture.
+pub(super) struct ExpertLinear<'a, O: Ops> {
+    layers: Vec<Linear<'a, O>>, // [experts]
+    /// For a step, where the back end keeps to itself which of them it chooses.
+    together: Option<O::Experts>,
+}
+
+/// Which experts the rows of an input go through.
+pub(super) enum Through<'c, O: Ops> {
+    /// All through one.
+    One(usize),
+    /// One row for each that a step has chosen, or one for all of these.
+    Chosen(&'c O::Chosen),
+}
+
+impl<'a, O: Ops> ExpertLinear<'a, O> {
+    /// Those of a mixture, a layer of each expert.
+    pub fn of_mixture(ops: &O, layers: Vec<Linear<'a, O>>) -> Result<Self> {
+        let all: Vec<_> = layers.iter().map(|layer| (&layer.weight, layer.bias.as_ref())).collect();
+        let together = ops.experts(&all)?;
+        Ok(Self { layers, together })
+    }
+
+    /// That of the one expert where there is no mixture.
+    pub fn alone(layer: Linear<'a, O>) -> Self {
+        Self { layers: vec![layer], together: None }
+    }
+
+    /// Several layers over one input: `[rows, in]` to `[rows, out]` of each.
+    pub fn apply_all<const N: usize>(
+        layers: [&Self; N],
+        ops: &O,
+        x: &O::Tensor,
+        through: &Through<'_, O>,
+    ) -> Result<[O::Tensor; N]> {
+        match through {
+            Through::One(expert) => Linear::apply_all(layers.map(|layer| &layer.layers[*expert]), ops, x),
+            Through::Chosen(chosen) => try_map(layers, |layer| {
+                let together = layer.together.as_ref().expect("made ready by the back end that has chosen");
+                ops.linear_chosen(x, together, chosen)
+            }),
+        }
+    }
+
+    /// `[rows, in]` to `[rows, out]`.
+    pub fn apply(&self, ops: &O, x: &O::Tensor, through: &Through<'_, O>) -> Result<O::Tensor> {
+        let [y] = Self::apply_all([self], ops, x, through)?;
+        Ok(y)
+    }
+}
 
 /// The weighted sum of what the `chosen` experts of each token compute: `x` `[tokens, width]` to `[tokens, width]`.
 ///
-/// `logits` is the router's `[tokens, experts]`; `expert` runs one of them on the tokens that chose it.
+/// `logits` is the router's `[tokens, experts]`; `experts` runs rows through some of them.
 pub(super) fn mixture<O: Ops>(
     ops: &O,
     x: &O::Tensor,
     logits: &O::Tensor,
-    chosen: usize,
-    (tokens, width): (usize, usize),
-    expert: impl Fn(usize, &O::Tensor) -> Result<O::Tensor>,
+    (chosen, width): (usize, usize),
+    pass: &Pass<O>,
+    experts: impl Fn(&O::Tensor, &Through<'_, O>) -> Result<O::Tensor>,
 ) -> Result<O::Tensor> {
+    if pass.step.is_some()
+        && let Some(chosen) = ops.route_step(logits, chosen)?
+    {
+        let y = experts(x, &Through::Chosen(&chosen))?; // [chosen, width]
+        return ops.sum_chosen(&y, &chosen);
+    }
     let routing = ops.route(logits, chosen)?;
-    let mut sum = ops.zeros(tokens, width)?;
+    let mut sum = ops.zeros(pass.tokens, width)?;
     for (index, places) in routing.places.iter() {
         let rows: SmallVec<[u32; 16]> = places.iter().map(|place| place.token).collect();
-        let y = expert(index, &ops.gather(x, &rows)?)?; // [places, width]
+        let y = experts(&ops.gather(x, &rows)?, &Through::One(index))?; // [places, width]
         sum = ops.scatter_add(sum, &y, places, &routing.weights)?;
     }
     Ok(sum)

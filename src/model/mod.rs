@@ -10,6 +10,7 @@ pub mod reduce;
 pub mod resnet_bk;
 pub mod rope;
 pub mod sample;
+mod step;
 
 use std::{
     fmt::Display,
@@ -193,6 +194,18 @@ pub(crate) struct Pass<O: Ops> {
     tokens: usize,
     /// Of the tokens, where the architecture has a rotary embedding.
     rotation: Option<Rotation<O>>, // [tokens, head_dim / 2]
+    /// Where the one token may be run again for another, as part of a step.
+    step: Option<Step>,
+}
+
+impl<O: Ops> Pass<O> {
+    /// The rows of a table `[positions, cols]` that belong to the tokens.
+    fn positions(&self, ops: &O, table: &O::Tensor) -> Result<O::Tensor> {
+        match self.step {
+            Some(step) => ops.row_at_step(table, step),
+            None => ops.rows(table, self.first, self.tokens),
+        }
+    }
 }
 
 /// Cosines and sines of the rotary embedding.
@@ -221,7 +234,7 @@ enum LayerState<O: Ops> {
     /// The last inputs of the convolution, `[kernel - 1, channels]`, and the scan's state, `[channels, states]`.
     Mamba { history: O::Tensor, scan: O::Tensor },
     /// The last position's value of the resolvent.
-    Resolvent { last: [f64; 2] },
+    Resolvent { last: O::Carry },
 }
 
 impl<O: Ops> State<O> {
@@ -254,7 +267,7 @@ impl<O: Ops> State<O> {
                     ops.zero(history)?;
                     ops.zero(scan)?;
                 }
-                LayerState::Resolvent { last } => *last = [0.0; 2],
+                LayerState::Resolvent { last } => ops.clear_carry(last)?,
             }
         }
         self.positions = 0;
@@ -330,7 +343,7 @@ impl<'a, O: Ops> Model<'a, O> {
         let layer_state = |_| match &self.network {
             Network::Llama(model) => model.layer_state(capacity),
             Network::Mamba(model) => model.layer_state(),
-            Network::ResNetBk(model) => Ok(model.layer_state()),
+            Network::ResNetBk(model) => model.layer_state(),
         };
         let layers = (0..self.layers()).map(layer_state).collect::<Result<_>>()?;
         let step = O::StepGraph::default();
@@ -373,52 +386,6 @@ impl<'a, O: Ops> Model<'a, O> {
             x = self.block(layer, x, pass, state)?;
         }
         self.finish(&x)
-    }
-
-    /// Runs the next token of a text and copies its logits `[vocab_size]` to `out`: what [`forward`](Self::forward) and
-    /// [`logits`](Self::logits) give, in one piece that a back end may record and repeat.
-    ///
-    /// # Errors
-    /// As [`forward`](Self::forward).
-    ///
-    /// # Panics
-    /// If the state was made by another model, or before this one was [reduced](Self::reduce).
-    pub fn step(&self, token: u32, state: &mut State<O>, out: &mut Vec<f32>) -> Result<()> {
-        assert_eq!(state.model, self.id, "a state is stepped by the model that made it");
-        let ops = self.ops();
-        // A mixture chooses its experts by values, and a core is told of its positions one by one.
-        let repeatable = match &self.network {
-            Network::Llama(model) => model.config().experts.is_none(),
-            Network::Mamba(_) => true,
-            Network::ResNetBk(_) => false,
-        };
-        if !(repeatable && ops.repeats_steps()) {
-            let hidden = self.forward(&[token], state)?;
-            return ops.read(&self.logits(&hidden, 0, 1)?, out);
-        }
-        self.check_next(&[token], state)?;
-        let rotations = match (&self.network, state.rotations.take()) {
-            (Network::Llama(model), None) => Some(model.rotation(0, state.capacity)?),
-            (_, rotations) => rotations,
-        };
-        let step = Step { token, position: state.positions };
-        let mut graph = std::mem::take(&mut state.step);
-        let mut run = || {
-            let (x, rotation) = match (&self.network, &rotations) {
-                (Network::Llama(model), Some(rotations)) => {
-                    let (x, rotation) = model.embed_step(step, rotations)?;
-                    (x, Some(rotation))
-                }
-                (Network::Mamba(model), _) => (model.embed_step(step)?, None),
-                _ => unreachable!("no other network is repeated"),
-            };
-            let hidden = self.run(x, &Pass { first: step.position, tokens: 1, rotation }, state)?;
-            self.logits(&hidden, 0, 1)
-        };
-        ops.step(&mut graph, step, &mut run, out)?;
-        (state.step, state.rotations) = (graph, rotations);
-        state.positions += 1;
-        Ok(())
     }
 
     fn ops(&self) -> &'a O {
@@ -465,7 +432,7 @@ impl<'a, O: Ops> Model<'a, O> {
             Network::Mamba(model) => (model.embed(tokens)?, None),
             Network::ResNetBk(model) => (model.embed(tokens, first)?, None),
         };
-        Ok((x, Pass { first, tokens: tokens.len(), rotation }))
+        Ok((x, Pass { first, tokens: tokens.len(), rotation, step: None }))
     }
 
     /// One block: `[tokens, hidden_size]` to `[tokens, hidden_size]`.

@@ -5,10 +5,14 @@ use super::{
     config::ResNetBkConfig,
     core_activations::{CoreGrid, CoreTrace, CoreValues, core_record},
     linear::Linear,
-    mixture::mixture,
+    mixture::{ExpertLinear, Through, mixture},
     reduce::{Reduction, retain},
 };
-use crate::{error::Result, ops::Ops, tensor::TensorSource};
+use crate::{
+    error::Result,
+    ops::{Ops, Step, try_map},
+    tensor::TensorSource,
+};
 
 const TOKEN_EMBEDDING: &str = "token_embedding.weight";
 const POSITION_EMBEDDING: &str = "position_embedding.weight";
@@ -32,7 +36,7 @@ pub struct ResNetBk<'a, O: Ops> {
 struct Layer<'a, O: Ops> {
     norm: Norm<O>,
     router: Linear<'a, O>, // [experts, hidden]
-    experts: Vec<Expert<'a, O>>,
+    experts: Experts<'a, O>,
     potential: Linear<'a, O>, // [1, hidden]
     output: Linear<'a, O>,    // [hidden, 2]
     scale: O::Tensor,         // [1, 1]
@@ -45,9 +49,9 @@ struct Norm<O: Ops> {
     bias: O::Tensor, // [1, hidden]
 }
 
-struct Expert<'a, O: Ops> {
-    up: Linear<'a, O>,   // [2 * hidden, hidden]
-    down: Linear<'a, O>, // [hidden, 2 * hidden]
+struct Experts<'a, O: Ops> {
+    up: ExpertLinear<'a, O>,   // [2 * hidden, hidden]
+    down: ExpertLinear<'a, O>, // [hidden, 2 * hidden]
 }
 
 /// Tells each tensor that the model needs.
@@ -135,8 +139,8 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
     }
 
     /// What one layer remembers before a text.
-    pub(super) fn layer_state(&self) -> LayerState<O> {
-        LayerState::Resolvent { last: [0.0; 2] }
+    pub(super) fn layer_state(&self) -> Result<LayerState<O>> {
+        Ok(LayerState::Resolvent { last: self.ops.carry()? })
     }
 
     /// The input of the first block, `[tokens, hidden]`, for positions from `first`.
@@ -146,18 +150,24 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
         self.ops.add(embedded, self.ops.embed(&self.position_embedding, positions)?)
     }
 
+    /// The input of the first block for one token, `[1, hidden]`.
+    pub(super) fn embed_step(&self, step: Step) -> Result<O::Tensor> {
+        let embedded = self.ops.embed_step(&self.token_embedding, step)?;
+        self.ops.add(embedded, self.ops.embed_at_step(&self.position_embedding, step)?)
+    }
+
     /// One block: `[tokens, hidden]` to `[tokens, hidden]`; what its core computes goes to `core` where a text begins.
     pub(super) fn block(
         &self,
         layer: usize,
         x: O::Tensor,
         pass: &Pass<O>,
-        last: &mut [f64; 2],
+        last: &mut O::Carry,
         core: Option<&mut Vec<CoreTrace>>,
     ) -> Result<O::Tensor> {
         let (ops, layer) = (self.ops, &self.layers[layer]);
         let normed = layer.norm.apply(ops, &x, self.config.norm_eps)?;
-        let features = self.experts(layer, &normed, pass.tokens)?; // [tokens, hidden]
+        let features = self.experts(layer, &normed, pass)?; // [tokens, hidden]
         let potential = layer.potential.apply(ops, &features)?;
         let potential = ops.clamp(potential, self.config.v_max)?; // [tokens, 1]
         let traced = match core {
@@ -183,11 +193,11 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
     }
 
     /// The mixture of experts of one block: `[tokens, hidden]` to `[tokens, hidden]`.
-    fn experts(&self, layer: &Layer<'a, O>, x: &O::Tensor, tokens: usize) -> Result<O::Tensor> {
+    fn experts(&self, layer: &Layer<'a, O>, x: &O::Tensor, pass: &Pass<O>) -> Result<O::Tensor> {
         let logits = layer.router.apply(self.ops, x)?; // [tokens, experts]
-        let shape = (tokens, self.config.hidden_size);
-        let expert = |index: usize, x: &O::Tensor| layer.experts[index].apply(self.ops, x);
-        mixture(self.ops, x, &logits, self.config.experts.chosen, shape, expert)
+        let shape = (self.config.experts.chosen, self.config.hidden_size);
+        let apply = |x: &O::Tensor, through: &Through<'_, O>| layer.experts.apply(self.ops, x, through);
+        mixture(self.ops, x, &logits, shape, pass, apply)
     }
 
     /// The potential `[tokens, 1]` and its resolvent `[tokens, 2]`, rounded where the layer's activations are quantized.
@@ -195,25 +205,25 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
         &self,
         layer: &Layer<'a, O>,
         potential: O::Tensor,
-        last: &mut [f64; 2],
-        &Pass { first, tokens, .. }: &Pass<O>,
+        last: &mut O::Carry,
+        pass: &Pass<O>,
     ) -> Result<(O::Tensor, O::Tensor)> {
         let Some(grid) = &layer.grid else {
             let resolvent = self.resolvent(&potential, last)?;
             return Ok((potential, resolvent));
         };
-        let potential = grid.round_potential(self.ops, potential, first, tokens)?;
+        let potential = grid.round_potential(self.ops, potential, pass)?;
         let resolvent = self.resolvent(&potential, last)?;
-        Ok((potential, grid.round_resolvent(self.ops, resolvent, first, tokens)?))
+        Ok((potential, grid.round_resolvent(self.ops, resolvent, pass)?))
     }
 
     /// What the core computes without rounding, at the start of a text.
     fn exact_core(&self, potential: &O::Tensor) -> Result<CoreValues> {
-        CoreValues::read(self.ops, potential, &self.resolvent(potential, &mut [0.0; 2])?)
+        CoreValues::read(self.ops, potential, &self.resolvent(potential, &mut self.ops.carry()?)?)
     }
 
     /// `[tokens, 1]` to `[tokens, 2]`.
-    fn resolvent(&self, potential: &O::Tensor, last: &mut [f64; 2]) -> Result<O::Tensor> {
+    fn resolvent(&self, potential: &O::Tensor, last: &mut O::Carry) -> Result<O::Tensor> {
         let resolvent = match self.config.causal {
             true => self.ops.causal_resolvent(potential, self.config.z, last)?,
             false => self.ops.resolvent(potential, self.config.z)?,
@@ -237,14 +247,14 @@ impl<'a, O: Ops> Layer<'a, O> {
     ) -> Result<Self> {
         let name = |part: &str| format!("blocks.{layer}.{part}");
         let linear = |part: &str| Linear::load(source, ops, &name(part), true);
-        let expert = |expert: usize| {
-            let linear = |part: &str| linear(&format!("bk_layer.moe_ffn.experts.{expert}.{part}"));
-            Ok(Expert { up: linear("0")?, down: linear("3")? })
-        };
+        let [up, down] = try_map(["0", "3"], |part| {
+            let layer = |expert: usize| linear(&format!("bk_layer.moe_ffn.experts.{expert}.{part}"));
+            ExpertLinear::of_mixture(ops, (0..config.experts.count).map(layer).collect::<Result<_>>()?)
+        })?;
         Ok(Self {
             norm: Norm::load(source, ops, &name("layer_norm"))?,
             router: linear("bk_layer.moe_ffn.gating_network")?,
-            experts: (0..config.experts.count).map(expert).collect::<Result<_>>()?,
+            experts: Experts { up, down },
             potential: linear("bk_layer.v_proj")?,
             output: linear("bk_layer.output_proj")?,
             scale: ops.parameter(source, &name("bk_layer.bk_scale"))?,
@@ -264,9 +274,10 @@ impl<O: Ops> Norm<O> {
     }
 }
 
-impl<O: Ops> Expert<'_, O> {
-    /// `[tokens, hidden]` to `[tokens, hidden]`.
-    fn apply(&self, ops: &O, x: &O::Tensor) -> Result<O::Tensor> {
-        self.down.apply(ops, &ops.relu(self.up.apply(ops, x)?)?)
+impl<O: Ops> Experts<'_, O> {
+    /// `[rows, hidden]` to `[rows, hidden]`.
+    fn apply(&self, ops: &O, x: &O::Tensor, through: &Through<'_, O>) -> Result<O::Tensor> {
+        let raised = ops.relu(self.up.apply(ops, x, through)?)?; // [rows, 2 * hidden]
+        self.down.apply(ops, &raised, through)
     }
 }

@@ -4,7 +4,7 @@
 //! floating-point operation. Moving values (embedding, gathering, cutting) counts none, nor does unpacking weights: a
 //! packed model has the operations of its source.
 
-use std::cell::Cell;
+use std::{cell::Cell, convert::Infallible};
 
 use super::{Ops, Place, Routing, Scan};
 use crate::{
@@ -83,7 +83,10 @@ impl Ops for CountOps {
     type Tensor = Shape;
     type Weight<'a> = CountWeight;
     type Cache = CountCache;
+    type Carry = [f64; 2];
     type StepGraph = ();
+    type Experts = Infallible;
+    type Chosen = Infallible;
 
     fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<Self::Weight<'a>> {
         let tensor = source.tensor(name)?;
@@ -236,6 +239,10 @@ impl Ops for CountOps {
         // The recursion below from both ends, and one more inversion that joins them.
         self.flops(v.rows as u128 * 30);
         Ok(Shape { rows: v.rows, cols: 2 })
+    }
+
+    fn carry(&self) -> Result<[f64; 2]> {
+        Ok([0.0; 2])
     }
 
     fn causal_resolvent(&self, v: &Shape, _: [f32; 2], _: &mut [f64; 2]) -> Result<Shape> {

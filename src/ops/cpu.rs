@@ -1,6 +1,9 @@
 //! The operations on the CPU, on weights exactly as they lie in the file.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::{
+    convert::Infallible,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use bkpack_kernels::{
     Arithmetic, Cpu, Matrix,
@@ -170,7 +173,10 @@ impl Ops for CpuOps {
     type Tensor = Values;
     type Weight<'a> = CpuWeight<'a>;
     type Cache = KeyValueCache;
+    type Carry = [f64; 2];
     type StepGraph = ();
+    type Experts = Infallible;
+    type Chosen = Infallible;
 
     fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<CpuWeight<'a>> {
         Ok(CpuWeight::new(source.tensor(name)?, Some(name.to_owned())))
@@ -394,6 +400,10 @@ impl Ops for CpuOps {
         let mut out = self.scratch(v.rows(), 2);
         self.cpu.resolvent(&v.buffer, z, &mut out.buffer);
         Ok(out)
+    }
+
+    fn carry(&self) -> Result<[f64; 2]> {
+        Ok([0.0; 2])
     }
 
     fn causal_resolvent(&self, v: &Values, z: [f32; 2], last: &mut [f64; 2]) -> Result<Values> {

@@ -4,7 +4,9 @@ use std::rc::Rc;
 
 use bkpack_kernels::{
     Cpu,
-    cuda::{Cuda, DeviceCache, DeviceMatrix, DeviceScan, DeviceValues, Precision, StepGraph},
+    cuda::{
+        Cuda, DeviceCache, DeviceCarry, DeviceExperts, DeviceMatrix, DeviceScan, DeviceValues, Precision, StepGraph,
+    },
 };
 
 use super::{Ops, Place, Routing, Scan, Step, cpu::Activations};
@@ -38,11 +40,21 @@ impl CudaOps {
     }
 }
 
+/// The experts of one token, known to the card alone.
+#[derive(Debug)]
+pub struct Chosen {
+    choices: DeviceValues, // [1, chosen]
+    weights: DeviceValues, // [1, chosen]
+}
+
 impl Ops for CudaOps {
     type Tensor = DeviceValues;
     type Weight<'a> = DeviceMatrix;
     type Cache = DeviceCache;
+    type Carry = DeviceCarry;
     type StepGraph = StepGraph;
+    type Experts = DeviceExperts;
+    type Chosen = Chosen;
 
     fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<Self::Weight<'a>> {
         Ok(self.cuda.matrix(&source.tensor(name)?.matrix())?)
@@ -191,12 +203,23 @@ impl Ops for CudaOps {
         Ok(self.cuda.resolvent(v, z)?)
     }
 
-    fn causal_resolvent(&self, v: &DeviceValues, z: [f32; 2], last: &mut [f64; 2]) -> Result<DeviceValues> {
+    fn carry(&self) -> Result<DeviceCarry> {
+        Ok(self.cuda.carry()?)
+    }
+
+    fn clear_carry(&self, last: &mut DeviceCarry) -> Result<()> {
+        Ok(self.cuda.clear_carry(last)?)
+    }
+
+    fn causal_resolvent(&self, v: &DeviceValues, z: [f32; 2], last: &mut DeviceCarry) -> Result<DeviceValues> {
         Ok(self.cuda.causal_resolvent(v, z, last)?)
     }
 
     fn route(&self, logits: &DeviceValues, chosen: usize) -> Result<Routing<DeviceValues>> {
         let (choices, weights) = self.cuda.route(logits, chosen)?;
+        let mut numbers = Vec::new();
+        self.cuda.read(&choices, &mut numbers)?;
+        let choices: Vec<u32> = numbers.iter().map(|&number| number as u32).collect();
         Ok(Routing { places: Place::by_expert(&choices, chosen, logits.cols()), weights })
     }
 
@@ -229,7 +252,28 @@ impl Ops for CudaOps {
         Ok(self.cuda.embed_step(table)?)
     }
 
+    fn embed_at_step(&self, table: &DeviceMatrix, _: Step) -> Result<DeviceValues> {
+        Ok(self.cuda.embed_at_step(table)?)
+    }
+
     fn row_at_step(&self, x: &DeviceValues, _: Step) -> Result<DeviceValues> {
         Ok(self.cuda.row_at_step(x)?)
+    }
+
+    fn experts(&self, layers: &[(&DeviceMatrix, Option<&DeviceValues>)]) -> Result<Option<DeviceExperts>> {
+        Ok(Some(self.cuda.experts(layers)?))
+    }
+
+    fn route_step(&self, logits: &DeviceValues, chosen: usize) -> Result<Option<Chosen>> {
+        let (choices, weights) = self.cuda.route(logits, chosen)?;
+        Ok(Some(Chosen { choices, weights }))
+    }
+
+    fn linear_chosen(&self, x: &DeviceValues, layers: &DeviceExperts, chosen: &Chosen) -> Result<DeviceValues> {
+        Ok(self.cuda.linear_chosen(x, layers, &chosen.choices)?)
+    }
+
+    fn sum_chosen(&self, y: &DeviceValues, chosen: &Chosen) -> Result<DeviceValues> {
+        Ok(self.cuda.weighted_sum(y, &chosen.weights)?)
     }
 }

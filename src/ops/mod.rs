@@ -28,8 +28,15 @@ pub trait Ops {
     type Weight<'a>;
     /// The keys and values of the positions that one attention layer has seen.
     type Cache;
+    /// The value of [`causal_resolvent`](Self::causal_resolvent) at the last position.
+    type Carry;
     /// What is kept of a step of decoding to repeat it.
     type StepGraph: Default;
+    /// The layers that stand at one place in the experts of a mixture, for a step to choose among; `Infallible` where
+    /// [`route`](Self::route) alone chooses.
+    type Experts;
+    /// What a step has chosen: the experts and their weights.
+    type Chosen;
 
     /// Loads a matrix, as it is stored.
     fn weight<'a>(&self, source: &'a dyn TensorSource, name: &str) -> Result<Self::Weight<'a>>;
@@ -77,15 +84,7 @@ pub trait Ops {
         x: &Self::Tensor,
         layers: [(&Self::Weight<'_>, Option<&Self::Tensor>); N],
     ) -> Result<[Self::Tensor; N]> {
-        let mut failed = None;
-        let products = layers.map(|(weight, bias)| match failed {
-            None => self.linear(x, weight, bias).map_err(|error| failed = Some(error)).ok(),
-            Some(_) => None,
-        });
-        match failed {
-            None => Ok(products.map(|product| product.expect("no product failed"))),
-            Some(error) => Err(error),
-        }
+        try_map(layers, |(weight, bias)| self.linear(x, weight, bias))
     }
 
     /// `x / sqrt(mean(x^2) + epsilon) * gain`; the mean runs over as many columns as `gain` `[1, n]` has, so each head
@@ -191,8 +190,17 @@ pub trait Ops {
 
     /// The same with each position's matrix cut off after it, so that none sees a later one.
     ///
-    /// `last` is the value of the position before the first (zero at the start), and then of the last.
-    fn causal_resolvent(&self, v: &Self::Tensor, z: [f32; 2], last: &mut [f64; 2]) -> Result<Self::Tensor>;
+    /// `last` is the value of the position before the first, and then of the last.
+    fn causal_resolvent(&self, v: &Self::Tensor, z: [f32; 2], last: &mut Self::Carry) -> Result<Self::Tensor>;
+
+    /// The value that [`causal_resolvent`](Self::causal_resolvent) begins a text with: zero.
+    fn carry(&self) -> Result<Self::Carry>;
+
+    /// Forgets the text.
+    fn clear_carry(&self, last: &mut Self::Carry) -> Result<()> {
+        *last = self.carry()?;
+        Ok(())
+    }
 
     /// Chooses for each token the `chosen` experts with the largest logits `[tokens, experts]`.
     fn route(&self, logits: &Self::Tensor, chosen: usize) -> Result<Routing<Self::Tensor>>;
@@ -214,8 +222,8 @@ pub trait Ops {
     /// Runs one step of decoding and copies its logits to `out`.
     ///
     /// The back end may record what `run` does and repeat it for a later token without calling it again. So `run` decides
-    /// nothing by values, and learns the token and the position through [`embed_step`](Self::embed_step) and
-    /// [`row_at_step`](Self::row_at_step) alone.
+    /// nothing by values, chooses experts by [`route_step`](Self::route_step), and learns the token and the position through
+    /// [`embed_step`](Self::embed_step), [`embed_at_step`](Self::embed_at_step) and [`row_at_step`](Self::row_at_step) alone.
     fn step(
         &self,
         _graph: &mut Self::StepGraph,
@@ -231,9 +239,55 @@ pub trait Ops {
         self.embed(table, &[step.token])
     }
 
+    /// The row of `table` of the step's position: `[1, cols]`.
+    fn embed_at_step(&self, table: &Self::Weight<'_>, step: Step) -> Result<Self::Tensor> {
+        self.embed(table, &[step.position as u32])
+    }
+
     /// The row of `x` of the step's position: `[1, cols]`.
     fn row_at_step(&self, x: &Self::Tensor, step: Step) -> Result<Self::Tensor> {
         self.rows(x, step.position, 1)
+    }
+
+    /// Makes ready for [`linear_chosen`](Self::linear_chosen) the layers `[out, in]` that stand at one place in the experts
+    /// of a mixture, with their biases `[1, out]`; `None` where [`route`](Self::route) alone chooses.
+    fn experts(&self, _layers: &[(&Self::Weight<'_>, Option<&Self::Tensor>)]) -> Result<Option<Self::Experts>> {
+        Ok(None)
+    }
+
+    /// Chooses for the token of a step the `chosen` experts with the largest logits `[1, experts]`, without telling which;
+    /// `None` where [`route`](Self::route) is to choose.
+    fn route_step(&self, _logits: &Self::Tensor, _chosen: usize) -> Result<Option<Self::Chosen>> {
+        Ok(None)
+    }
+
+    /// [`linear`](Self::linear) of each chosen expert's layer: `x` is `[chosen, in]`, or `[1, in]` for all, the result is
+    /// `[chosen, out]`.
+    fn linear_chosen(
+        &self,
+        _x: &Self::Tensor,
+        _layers: &Self::Experts,
+        _chosen: &Self::Chosen,
+    ) -> Result<Self::Tensor> {
+        unreachable!("nothing was chosen by a step")
+    }
+
+    /// The sum of what the chosen experts have computed, `[chosen, cols]`, each by its weight: `[1, cols]`.
+    fn sum_chosen(&self, _y: &Self::Tensor, _chosen: &Self::Chosen) -> Result<Self::Tensor> {
+        unreachable!("nothing was chosen by a step")
+    }
+}
+
+/// What `apply` makes of each item, or its first error.
+pub(crate) fn try_map<T, U, const N: usize>(items: [T; N], mut apply: impl FnMut(T) -> Result<U>) -> Result<[U; N]> {
+    let mut failed = None;
+    let made = items.map(|item| match failed {
+        None => apply(item).map_err(|error| failed = Some(error)).ok(),
+        Some(_) => None,
+    });
+    match failed {
+        None => Ok(made.map(|made| made.expect("none failed"))),
+        Some(error) => Err(error),
     }
 }
 

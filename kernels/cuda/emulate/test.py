@@ -253,6 +253,36 @@ def test_linear(gpu):
     close("gemm_plain_int4", out.read(), expected, 2e-6, np.abs(x) @ np.abs(w.values).T)
 
 
+def test_chosen(gpu):
+    """Experts of one layer in several encodings, each launched for itself; the last choice is no expert."""
+    for encoding in ENCODINGS:
+        for rows, cols, group, options in linear_shapes(encoding):
+            if rows * cols > 13000:
+                continue
+            other = "int8" if encoding == "f32" else "f32"
+            own = [Matrix(gpu, encoding, rows, cols, group, **options) for _ in range(2)]
+            rows = own[0].rows
+            experts = [(encoding, own[0]), (other, Matrix(gpu, other, rows, cols)), (encoding, own[1])]
+            chosen, x, bias = f32([2, 0, 1, np.nan, 3]), normal(5, cols), normal(3, rows)
+            bias_d = gpu.upload(bias)
+            for shared in (True, False):
+                x_d, out = gpu.upload(x), gpu.room((5, rows))
+                for name in (encoding, other):
+                    table = b""
+                    for index, (encoded, w) in enumerate(experts):
+                        pointer = bias_d.pointer.value + index * rows * 4 if index != 1 else 0
+                        table += (w.bytes if encoded == name else bytes(len(w.bytes))) + u64(pointer).tobytes()
+                    table = gpu.upload(np.frombuffer(table, np.uint8))
+                    stride = 0 if shared else cols
+                    gpu.launch(f"gemv_{name}_chosen", (ceil(rows, 16), 5), 256, table, u32(3), gpu.upload(chosen), x_d, u32(stride), out, u32(rows))
+                found = out.read()
+                for slot, expert in enumerate((2, 0, 1)):
+                    row, values = x[0 if shared else slot].astype(np.float64), experts[expert][1].values.astype(np.float64)
+                    expected = values @ row + (bias[expert] if expert != 1 else 0)
+                    close(f"gemv_{encoding}_chosen", found[slot], expected, 1e-6, np.abs(values) @ np.abs(row) + 1e-6)
+                assert np.isnan(found[3:]).all(), encoding
+
+
 def test_embed(gpu):
     for encoding in ENCODINGS:
         for rows, cols, group, options in linear_shapes(encoding):
@@ -310,6 +340,9 @@ def test_elementwise(gpu):
     expected = matrix.astype(d)
     expected[places[:, 0]] += weights[places[:, 0], places[:, 1]][:, None].astype(d) * part
     close("scatter_add", total.read(), expected, 1e-6, np.abs(expected) + 1)
+    weights, out = normal(17), gpu.room(61)
+    gpu.launch("weighted_sum", 1, 256, gpu.upload(weights), gpu.upload(matrix), out, u64(61), u32(17))
+    close("weighted_sum", out.read(), weights.astype(d) @ matrix, 1e-6, np.abs(weights) @ np.abs(matrix))
 
 
 def test_norm(gpu):
@@ -460,7 +493,7 @@ def test_route(gpu):
             logits[4] = -0.0
             logits[4, 6] = 0.0
         order = np.array([sorted(range(experts), key=lambda i: (np.isnan(row[i]), -row[i], i)) for row in np.nan_to_num(logits, nan=-1e30)])
-        chosen, weights = gpu.room((tokens, k), u32), gpu.room((tokens, k))
+        chosen, weights = gpu.room((tokens, k)), gpu.room((tokens, k))
         gpu.launch("route", ceil(tokens, 4), 128, gpu.upload(logits), chosen, weights, u32(tokens), u32(experts), u32(k))
         expected = order[:, :k]
         assert (chosen.read() == expected).all()

@@ -139,6 +139,13 @@ impl Context {
         }
     }
 
+    /// The same of memory that kernels find by pointers in the card's memory.
+    pub(super) fn hold_memory(&self, memory: &[Rc<Memory>]) {
+        if let Some(recording) = &mut *self.recording.borrow_mut() {
+            recording.memory.extend_from_slice(memory);
+        }
+    }
+
     fn check_running(&self, what: &str) -> Result<()> {
         match self.is_recording() {
             true => Err(CudaError::Call { call: "cuStreamBeginCapture", why: format!("{what} cannot be recorded") }),

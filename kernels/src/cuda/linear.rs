@@ -31,7 +31,7 @@ const TERM_COLS: usize = 64;
 const FEW: usize = 8;
 
 /// Threads of a block that multiplies few tokens; 16 of them take a row.
-const GEMV_THREADS: u32 = 256;
+pub(super) const GEMV_THREADS: u32 = 256;
 
 /// Shared memory for scales, beside that for terms and weights.
 const SCALES: u32 = 1 << 10;

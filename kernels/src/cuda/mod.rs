@@ -26,7 +26,8 @@ pub use driver::{Card, OLDEST_CARD, Version};
 pub use error::{CudaError, Result};
 pub use linear::Precision;
 pub use matrix::DeviceMatrix;
-pub use sequence::{DeviceCache, DeviceScan};
+pub use mixture::DeviceExperts;
+pub use sequence::{DeviceCache, DeviceCarry, DeviceScan};
 pub use step::StepGraph;
 pub use values::DeviceValues;
 

@@ -43,6 +43,10 @@ impl DeviceCache {
     }
 }
 
+/// The value of [`Cuda::causal_resolvent`] at the last position, from which the next goes on.
+#[derive(Debug)]
+pub struct DeviceCarry(Buffer); // f64 [2]
+
 /// The operands of [`Cuda::selective_scan`].
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceScan<'a> {
@@ -309,19 +313,18 @@ impl Cuda {
         Ok(out)
     }
 
-    /// The same with each position's matrix cut off after it. `last` is the value of the position before the first (zero
-    /// at the start), and then of the last.
+    /// The same with each position's matrix cut off after it. `last` is the value of the position before the first, and then
+    /// of the last.
     ///
     /// # Panics
     /// If `v` has not one column.
     ///
     /// # Errors
     /// As [`resolvent`](Self::resolvent).
-    pub fn causal_resolvent(&self, v: &DeviceValues, z: [f32; 2], last: &mut [f64; 2]) -> Result<DeviceValues> {
+    pub fn causal_resolvent(&self, v: &DeviceValues, z: [f32; 2], last: &mut DeviceCarry) -> Result<DeviceValues> {
         let n = v.rows();
         let out = self.resolvent_output(v)?;
-        let carried = self.uploaded(bytemuck::cast_slice(last))?;
-        let starts = self.resolvent_starts(v, z, false, Some(&carried))?;
+        let starts = self.resolvent_starts(v, z, false, Some(&last.0))?;
         let arguments = Arguments::default()
             .buffer(&v.buffer)
             .u64(n)
@@ -329,12 +332,29 @@ impl Cuda {
             .f32(z[1])
             .buffer(&starts)
             .buffer(&out.buffer)
-            .buffer(&carried);
+            .buffer(&last.0);
         let shape = line(n.div_ceil(TILE) as u32, 256);
         // SAFETY: resolvent_causal(v, n, zr, zi, starts, out, last).
         unsafe { self.launch("resolvent", ["resolvent_causal", "", ""], shape, arguments)? };
-        self.context.download(&carried, bytemuck::cast_slice_mut(last))?;
         Ok(out)
+    }
+
+    /// The value that [`causal_resolvent`](Self::causal_resolvent) begins a text with: zero.
+    ///
+    /// # Errors
+    /// [`CudaError::OutOfMemory`], [`CudaError::Call`].
+    pub fn carry(&self) -> Result<DeviceCarry> {
+        let mut carry = DeviceCarry(self.buffer(2, size_of::<f64>())?);
+        self.clear_carry(&mut carry)?;
+        Ok(carry)
+    }
+
+    /// Forgets the text.
+    ///
+    /// # Errors
+    /// [`CudaError::Call`].
+    pub fn clear_carry(&self, carry: &mut DeviceCarry) -> Result<()> {
+        self.context.zero(&mut carry.0, 2 * size_of::<f64>())
     }
 
     fn resolvent_output(&self, v: &DeviceValues) -> Result<DeviceValues> {

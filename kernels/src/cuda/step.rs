@@ -108,8 +108,9 @@ impl Cuda {
     }
 
     /// Runs one step of decoding and copies its logits to `out`: the first time as `run` does, then recorded, then
-    /// replayed without it. Only [`embed_step`](Self::embed_step) and [`row_at_step`](Self::row_at_step) may use the token
-    /// and the position. A replay works on the memory that the recorded `run` used, which it keeps.
+    /// replayed without it. Only [`embed_step`](Self::embed_step), [`embed_at_step`](Self::embed_at_step) and
+    /// [`row_at_step`](Self::row_at_step) may use the token and the position. A replay works on the memory that the
+    /// recorded `run` used, which it keeps.
     ///
     /// # Panics
     /// If a recorded step is another [`Cuda`]'s, its caches do not hold `past` positions, or they or its tables have no room
@@ -192,12 +193,36 @@ impl Cuda {
     /// # Errors
     /// [`CudaError::OutOfMemory`], [`CudaError::Call`].
     pub fn embed_step(&self, table: &DeviceMatrix) -> Result<DeviceValues> {
+        self.embed_word(table, TOKEN)
+    }
+
+    /// The row of `table` of the position of the step under way: `[1, cols]`.
+    ///
+    /// # Panics
+    /// If `table` has no row for the position that a step starts from.
+    ///
+    /// # Errors
+    /// As [`embed_step`](Self::embed_step).
+    pub fn embed_at_step(&self, table: &DeviceMatrix) -> Result<DeviceValues> {
+        self.note_position(table.rows());
+        self.embed_word(table, 0)
+    }
+
+    /// The row of `table` that one of the words names.
+    fn embed_word(&self, table: &DeviceMatrix, word: usize) -> Result<DeviceValues> {
         let out = self.scratch(1, table.cols())?;
-        let arguments = Arguments::of_matrix(table).part(&self.slots.words, TOKEN).buffer(&out.buffer);
+        let arguments = Arguments::of_matrix(table).part(&self.slots.words, word).buffer(&out.buffer);
         let encoding = table.encoding_name();
-        // SAFETY: embed(table, tokens, out) reads one token id, and writes a row of NaN for one beyond the table.
+        // SAFETY: embed(table, tokens, out) reads one number, and writes a row of NaN for one beyond the table.
         unsafe { self.launch(encoding, ["embed_", encoding, ""], embed_shape(1, table.cols()), arguments)? };
         Ok(out)
+    }
+
+    /// Notes a table of so many rows, one for each position.
+    fn note_position(&self, rows: usize) {
+        let past = self.slots.past.get().unwrap_or(usize::MAX);
+        assert!(past < rows, "{rows} rows have none for position {past}");
+        self.slots.note_table(rows);
     }
 
     /// The row of `x` of the position of the step under way: `[1, cols]`.
@@ -208,9 +233,7 @@ impl Cuda {
     /// # Errors
     /// As [`embed_step`](Self::embed_step).
     pub fn row_at_step(&self, x: &DeviceValues) -> Result<DeviceValues> {
-        let past = self.slots.past.get().unwrap_or(usize::MAX);
-        assert!(past < x.rows(), "{} rows have none for position {past}", x.rows());
-        self.slots.note_table(x.rows());
+        self.note_position(x.rows());
         // SAFETY: the first word is the position, for which `x` has a row; a replay asserts the same of its position.
         unsafe { self.gather_by(x, Arguments::default().buffer(&x.buffer).buffer(&self.slots.words), 1) }
     }

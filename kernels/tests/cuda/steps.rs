@@ -19,10 +19,12 @@ fn steps() {
     for (position, token) in [7, 3, 9, 0, 2].into_iter().enumerate() {
         let run = || {
             runs += 1;
-            cuda.add(cuda.embed_step(&table)?, &cuda.row_at_step(&positions)?)
+            let sum = cuda.add(cuda.embed_step(&table)?, &cuda.row_at_step(&positions)?)?;
+            cuda.add(sum, &cuda.embed_at_step(&table)?)
         };
         cuda.step::<CudaError>(&mut graph, (token, position), run, &mut out).unwrap();
-        let expected: Vec<f32> = (0..6).map(|i| values[token as usize * 6 + i] + values[position * 6 + i]).collect();
+        let expected: Vec<f32> =
+            (0..6).map(|i| values[token as usize * 6 + i] + 2.0 * values[position * 6 + i]).collect();
         assert_eq!(out, expected, "step {position}");
         // What other work takes in between are not the buffers of the recording.
         let other = cuda.values(&[1e9; 6], 6).unwrap();
@@ -67,6 +69,36 @@ fn what_a_recording_uses_is_kept() {
         cuda.step(&mut graph, (token, position), gone, &mut out).unwrap();
         assert_eq!(out, expected(token, position));
     }
+}
+
+/// The resolvent's value goes from step to step on the card, and from what ran before; cleared, it starts again.
+#[test]
+#[ignore = "run on the emulator by the test of the same name"]
+fn a_carried_value_goes_on() {
+    let (cuda, z) = (cuda(), [0.25, 1.0]);
+    let potentials: Vec<f32> = (0..8).map(|i| (i as f32 * 0.7).sin()).collect();
+    let whole = cuda.causal_resolvent(&cuda.values(&potentials, 1).unwrap(), z, &mut cuda.carry().unwrap()).unwrap();
+    let expected = read(&cuda, &whole);
+    let table = cuda.values(&potentials, 1).unwrap();
+    let (mut graph, mut out, mut runs) = (StepGraph::default(), Vec::new(), 0);
+    let mut carry = cuda.carry().unwrap();
+    for first in [3, 1, 0] {
+        cuda.clear_carry(&mut carry).unwrap();
+        if first > 0 {
+            cuda.causal_resolvent(&cuda.rows(&table, 0, first).unwrap(), z, &mut carry).unwrap();
+        }
+        for position in first..8 {
+            let run = || {
+                runs += 1;
+                cuda.causal_resolvent(&cuda.row_at_step(&table)?, z, &mut carry)
+            };
+            cuda.step::<CudaError>(&mut graph, (0, position), run, &mut out).unwrap();
+            let difference =
+                out.iter().zip(&expected[2 * position..]).map(|(found, expected)| (found - expected).abs());
+            assert!(difference.fold(0.0, f32::max) < 1e-6, "position {position} of a text from {first}");
+        }
+    }
+    assert_eq!((runs, graph.is_recorded()), (2, true));
 }
 
 /// What gives memory back waits for all work, which ends a recording.

@@ -21,6 +21,7 @@ mod threads;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    convert::Infallible,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -214,7 +215,10 @@ impl Ops for AutogradOps {
     type Tensor = Tensor;
     type Weight<'a> = Weight;
     type Cache = Cache;
+    type Carry = [f64; 2];
     type StepGraph = ();
+    type Experts = Infallible;
+    type Chosen = Infallible;
 
     fn weight(&self, source: &dyn TensorSource, name: &str) -> Result<Weight> {
         Ok(Weight { name: name.to_owned(), matrix: self.load(source, name)? })
@@ -415,6 +419,10 @@ impl Ops for AutogradOps {
 
     fn resolvent(&self, v: &Tensor, z: [f32; 2]) -> Result<Tensor> {
         Ok(apply1(Resolvent { z: z.map(f64::from) }, v)?)
+    }
+
+    fn carry(&self) -> Result<[f64; 2]> {
+        Ok([0.0; 2])
     }
 
     fn causal_resolvent(&self, v: &Tensor, z: [f32; 2], last: &mut [f64; 2]) -> Result<Tensor> {

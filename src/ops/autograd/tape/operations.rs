@@ -1,6 +1,6 @@
 //! Every operation, and how its gradient goes back.
 
-use std::sync::Arc;
+use std::{convert::Infallible, sync::Arc};
 
 use bkpack_kernels::cpu::top_k;
 
@@ -50,7 +50,10 @@ impl Ops for TapeOps<'_> {
     type Weight<'a> = Weight;
     /// Whether a text was seen.
     type Cache = bool;
+    type Carry = [f64; 2];
     type StepGraph = ();
+    type Experts = Infallible;
+    type Chosen = Infallible;
 
     fn weight(&self, source: &dyn TensorSource, name: &str) -> Result<Weight> {
         let (id, matrix) = self.load(source, name)?;
@@ -354,6 +357,10 @@ impl Ops for TapeOps<'_> {
 
     fn resolvent(&self, v: &Node, z: [f32; 2]) -> Result<Node> {
         Ok(self.apply::<1>(Resolvent { z: z.map(f64::from) }, [v], (v.rows, 2)))
+    }
+
+    fn carry(&self) -> Result<[f64; 2]> {
+        Ok([0.0; 2])
     }
 
     fn causal_resolvent(&self, v: &Node, z: [f32; 2], last: &mut [f64; 2]) -> Result<Node> {
