@@ -153,20 +153,33 @@ fn greedy_text_is_that_of_the_cpu() {
     assert_eq!(generate(&["--device", "cuda"]), text);
 }
 
+#[test]
+fn decoding_goes_on_where_the_driver_records_nothing() {
+    emulator::run("card::decoding_repeats_a_recorded_step", &[("BKPACK_EMULATOR_CAPTURE", "0")]);
+}
+
 emulator::on_the_emulator!(
     card::logits_of_every_architecture,
     card::logits_of_every_encoding,
     card::decoding_repeats_a_recorded_step,
+    card::experts_of_several_encodings,
+    card::quantized_activations_of_the_core,
+    card::a_text_that_runs_whole_is_not_recorded,
     card::a_step_on_the_state_of_another_model,
 );
 
 /// The tests themselves, for a card or the emulator.
 mod card {
-    use std::rc::Rc;
+    use std::{
+        collections::BTreeSet,
+        path::{Path, PathBuf},
+        rc::Rc,
+    };
 
     use bkpack::{
-        checkpoint,
-        format::PackedFile,
+        checkpoint::{self, Checkpoint},
+        eval::calibrate::calibrate_core,
+        format::{PackedFile, amend::with_activations},
         model::Model,
         ops::{
             Ops,
@@ -176,7 +189,7 @@ mod card {
         pack::{DEFAULT_TERNARY_THRESHOLD, PackOptions, Packing},
         policy::Policy,
         progress::Silent,
-        tensor::TensorSource,
+        tensor::{CalibrationText, TensorSource},
     };
     use bkpack_kernels::{Cpu, Isa, cpu::quantize::Rounding, cuda::Cuda};
 
@@ -185,6 +198,10 @@ mod card {
     /// The largest difference allowed, as a share of the largest logit. Two BF16 terms miss 2^-18 of an activation; about
     /// ten products follow one another in these models, in each of which terms of both signs may cancel to a tenth.
     const TOLERANCE: f32 = 10.0 * 10.0 / (1 << 18) as f32;
+
+    fn architectures() -> PathBuf {
+        fixtures().join("architectures")
+    }
 
     fn scalar() -> CpuOps {
         CpuOps::new(Cpu::with_isa(Isa::Scalar).unwrap(), Activations::Exact)
@@ -234,7 +251,7 @@ mod card {
     fn logits_of_every_architecture() {
         let (scalar, card) = (scalar(), card());
         let mut names: Vec<_> =
-            std::fs::read_dir(fixtures().join("architectures")).unwrap().map(|entry| entry.unwrap().path()).collect();
+            std::fs::read_dir(architectures()).unwrap().map(|entry| entry.unwrap().path()).collect();
         names.sort();
         assert!(names.len() >= 11);
         for path in names {
@@ -246,11 +263,29 @@ mod card {
         }
     }
 
+    /// Packs in one encoding, but for these tensors (`PATTERN=ENCODING`).
+    fn pack(source: &Checkpoint, encoding: &str, overrides: &[&str], output: &Path) -> PackedFile {
+        let overrides: Vec<String> = overrides.iter().map(|&text| text.to_owned()).collect();
+        let options = PackOptions {
+            policy: Policy::uniform(encoding.parse().unwrap(), &[], &overrides).unwrap(),
+            rounding: Rounding::Nearest,
+            feedback: false,
+            calibration: None,
+            ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
+            scales: Default::default(),
+            allow_nonfinite: false,
+            shard_bytes: None,
+        };
+        let packing = Packing::plan(source, &options, output, Cpu::detect(), &Silent).unwrap();
+        packing.write(Cpu::detect(), true, &Silent).unwrap();
+        PackedFile::open(output).unwrap()
+    }
+
     #[test]
     #[ignore = "run on the emulator by the test of the same name"]
     fn logits_of_every_encoding() {
         let (scalar, card) = (scalar(), card());
-        let source = checkpoint::open(&fixtures().join("architectures/mixtral_stacked")).unwrap();
+        let source = checkpoint::open(&architectures().join("mixtral_stacked")).unwrap();
         let folder = tempfile::tempdir().unwrap();
         for encoding in [
             "int2:g32",
@@ -264,48 +299,105 @@ mod card {
             "fp16",
             "fp32",
         ] {
-            let output = folder.path().join("model.bkpack");
-            let options = PackOptions {
-                policy: Policy::uniform(encoding.parse().unwrap(), &[], &[]).unwrap(),
-                rounding: Rounding::Nearest,
-                feedback: false,
-                calibration: None,
-                ternary_threshold: DEFAULT_TERNARY_THRESHOLD,
-                scales: Default::default(),
-                allow_nonfinite: false,
-                shard_bytes: None,
-            };
-            let packing = Packing::plan(&source, &options, &output, Cpu::detect(), &Silent).unwrap();
-            packing.write(Cpu::detect(), true, &Silent).unwrap();
-            let packed = PackedFile::open(&output).unwrap();
+            let packed = pack(&source, encoding, &[], &folder.path().join("model.bkpack"));
             let tokens = tokens(11);
             compare(encoding, &logits(&packed, &card, &tokens, 9), &logits(&packed, &scalar, &tokens, 9));
         }
     }
 
-    /// A state that is cleared and used for another text replays the same recording.
+    /// Decodes texts one after the other with one state, which replays what it recorded for the first.
+    fn assert_repeats(name: &str, source: &dyn TensorSource) {
+        let (scalar, card) = (scalar(), card());
+        let model = Model::load(source, &card).unwrap();
+        let mut state = model.state(9).unwrap();
+        let (mut found, mut steps) = (Vec::new(), 0);
+        let refused = std::env::var("BKPACK_EMULATOR_CAPTURE").is_ok_and(|value| value == "0");
+        // Some begin with several tokens at once, one with a step.
+        for (first, tokens) in [(2, [3, 1, 4, 1, 5, 9]), (0, [2, 7, 1, 8, 2, 8]), (1, [90, 45, 2, 35, 36, 0])] {
+            state.clear(&card).unwrap();
+            if first > 0 {
+                model.forward(&tokens[..first], &mut state).unwrap();
+            }
+            let mut all = Vec::new();
+            for &token in &tokens[first..] {
+                model.step(token, &mut state, &mut found).unwrap();
+                all.extend(&found);
+                steps += 1;
+                assert_eq!(state.step_graph().is_recorded(), steps >= 2 && !refused, "{name}, step {steps}");
+            }
+            let expected = logits(source, &scalar, &tokens, 1);
+            compare(name, &all, &expected[first * model.vocab_size()..]);
+        }
+    }
+
     #[test]
     #[ignore = "run on the emulator by the test of the same name"]
     fn decoding_repeats_a_recorded_step() {
-        for architecture in ["mistral", "qwen3", "mamba"] {
-            let source = checkpoint::open(&fixtures().join("architectures").join(architecture)).unwrap();
-            let (scalar, card) = (scalar(), card());
+        for architecture in ["mistral", "qwen3", "mixtral", "mixtral_stacked", "mamba", "resnet_bk"] {
+            assert_repeats(architecture, &checkpoint::open(&architectures().join(architecture)).unwrap());
+        }
+    }
+
+    #[test]
+    #[ignore = "run on the emulator by the test of the same name"]
+    fn experts_of_several_encodings() {
+        let folder = tempfile::tempdir().unwrap();
+        for (architecture, overrides) in [
+            ("mixtral", ["experts[.]1[.]=ternary:g32", "experts[.]2[.]w2=int3:g32:asym", "experts[.]3[.]=fp16"]),
+            ("resnet_bk", ["experts[.]1[.]=int8:row", "experts[.]2[.]0=binary:g32", "experts[.]3[.]3=fp32"]),
+        ] {
+            let source = checkpoint::open(&architectures().join(architecture)).unwrap();
+            let packed = pack(&source, "int4:g32", &overrides, &folder.path().join("model.bkpack"));
+            let encodings: BTreeSet<String> = packed
+                .tensors()
+                .iter()
+                .filter(|tensor| tensor.name.contains(".experts."))
+                .map(|tensor| format!("{:?}", tensor.encoding))
+                .collect();
+            assert!(encodings.len() >= 4, "{encodings:?}");
+            assert_repeats(architecture, &packed);
+        }
+    }
+
+    #[test]
+    #[ignore = "run on the emulator by the test of the same name"]
+    fn quantized_activations_of_the_core() {
+        let folder = tempfile::tempdir().unwrap();
+        let source = checkpoint::open(&architectures().join("resnet_bk")).unwrap();
+        let packed = pack(&source, "int8:g32", &[], &folder.path().join("model.bkpack"));
+        let text = CalibrationText { name: "tokens".into(), blake3: blake3::hash(b"").to_string() };
+        for bits in [8, 4] {
+            let how = (text.clone(), bits, 2);
+            let found = calibrate_core(Cpu::detect(), &packed, &tokens(128), how, &Silent).unwrap();
+            let output = folder.path().join(format!("{bits}.bkpack"));
+            with_activations(&packed, vec![found.record], found.scales, &output, false, &Silent).unwrap();
+            let quantized = PackedFile::open(&output).unwrap();
+            assert!(Model::load(&quantized, &scalar()).unwrap().quantizes_core());
+            assert_repeats(&format!("a core of {bits} bits"), &quantized);
+        }
+    }
+
+    /// It has no second step, nor is what its core computes read from a recording.
+    #[test]
+    #[ignore = "run on the emulator by the test of the same name"]
+    fn a_text_that_runs_whole_is_not_recorded() {
+        let card = card();
+        let mut found = Vec::new();
+        for (architecture, record_core) in [("resnet_bk_lookahead", false), ("resnet_bk", true)] {
+            let source = checkpoint::open(&architectures().join(architecture)).unwrap();
             let model = Model::load(&source, &card).unwrap();
             let mut state = model.state(9).unwrap();
-            let (mut found, mut steps) = (Vec::new(), 0);
-            for tokens in [[3, 1, 4, 1, 5, 9], [2, 7, 1, 8, 2, 8]] {
-                state.clear(&card).unwrap();
-                model.forward(&tokens[..2], &mut state).unwrap();
-                let mut all = Vec::new();
-                for &token in &tokens[2..] {
-                    model.step(token, &mut state, &mut found).unwrap();
-                    all.extend(&found);
-                    steps += 1;
-                    assert_eq!(state.step_graph().is_recorded(), steps >= 2, "{architecture}, step {steps}");
-                }
-                let expected = logits(&source, &scalar, &tokens, 2);
-                compare(architecture, &all, &expected[2 * model.vocab_size()..]);
+            if record_core {
+                state.record_core();
             }
+            for _ in 0..3 {
+                state.clear(&card).unwrap();
+                model.step(7, &mut state, &mut found).unwrap();
+                assert!(!state.step_graph().is_recorded());
+                assert_eq!(state.core().len(), if record_core { model.layers() } else { 0 });
+                compare(architecture, &found, &logits(&source, &scalar(), &[7], 1));
+            }
+            assert_eq!(model.step(7, &mut state, &mut found).is_err(), model.runs_whole());
         }
     }
 
@@ -314,7 +406,7 @@ mod card {
     #[ignore = "run on the emulator by the test of the same name"]
     #[should_panic(expected = "a state is stepped by the model that made it")]
     fn a_step_on_the_state_of_another_model() {
-        let source = checkpoint::open(&fixtures().join("architectures/qwen3")).unwrap();
+        let source = checkpoint::open(&architectures().join("qwen3")).unwrap();
         let card = card();
         let models = [(); 2].map(|()| Model::load(&source, &card).unwrap());
         let mut state = models[0].state(4).unwrap();
