@@ -171,7 +171,7 @@ pub fn max_positions(source: &dyn TensorSource) -> Result<usize> {
 pub struct Model<'a, O: Ops> {
     path: &'a Path,
     network: Network<'a, O>,
-    /// Tells it from every other, and from itself before it was reduced.
+    /// Tells it from every other, and from itself before it was reduced or its core was kept exact.
     id: u64,
 }
 
@@ -335,6 +335,7 @@ impl<'a, O: Ops> Model<'a, O> {
     pub fn keep_core_exact(&mut self) {
         if let Network::ResNetBk(model) = &mut self.network {
             model.keep_core_exact();
+            self.id = new_id();
         }
     }
 

@@ -14,7 +14,8 @@ impl<O: Ops> Model<'_, O> {
     /// As [`forward`](Self::forward).
     ///
     /// # Panics
-    /// If the state was made by another model, or before this one was [reduced](Self::reduce).
+    /// If the state was made by another model, or before this one was [reduced](Self::reduce) or its
+    /// [core kept exact](Self::keep_core_exact).
     pub fn step(&self, token: u32, state: &mut State<O>, out: &mut Vec<f32>) -> Result<()> {
         assert_eq!(state.model, self.id, "a state is stepped by the model that made it");
         let ops = self.ops();
@@ -54,21 +55,27 @@ impl<O: Ops> Model<'_, O> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use bkpack_kernels::Cpu;
 
     use super::*;
     use crate::{
-        checkpoint,
+        checkpoint::{self, Checkpoint},
         ops::cpu::{Activations, CpuOps},
     };
+
+    fn fixture(name: &str) -> Checkpoint {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/architectures");
+        checkpoint::open(&folder.join(name)).unwrap()
+    }
 
     /// A back end without steps of its own runs them by the operations that it has: the same bits as a forward pass.
     #[test]
     fn a_step_is_a_forward_pass() {
         let ops = CpuOps::new(Cpu::detect(), Activations::Exact);
         for name in ["mixtral", "mixtral_stacked", "qwen3", "mamba", "resnet_bk"] {
-            let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/architectures").join(name);
-            let source = checkpoint::open(&path).unwrap();
+            let source = fixture(name);
             let model = Model::load(&source, &ops).unwrap();
             let [mut forward, mut stepped] = [(); 2].map(|()| model.state(8).unwrap());
             if let Network::Llama(model) = &model.network {
@@ -83,5 +90,18 @@ mod tests {
                 assert_eq!(found, expected, "{name}, position {position}");
             }
         }
+    }
+
+    /// It would replay the rounding.
+    #[test]
+    #[should_panic(expected = "a state is stepped by the model that made it")]
+    fn a_step_on_a_state_from_before_the_core_was_kept_exact() {
+        let (source, ops) = (fixture("resnet_bk"), CpuOps::new(Cpu::detect(), Activations::Exact));
+        let mut model = Model::load(&source, &ops).unwrap();
+        let mut state = model.state(2).unwrap();
+        let mut out = Vec::new();
+        model.step(1, &mut state, &mut out).unwrap();
+        model.keep_core_exact();
+        model.step(1, &mut state, &mut out).unwrap();
     }
 }
