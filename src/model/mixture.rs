@@ -11,7 +11,7 @@ use crate::{
 /// The layers that stand at one place in the experts of a mixture.
 pub(super) struct ExpertLinear<'a, O: Ops> {
     layers: Vec<Linear<'a, O>>, // [experts]
-    /// For a step, where the back end keeps to itself which of them it chooses.
+    /// For steps, where the back end [repeats](Ops::repeats_steps) them and there is a mixture.
     together: Option<O::Experts>,
 }
 
@@ -26,8 +26,12 @@ pub(super) enum Through<'c, O: Ops> {
 impl<'a, O: Ops> ExpertLinear<'a, O> {
     /// Those of a mixture, a layer of each expert.
     pub fn of_mixture(ops: &O, layers: Vec<Linear<'a, O>>) -> Result<Self> {
-        let all: Vec<_> = layers.iter().map(|layer| (&layer.weight, layer.bias.as_ref())).collect();
-        let together = ops.experts(&all)?;
+        let together = if ops.repeats_steps() {
+            let all: Vec<_> = layers.iter().map(|layer| (&layer.weight, layer.bias.as_ref())).collect();
+            Some(ops.experts(&all)?)
+        } else {
+            None
+        };
         Ok(Self { layers, together })
     }
 
@@ -46,7 +50,7 @@ impl<'a, O: Ops> ExpertLinear<'a, O> {
         match through {
             Through::One(expert) => Linear::apply_all(layers.map(|layer| &layer.layers[*expert]), ops, x),
             Through::Chosen(chosen) => try_map(layers, |layer| {
-                let together = layer.together.as_ref().expect("made ready by the back end that has chosen");
+                let together = layer.together.as_ref().expect("made for a back end that repeats steps");
                 ops.linear_chosen(x, together, chosen)
             }),
         }
@@ -70,9 +74,8 @@ pub(super) fn mixture<O: Ops>(
     pass: &Pass<O>,
     experts: impl Fn(&O::Tensor, &Through<'_, O>) -> Result<O::Tensor>,
 ) -> Result<O::Tensor> {
-    if pass.step.is_some()
-        && let Some(chosen) = ops.route_step(logits, chosen)?
-    {
+    if pass.step.is_some() && ops.repeats_steps() {
+        let chosen = ops.route_step(logits, chosen)?;
         let y = experts(x, &Through::Chosen(&chosen))?; // [chosen, width]
         return ops.sum_chosen(&y, &chosen);
     }

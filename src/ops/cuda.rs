@@ -260,13 +260,13 @@ impl Ops for CudaOps {
         Ok(self.cuda.row_at_step(x)?)
     }
 
-    fn experts(&self, layers: &[(&DeviceMatrix, Option<&DeviceValues>)]) -> Result<Option<DeviceExperts>> {
-        Ok(Some(self.cuda.experts(layers)?))
+    fn experts(&self, layers: &[(&DeviceMatrix, Option<&DeviceValues>)]) -> Result<DeviceExperts> {
+        Ok(self.cuda.experts(layers)?)
     }
 
-    fn route_step(&self, logits: &DeviceValues, chosen: usize) -> Result<Option<Chosen>> {
+    fn route_step(&self, logits: &DeviceValues, chosen: usize) -> Result<Chosen> {
         let (choices, weights) = self.cuda.route(logits, chosen)?;
-        Ok(Some(Chosen { choices, weights }))
+        Ok(Chosen { choices, weights })
     }
 
     fn linear_chosen(&self, x: &DeviceValues, layers: &DeviceExperts, chosen: &Chosen) -> Result<DeviceValues> {

@@ -32,10 +32,10 @@ pub trait Ops {
     type Carry;
     /// What is kept of a step of decoding to repeat it.
     type StepGraph: Default;
-    /// The layers that stand at one place in the experts of a mixture, for a step to choose among; `Infallible` where
-    /// [`route`](Self::route) alone chooses.
+    /// The layers that stand at one place in the experts of a mixture, for a step to choose among; `Infallible` where steps
+    /// are not [repeated](Self::repeats_steps).
     type Experts;
-    /// What a step has chosen: the experts and their weights.
+    /// What a step has chosen, the experts and their weights; `Infallible` likewise.
     type Chosen;
 
     /// Loads a matrix, as it is stored.
@@ -215,6 +215,10 @@ pub trait Ops {
     ) -> Result<Self::Tensor>;
 
     /// Whether [`step`](Self::step) gains from a `run` that can be repeated.
+    ///
+    /// A back end that says so has its own [`embed_step`](Self::embed_step), [`embed_at_step`](Self::embed_at_step),
+    /// [`row_at_step`](Self::row_at_step), [`experts`](Self::experts), [`route_step`](Self::route_step),
+    /// [`linear_chosen`](Self::linear_chosen) and [`sum_chosen`](Self::sum_chosen); the last four are asked of no other.
     fn repeats_steps(&self) -> bool {
         false
     }
@@ -250,15 +254,14 @@ pub trait Ops {
     }
 
     /// Makes ready for [`linear_chosen`](Self::linear_chosen) the layers `[out, in]` that stand at one place in the experts
-    /// of a mixture, with their biases `[1, out]`; `None` where [`route`](Self::route) alone chooses.
-    fn experts(&self, _layers: &[(&Self::Weight<'_>, Option<&Self::Tensor>)]) -> Result<Option<Self::Experts>> {
-        Ok(None)
+    /// of a mixture, with their biases `[1, out]`.
+    fn experts(&self, _layers: &[(&Self::Weight<'_>, Option<&Self::Tensor>)]) -> Result<Self::Experts> {
+        not_repeated()
     }
 
-    /// Chooses for the token of a step the `chosen` experts with the largest logits `[1, experts]`, without telling which;
-    /// `None` where [`route`](Self::route) is to choose.
-    fn route_step(&self, _logits: &Self::Tensor, _chosen: usize) -> Result<Option<Self::Chosen>> {
-        Ok(None)
+    /// Chooses for the token of a step the `chosen` experts with the largest logits `[1, experts]`, without telling which.
+    fn route_step(&self, _logits: &Self::Tensor, _chosen: usize) -> Result<Self::Chosen> {
+        not_repeated()
     }
 
     /// [`linear`](Self::linear) of each chosen expert's layer: `x` is `[chosen, in]`, or `[1, in]` for all, the result is
@@ -269,13 +272,18 @@ pub trait Ops {
         _layers: &Self::Experts,
         _chosen: &Self::Chosen,
     ) -> Result<Self::Tensor> {
-        unreachable!("nothing was chosen by a step")
+        not_repeated()
     }
 
     /// The sum of what the chosen experts have computed, `[chosen, cols]`, each by its weight: `[1, cols]`.
     fn sum_chosen(&self, _y: &Self::Tensor, _chosen: &Self::Chosen) -> Result<Self::Tensor> {
-        unreachable!("nothing was chosen by a step")
+        not_repeated()
     }
+}
+
+/// Stands in for what a back end that repeats no steps is not asked.
+fn not_repeated() -> ! {
+    unreachable!("a back end that repeats steps has this operation of its own")
 }
 
 /// What `apply` makes of each item, or its first error.
