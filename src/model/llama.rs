@@ -4,7 +4,7 @@ use super::{
     Architecture, LayerState, Pass, Rotation, Visit, check_shapes,
     config::LlamaConfig,
     linear::Linear,
-    mixture::{ExpertLinear, Through, mixture},
+    mixture::{Choice, ExpertLinear, mixture},
     reduce::{Reduction, retain},
 };
 use crate::{
@@ -57,10 +57,10 @@ struct Gated<'a, O: Ops> {
 
 impl<'a, O: Ops> Gated<'a, O> {
     /// `[rows, hidden]` to `[rows, hidden]`.
-    fn apply(&self, ops: &O, x: &O::Tensor, through: &Through<'_, O>) -> Result<O::Tensor> {
-        let [gate, up] = ExpertLinear::apply_all([&self.gate, &self.up], ops, x, through)?; // [rows, intermediate]
+    fn apply(&self, ops: &O, x: &O::Tensor, choice: &Choice<'_, O>) -> Result<O::Tensor> {
+        let [gate, up] = ExpertLinear::apply_all([&self.gate, &self.up], ops, x, choice)?; // [rows, intermediate]
         let gated = ops.silu_multiply(gate, up)?;
-        self.down.apply(ops, &gated, through)
+        self.down.apply(ops, &gated, choice)
     }
 }
 
@@ -256,11 +256,12 @@ impl<'a, O: Ops> Llama<'a, O> {
         let (ops, config) = (self.ops, &self.config);
         let x = ops.rms_norm(x, &layer.mlp_norm, config.rms_norm_eps)?;
         match &layer.mlp {
-            Mlp::Dense(gated) => gated.apply(ops, &x, &Through::One(0)),
+            // One expert, always taken.
+            Mlp::Dense(gated) => gated.apply(ops, &x, &Choice::One(0)),
             Mlp::Mixture { router, experts } => {
                 let chosen = config.experts.map_or(1, |experts| experts.chosen);
                 let logits = ops.linear(&x, router, None)?; // [tokens, experts]
-                let apply = |x: &O::Tensor, through: &Through<'_, O>| experts.apply(ops, x, through);
+                let apply = |x: &O::Tensor, choice: &Choice<'_, O>| experts.apply(ops, x, choice);
                 mixture(ops, &x, &logits, (chosen, config.hidden_size), pass, apply)
             }
         }

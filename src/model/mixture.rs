@@ -16,7 +16,7 @@ pub(super) struct ExpertLinear<'a, O: Ops> {
 }
 
 /// Which experts the rows of an input go through.
-pub(super) enum Through<'c, O: Ops> {
+pub(super) enum Choice<'c, O: Ops> {
     /// All through one.
     One(usize),
     /// One row for each that a step has chosen, or one for all of these.
@@ -45,11 +45,11 @@ impl<'a, O: Ops> ExpertLinear<'a, O> {
         layers: [&Self; N],
         ops: &O,
         x: &O::Tensor,
-        through: &Through<'_, O>,
+        choice: &Choice<'_, O>,
     ) -> Result<[O::Tensor; N]> {
-        match through {
-            Through::One(expert) => Linear::apply_all(layers.map(|layer| &layer.layers[*expert]), ops, x),
-            Through::Chosen(chosen) => try_map(layers, |layer| {
+        match choice {
+            Choice::One(expert) => Linear::apply_all(layers.map(|layer| &layer.layers[*expert]), ops, x),
+            Choice::Chosen(chosen) => try_map(layers, |layer| {
                 let together = layer.together.as_ref().expect("made for a back end that repeats steps");
                 ops.linear_chosen(x, together, chosen)
             }),
@@ -57,8 +57,8 @@ impl<'a, O: Ops> ExpertLinear<'a, O> {
     }
 
     /// `[rows, in]` to `[rows, out]`.
-    pub fn apply(&self, ops: &O, x: &O::Tensor, through: &Through<'_, O>) -> Result<O::Tensor> {
-        let [y] = Self::apply_all([self], ops, x, through)?;
+    pub fn apply(&self, ops: &O, x: &O::Tensor, choice: &Choice<'_, O>) -> Result<O::Tensor> {
+        let [y] = Self::apply_all([self], ops, x, choice)?;
         Ok(y)
     }
 }
@@ -72,18 +72,18 @@ pub(super) fn mixture<O: Ops>(
     logits: &O::Tensor,
     (chosen, width): (usize, usize),
     pass: &Pass<O>,
-    experts: impl Fn(&O::Tensor, &Through<'_, O>) -> Result<O::Tensor>,
+    experts: impl Fn(&O::Tensor, &Choice<'_, O>) -> Result<O::Tensor>,
 ) -> Result<O::Tensor> {
     if pass.step.is_some() && ops.repeats_steps() {
         let chosen = ops.route_step(logits, chosen)?;
-        let y = experts(x, &Through::Chosen(&chosen))?; // [chosen, width]
+        let y = experts(x, &Choice::Chosen(&chosen))?; // [chosen, width]
         return ops.sum_chosen(&y, &chosen);
     }
     let routing = ops.route(logits, chosen)?;
     let mut sum = ops.zeros(pass.tokens, width)?;
     for (index, places) in routing.places.iter() {
         let rows: SmallVec<[u32; 16]> = places.iter().map(|place| place.token).collect();
-        let y = experts(&ops.gather(x, &rows)?, &Through::One(index))?; // [places, width]
+        let y = experts(&ops.gather(x, &rows)?, &Choice::One(index))?; // [places, width]
         sum = ops.scatter_add(sum, &y, places, &routing.weights)?;
     }
     Ok(sum)

@@ -5,7 +5,7 @@ use super::{
     config::ResNetBkConfig,
     core_activations::{CoreGrid, CoreTrace, CoreValues, core_record},
     linear::Linear,
-    mixture::{ExpertLinear, Through, mixture},
+    mixture::{Choice, ExpertLinear, mixture},
     reduce::{Reduction, retain},
 };
 use crate::{
@@ -196,7 +196,7 @@ impl<'a, O: Ops> ResNetBk<'a, O> {
     fn experts(&self, layer: &Layer<'a, O>, x: &O::Tensor, pass: &Pass<O>) -> Result<O::Tensor> {
         let logits = layer.router.apply(self.ops, x)?; // [tokens, experts]
         let shape = (self.config.experts.chosen, self.config.hidden_size);
-        let apply = |x: &O::Tensor, through: &Through<'_, O>| layer.experts.apply(self.ops, x, through);
+        let apply = |x: &O::Tensor, choice: &Choice<'_, O>| layer.experts.apply(self.ops, x, choice);
         mixture(self.ops, x, &logits, shape, pass, apply)
     }
 
@@ -276,8 +276,8 @@ impl<O: Ops> Norm<O> {
 
 impl<O: Ops> Experts<'_, O> {
     /// `[rows, hidden]` to `[rows, hidden]`.
-    fn apply(&self, ops: &O, x: &O::Tensor, through: &Through<'_, O>) -> Result<O::Tensor> {
-        let raised = ops.relu(self.up.apply(ops, x, through)?)?; // [rows, 2 * hidden]
-        self.down.apply(ops, &raised, through)
+    fn apply(&self, ops: &O, x: &O::Tensor, choice: &Choice<'_, O>) -> Result<O::Tensor> {
+        let raised = ops.relu(self.up.apply(ops, x, choice)?)?; // [rows, 2 * hidden]
+        self.down.apply(ops, &raised, choice)
     }
 }
