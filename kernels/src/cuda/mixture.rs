@@ -143,7 +143,8 @@ impl Cuda {
                 .u32(stride)
                 .buffer(&out.buffer)
                 .u32(rows);
-            // SAFETY: gemv_chosen(layers, experts, chosen, x, stride, out, rows), whose shapes are checked above; numbers
+            // SAFETY: gemv_chosen(layers, experts, chosen, x, stride, out, rows), whose shapes are checked above; what the
+            // table points to is held by `layers` and by a recording, and its entries are of this encoding or empty; numbers
             // of experts beyond the table are not looked up.
             unsafe { self.launch(encoding, ["gemv_", encoding, "_chosen"], shape, arguments)? };
         }
