@@ -85,7 +85,8 @@ impl Cuda {
     }
 
     /// The `chosen` experts with the largest logits `[tokens, experts]` of each token, as numbers `[tokens, chosen]`, and
-    /// the softmax over them, `[tokens, chosen]`.
+    /// the softmax over them, `[tokens, chosen]`. The numbers are f32, in which they are exact, so that they are values like
+    /// any others to what holds and reads these.
     ///
     /// # Panics
     /// If there are fewer experts.
