@@ -35,7 +35,9 @@ struct Used {
     room: usize,
 }
 
-/// Where in the words the token lies, in bytes.
+/// Where in the words the position lies, in bytes.
+const POSITION: usize = 0;
+/// Where the token lies.
 const TOKEN: usize = size_of::<u32>();
 
 impl Slots {
@@ -205,10 +207,10 @@ impl Cuda {
     /// As [`embed_step`](Self::embed_step).
     pub fn embed_at_step(&self, table: &DeviceMatrix) -> Result<DeviceValues> {
         self.note_position(table.rows());
-        self.embed_word(table, 0)
+        self.embed_word(table, POSITION)
     }
 
-    /// The row of `table` that one of the words names.
+    /// The row of `table` that the word at [`POSITION`] or [`TOKEN`] names.
     fn embed_word(&self, table: &DeviceMatrix, word: usize) -> Result<DeviceValues> {
         let out = self.scratch(1, table.cols())?;
         let arguments = Arguments::of_matrix(table).part(&self.slots.words, word).buffer(&out.buffer);
