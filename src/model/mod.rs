@@ -189,12 +189,12 @@ enum Network<'a, O: Ops> {
 
 /// What all blocks are told of the tokens that run through them.
 pub(crate) struct Pass<O: Ops> {
-    /// The position of the first token.
+    /// The position of the first token. In a step no value may depend on it: a repetition has another.
     first: usize,
     tokens: usize,
     /// Of the tokens, where the architecture has a rotary embedding.
     rotation: Option<Rotation<O>>, // [tokens, head_dim / 2]
-    /// Where the one token may be run again for another, as part of a step.
+    /// Set while a step runs, which a back end may repeat for other tokens: positions are then looked up by `row_at_step`.
     step: Option<Step>,
 }
 
