@@ -8,7 +8,8 @@ use crate::{
 
 impl<O: Ops> Model<'_, O> {
     /// Runs the next token of a text and copies its logits `[vocab_size]` to `out`: what [`forward`](Self::forward) and
-    /// [`logits`](Self::logits) give, in one piece that a back end may record and repeat.
+    /// [`logits`](Self::logits) give, in one piece that a back end may record and repeat. The two agree within the rounding:
+    /// a back end that repeats steps sums the experts of a mixture best first, a forward pass by their number.
     ///
     /// # Errors
     /// As [`forward`](Self::forward).
