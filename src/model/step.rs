@@ -63,7 +63,9 @@ mod tests {
     use super::*;
     use crate::{
         checkpoint::{self, Checkpoint},
+        model::core_activations::{COMPONENT, scale_name},
         ops::cpu::{Activations, CpuOps},
+        tensor::{ActivationQuantization, CalibrationText, Tensor, TensorSource, mixed::Mixed},
     };
 
     fn fixture(name: &str) -> Checkpoint {
@@ -72,25 +74,50 @@ mod tests {
     }
 
     /// A back end without steps of its own runs them by the operations that it has: the same bits as a forward pass.
+    #[track_caller]
+    fn assert_steps_are_forward_passes(name: &str, source: &dyn TensorSource) {
+        let ops = CpuOps::new(Cpu::detect(), Activations::Exact);
+        let model = Model::load(source, &ops).unwrap();
+        assert_eq!(model.quantizes_core(), !source.activations().is_empty());
+        let [mut forward, mut stepped] = [(); 2].map(|()| model.state(8).unwrap());
+        if let Network::Llama(model) = &model.network {
+            stepped.rotations = Some(model.rotation(0, 8).unwrap());
+        }
+        for (position, token) in [5, 9, 2, 6, 5, 3].into_iter().enumerate() {
+            let hidden = model.forward(&[token], &mut forward).unwrap();
+            let (mut expected, mut found) = (Vec::new(), Vec::new());
+            ops.read(&model.logits(&hidden, 0, 1).unwrap(), &mut expected).unwrap();
+            let logits = model.run_step(Step { token, position }, &mut stepped).unwrap();
+            ops.read(&logits, &mut found).unwrap();
+            assert_eq!(found, expected, "{name}, position {position}");
+        }
+    }
+
     #[test]
     fn a_step_is_a_forward_pass() {
-        let ops = CpuOps::new(Cpu::detect(), Activations::Exact);
         for name in ["mixtral", "mixtral_stacked", "qwen3", "mamba", "resnet_bk"] {
-            let source = fixture(name);
-            let model = Model::load(&source, &ops).unwrap();
-            let [mut forward, mut stepped] = [(); 2].map(|()| model.state(8).unwrap());
-            if let Network::Llama(model) = &model.network {
-                stepped.rotations = Some(model.rotation(0, 8).unwrap());
-            }
-            for (position, token) in [5, 9, 2, 6, 5, 3].into_iter().enumerate() {
-                let hidden = model.forward(&[token], &mut forward).unwrap();
-                let (mut expected, mut found) = (Vec::new(), Vec::new());
-                ops.read(&model.logits(&hidden, 0, 1).unwrap(), &mut expected).unwrap();
-                let logits = model.run_step(Step { token, position }, &mut stepped).unwrap();
-                ops.read(&logits, &mut found).unwrap();
-                assert_eq!(found, expected, "{name}, position {position}");
-            }
+            assert_steps_are_forward_passes(name, &fixture(name));
         }
+    }
+
+    #[test]
+    fn a_step_rounds_the_core_by_the_scales_of_its_position() {
+        let source = fixture("resnet_bk");
+        let positions = 8;
+        let scales: Vec<f32> = (1..=3 * positions).map(|index| index as f32 / 64.0).collect(); // [3, positions]
+        let record = ActivationQuantization {
+            component: COMPONENT.into(),
+            bits: 8,
+            group_size: 1,
+            positions: positions as u64,
+            samples: 1,
+            text: CalibrationText { name: String::new(), blake3: String::new() },
+            scales: (0..3).map(scale_name).collect(),
+        };
+        let added = record.scales.iter().map(|name| (name.clone(), Tensor::floats(vec![3, positions], &scales)));
+        let records = [record.clone()];
+        let quantized = Mixed::new(&source, added.collect()).with_activations(&records);
+        assert_steps_are_forward_passes("a quantized core", &quantized);
     }
 
     /// It would replay the rounding.
