@@ -1,8 +1,9 @@
 //! Products of a few tokens: one weight or several over the same activations.
 //!
 //! Activations are prepared once a call, in the form that the weights need; then tasks of some rows each read every
-//! packed byte once. See [`gemv_exact`](super::gemv_exact), [`gemv_eights`](super::gemv_eights),
-//! [`gemv_wide`](super::gemv_wide) and [`gemv_int8`](super::gemv_int8) for the order of the sums.
+//! packed byte once. See [`gemv_exact`](super::gemv_exact), [`gemv_short`](super::gemv_short),
+//! [`gemv_eights`](super::gemv_eights), [`gemv_wide`](super::gemv_wide) and [`gemv_int8`](super::gemv_int8) for the order of the
+//! sums.
 
 use std::cell::RefCell;
 use std::ops::Range;

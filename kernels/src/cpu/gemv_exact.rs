@@ -1,5 +1,5 @@
 //! A few tokens of f32 activations times packed weights: weights are decoded in registers and read once. Most weights of
-//! four bits go [another way](super::gemv_eights).
+//! four bits go [another way](super::gemv_eights), and so do [short groups](super::gemv_short).
 //!
 //! The order of the sums, on every instruction set: in a step of 64 columns, lane `l` meets its columns `4l` to `4l + 3`
 //! one after the other, the even and the odd ones in a sum each. The two are added at the end of the group, multiplied by

@@ -1,5 +1,5 @@
 //! A few tokens of INT8 activations times packed weights whose groups have lanes of their own, and the walk over the steps of
-//! such rows, which [`gemv_eights`](super::gemv_eights) shares.
+//! such rows, which [`gemv_eights`](super::gemv_eights) and [`gemv_short`](super::gemv_short) share.
 //!
 //! The order of the sums, on every instruction set: in a step of 64 to 256 columns (see
 //! [`Order`](super::gemv_prepare::Order)), a lane's dot product over its columns is an exact integer. It is multiplied by the
